@@ -1,0 +1,292 @@
+"""RunConfig: every knob of a run, its default and its owner. Knows no one.
+
+Each part is passed on its own to the code that owns it; nothing reads the whole tree but ``deploy/``. Frozen, unknown
+keys refused, choices as unions on ``type``, so that a setting which means nothing for the chosen type can't be written.
+Reading YAML and ``--set`` is ``common/config_source.py``.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class Part(BaseModel):
+    """A frozen piece of the tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------------------- divergences
+
+
+class ForwardKL(Part):
+    """KL(teacher || student), nats."""
+
+    type: Literal["forward_kl"] = "forward_kl"
+
+
+class ReverseKL(Part):
+    """KL(student || teacher), nats. On the teacher's top-k support alone it is known to be unstable as a loss."""
+
+    type: Literal["reverse_kl"] = "reverse_kl"
+
+
+class JSD(Part):
+    """Generalised Jensen-Shannon divergence, nats (GKD, arXiv 2306.13649, eq. 2)."""
+
+    type: Literal["jsd"] = "jsd"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Weight of the teacher in the mixture."""
+
+
+Divergence = Annotated[ForwardKL | ReverseKL | JSD, Field(discriminator="type")]
+
+
+# ------------------------------------------------------------------------------------------------- switch policies
+
+
+class AdaSwitch(Part):
+    """Take over, to the end, at the first divergence above a multiple of its moving average (arXiv 2510.07842)."""
+
+    type: Literal["adaswitch"] = "adaswitch"
+    multiplier: Annotated[float, Field(gt=0.0)] = 3.0
+    """K: how many times the moving average a divergence must exceed."""
+    window: Positive = 10
+    """L: positions in the moving average. The paper's value is not public."""
+    floor: Annotated[float, Field(ge=0.0)] = 0.0
+    """Nats. The threshold is never lower, so that spikes which no longer matter stop causing switches."""
+    warmup: Positive | None = None
+    """First position that may switch. Default: window, the first one whose moving average is filled."""
+    divergence: Divergence = ForwardKL()
+    """What is compared with the threshold."""
+
+    @model_validator(mode="after")
+    def _warmup_fills_the_window(self) -> Self:
+        if self.warmup is not None and self.warmup < self.window:
+            raise ValueError(f"warmup must be >= window ({self.window}), got {self.warmup}")
+        return self
+
+    @property
+    def first_position(self) -> int:
+        """The first position that may switch."""
+        return self.window if self.warmup is None else self.warmup
+
+
+class SKD(Part):
+    """Take one token where the student's is not in the teacher's top k (Speculative KD, arXiv 2410.11325)."""
+
+    type: Literal["skd"] = "skd"
+    top_k: Positive = 25
+    """The student's token is kept when it is among this many of the teacher's best."""
+
+
+class OnPolicy(Part):
+    """The student writes everything (GKD with lambda = 1, arXiv 2306.13649)."""
+
+    type: Literal["on_policy"] = "on_policy"
+
+
+class OffPolicy(Part):
+    """The teacher writes everything (sequence-level KD, arXiv 1606.07947)."""
+
+    type: Literal["off_policy"] = "off_policy"
+
+
+Policy = Annotated[AdaSwitch | SKD | OnPolicy | OffPolicy, Field(discriminator="type")]
+
+
+# ------------------------------------------------------------------------------------------------ models and engines
+
+
+class Models(Part):
+    """Which models. Each is a folder in Hugging Face format or a hub name."""
+
+    student: str
+    """The model that is trained."""
+    teacher: str
+    """The model that watches and takes over. Its tokenizer must agree with the student's."""
+
+
+class VLLMEngine(Part):
+    """One role's vLLM engines. Anything not named here is vLLM's default."""
+
+    num_replicas: Positive = 1
+    """How many engines serve this role."""
+    tensor_parallel_size: Positive = 1
+    """GPUs per engine."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on GPUs and on processors with AVX512-BF16, else float32."""
+    max_model_len: Positive | None = None
+    """Context, prompt and answer together. Default: what the model's own config says."""
+    max_num_seqs: Positive = 64
+    """Sequences one engine runs at once."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of a GPU's memory the engine may use. GPUs only."""
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0
+    """GiB for the key-value cache. Processors only; on GPUs gpu_memory_utilization decides."""
+    num_threads: Positive = 1
+    """OpenMP threads of one engine. Processors only."""
+    enforce_eager: bool = False
+    """Skip graph capture: starts sooner, decodes slower on GPUs."""
+
+
+class Engines(Part):
+    """The two roles' engines and what they return."""
+
+    student: VLLMEngine = VLLMEngine()
+    teacher: VLLMEngine = VLLMEngine()
+    top_logprobs: Positive = 64
+    """k: log-probs per position from both engines, for the divergence and for the loss. At most the vocabulary."""
+    start_timeout_s: Seconds = 900.0
+    """How long an engine may take to start and pass its self-test."""
+    call_timeout_s: Seconds = 300.0
+    """How long one call, or the next tokens of a stream, may take."""
+    trust_remote_code: bool = False
+    """Run code that ships inside a model's folder."""
+
+
+class Sampling(Part):
+    """How both models write."""
+
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_new_tokens: Positive = 512
+    """Student and teacher tokens together."""
+    chunk_tokens: Positive = 16
+    """Student tokens that are judged together. Changes speed and waste, never the result."""
+    max_in_flight: Positive = 256
+    """Sequences one rollout actor works on at once."""
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+class Data(Part):
+    """Prompts: a JSON, JSONL or Parquet file (or a glob of them), or a hub dataset's name.
+
+    A row holds either plain text or chat messages; messages go through the tokenizer's chat template.
+    """
+
+    path: str
+    """File, glob or hub name."""
+    name: str | None = None
+    """A hub dataset's configuration, as in ``load_dataset(path, name)``."""
+    split: str = "train"
+    prompt_field: str = "prompt"
+    """Column with the text, or with a list of {role, content} messages."""
+    answer_field: str | None = None
+    """Column with the expected answer, for evaluation."""
+    id_field: str | None = None
+    """Column with a unique id. Default: the row's number."""
+    max_prompts: Positive | None = None
+    """Use only the first n rows."""
+    shuffle: bool = True
+    """Visit the rows in an order drawn from the run's seed, anew each epoch."""
+
+
+class Evaluation(Part):
+    """Held-out accuracy and divergence, through the student engine, greedily."""
+
+    data: Data
+    every_steps: Positive = 20
+    """Besides the first and the last weights, which are always evaluated."""
+    answer_pattern: str = r"(.+)$"
+    """Regular expression searched in the completion; its last match's last group is compared with the answer."""
+
+
+# ----------------------------------------------------------------------------------------------------------- trainer
+
+
+class Trainer(Part):
+    """The learner: AdamW with linear warm-up, constant, then linear decay to 0."""
+
+    num_steps: Positive = 100
+    prompts_per_step: Positive = 64
+    samples_per_prompt: Positive = 1
+    loss: Divergence = ForwardKL()
+    """On the teacher's top k and one bucket for the rest, averaged over all tokens of a step."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_fraction: Fraction = 0.0
+    """The last share of the steps over which the learning rate falls to 0."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    tokens_per_micro_batch: Positive = 16384
+    """Padded tokens, prompts included, that pass through the model at once."""
+    positions_per_chunk: Positive = 1024
+    """Positions whose vocabulary-wide logits exist at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the compute; master weights and optimizer state are float32."""
+    num_threads: Positive = 2
+    """Torch threads. Processors only."""
+    step_timeout_s: Seconds = 1800.0
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+class Sync(Part):
+    """How new weights reach the student engines."""
+
+    backend: Literal["auto", "host_memory", "nccl"] = "auto"
+    """auto: nccl where the learner has a GPU, else host_memory (shared memory of one machine)."""
+    timeout_s: Seconds = 600.0
+    probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
+    """Nats. The run stops when trainer and engine differ by more on the probe prompts after a sync. Default: 1e-3 when
+    both compute in float32, else 0.25."""
+    num_probe_prompts: Positive = 4
+
+
+class Trace(Part):
+    """What is kept of every sequence."""
+
+    enabled: bool = True
+    top_alternatives: Annotated[int, Field(ge=0)] = 5
+    """Alternatives of both models stored per token."""
+
+
+class Placement(Part):
+    """Where Ray puts the actors: one bundle per engine, one for the learner."""
+
+    address: str | None = None
+    """A running cluster. Default: the one RAY_ADDRESS names or a job runs in, else one is started on this machine."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    use_gpus: Literal["auto", True, False] = "auto"
+    """auto: one GPU per tensor-parallel rank and one for the learner where the cluster has any."""
+    timeout_s: Seconds = 300.0
+    """How long to wait for the resources."""
+
+
+class RunConfig(Part):
+    """A whole run."""
+
+    run_dir: str
+    """Folder for the trace, the weights and the summary. Must not hold another run."""
+    seed: int = 0
+    models: Models
+    engines: Engines = Engines()
+    policy: Policy = AdaSwitch()
+    sampling: Sampling = Sampling()
+    data: Data
+    evaluation: Evaluation | None = None
+    trainer: Trainer = Trainer()
+    sync: Sync = Sync()
+    trace: Trace = Trace()
+    placement: Placement = Placement()
+
+    @model_validator(mode="after")
+    def _lists_are_long_enough(self) -> Self:
+        if isinstance(self.policy, SKD) and self.policy.top_k > self.engines.top_logprobs:
+            raise ValueError(
+                f"policy.top_k must be <= engines.top_logprobs ({self.engines.top_logprobs}), "
+                f"got {self.policy.top_k}"
+            )
+        return self

@@ -1,0 +1,51 @@
+"""Divergences between two distributions known on aligned buckets. One implementation, for switching and for the loss.
+
+A bucket is a token or a merged set of tokens. Merging never increases an f-divergence (data-processing inequality), so
+any value computed here on merged buckets is a lower bound of the full-vocabulary one.
+
+Suffixes: _M the bucket axis, last. Everything is in nats.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.config import JSD, Divergence, ForwardKL, ReverseKL
+
+
+def divergence(log_p_M: Tensor, log_q_M: Tensor, kind: Divergence) -> Tensor:
+    """Divergence of each row, [...] from two [..., M] tensors of log-probabilities (p teacher, q student).
+
+    forward KL   sum p (log p - log q)
+    reverse KL   sum q (log q - log p)
+    JSD(beta)    beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q   (GKD, arXiv 2306.13649)
+
+    A bucket without mass is log-prob -inf; 0 log 0 counts as 0. Mass of p where q has none gives +inf, as it must.
+    Differentiable in both arguments.
+    """
+    match kind:
+        case ForwardKL():
+            return _kl(log_p_M, log_q_M)
+        case ReverseKL():
+            return _kl(log_q_M, log_p_M)
+        case JSD(beta=beta):
+            log_m_M = _log_mixture(log_p_M, log_q_M, beta)
+            return beta * _kl(log_p_M, log_m_M) + (1.0 - beta) * _kl(log_q_M, log_m_M)
+
+
+def _kl(log_p_M: Tensor, log_q_M: Tensor) -> Tensor:
+    """KL(p || q) over the last axis. Empty buckets are masked before the subtraction, so that no NaN gets a gradient."""
+    has_mass_M = log_p_M > -torch.inf
+    log_p_safe_M = log_p_M.where(has_mass_M, 0.0)
+    terms_M = log_p_safe_M.exp() * (log_p_safe_M - log_q_M.where(has_mass_M, 0.0))
+    return terms_M.where(has_mass_M, 0.0).sum(dim=-1)
+
+
+def _log_mixture(log_p_M: Tensor, log_q_M: Tensor, beta: float) -> Tensor:
+    """log(beta p + (1 - beta) q). Buckets empty on both sides stay empty and out of the gradient."""
+    has_mass_M = (log_p_M > -torch.inf) | (log_q_M > -torch.inf)
+    mixture_M = torch.logaddexp(
+        log_p_M.where(has_mass_M, 0.0) + math.log(beta), log_q_M.where(has_mass_M, 0.0) + math.log(1.0 - beta)
+    )
+    return mixture_M.where(has_mass_M, -torch.inf)

@@ -1,0 +1,221 @@
+"""Trains the demo's two models: a teacher that solves the task, and a student cut off while it still learns.
+
+Both learn by plain cross-entropy on the answer's tokens, from problems that are never among the shipped prompts.
+The task is learnt in a phase transition: within about a hundred updates accuracy goes from near chance to 1. So a
+model is stopped at an accuracy, not at a step count, and the learning rate falls before the stop comes near.
+
+One thread and fixed seeds: on one machine the same files come out again.
+
+Axes: B sequences, T positions.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from deploy.demo.task import MAX_ANSWER_CHARACTERS, Problem, grade, make_split, stream_problems
+from deploy.demo.tokenizer import BOS_ID, EOS_ID, MAX_LENGTH, PAD_ID, VOCABULARY, make_tokenizer
+
+NOT_TRAINED = -100
+MAX_ANSWER_TOKENS = MAX_ANSWER_CHARACTERS + 1
+BATCH_SIZE = 64
+NUM_VALIDATION = 512
+WARMUP_UPDATES = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One model: its size, how it learns, and the accuracy at which it is done."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    seed: int
+    learning_rate: float
+    # From the accuracy `slow_from` on, learning goes on at `slow_learning_rate`.
+    slow_from: float
+    slow_learning_rate: float
+    # Validation accuracy, both ends included, in which the model is done.
+    done_from: float
+    done_to: float
+    eval_every: int
+    max_updates: int
+
+
+TEACHER = Recipe(
+    name="teacher",
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=3,
+    seed=1,
+    learning_rate=2e-3,
+    slow_from=0.99,
+    slow_learning_rate=2e-4,
+    done_from=1.0,
+    done_to=1.0,
+    eval_every=100,
+    max_updates=3000,
+)
+STUDENT = Recipe(
+    name="student",
+    hidden_size=64,
+    intermediate_size=192,
+    num_layers=2,
+    seed=2,
+    learning_rate=2e-3,
+    slow_from=0.22,
+    slow_learning_rate=1e-4,
+    done_from=0.36,
+    done_to=0.40,
+    eval_every=20,
+    max_updates=3000,
+)
+
+
+def make_model(recipe: Recipe) -> LlamaForCausalLM:
+    """A fresh model, weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.num_layers,
+            # vLLM's attention kernels want a head of at least 32.
+            num_attention_heads=recipe.hidden_size // 32,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            pad_token_id=PAD_ID,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
+            dtype="float32",
+        )
+    )
+    model.generation_config = GenerationConfig(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID)
+    return model
+
+
+def collate(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """[B, T] input ids and labels: BOS, prompt, answer, EOS, padded on the right; prompt and padding not trained."""
+    prompt_ids = tokenizer([problem.prompt for problem in problems]).input_ids
+    answer_ids = tokenizer([problem.answer for problem in problems], add_special_tokens=False).input_ids
+    length = max(len(prompt) + len(answer) + 1 for prompt, answer in zip(prompt_ids, answer_ids, strict=True))
+    input_ids_BT = torch.full((len(problems), length), PAD_ID)
+    labels_BT = torch.full((len(problems), length), NOT_TRAINED)
+    for row, (prompt, answer) in enumerate(zip(prompt_ids, answer_ids, strict=True)):
+        start, end = len(prompt), len(prompt) + len(answer) + 1
+        input_ids_BT[row, :end] = torch.tensor([*prompt, *answer, EOS_ID])
+        labels_BT[row, start:end] = input_ids_BT[row, start:end]
+    return input_ids_BT, labels_BT
+
+
+def train_step(
+    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, input_ids_BT: Tensor, labels_BT: Tensor
+) -> float:
+    """One update. Returns the mean cross-entropy in nats per trained token.
+
+    No attention mask: padding is on the right, so no trained position sees any.
+    """
+    loss = model(input_ids=input_ids_BT, labels=labels_BT).loss
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss)
+
+
+@torch.no_grad()
+def greedy_completions(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
+) -> list[str]:
+    """What the model writes after each prompt, without EOS. One that never ends is cut at the longest answer."""
+    prompts = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt")
+    written_BT = model.generate(**prompts, do_sample=False, max_new_tokens=MAX_ANSWER_TOKENS)
+    num_prompt_columns = prompts.input_ids.shape[1]
+    return tokenizer.batch_decode(written_BT[:, num_prompt_columns:], skip_special_tokens=True)
+
+
+def greedy_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
+) -> float:
+    """The share of problems whose result comes out right under greedy decoding."""
+    completions = greedy_completions(model, tokenizer, problems)
+    return sum(map(grade, completions, problems)) / len(problems)
+
+
+def train_until_done(
+    recipe: Recipe,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Iterator[Problem],
+    validation: Sequence[Problem],
+) -> None:
+    """Trains in place until the validation accuracy lies in the recipe's band; RuntimeError if it never does."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01)
+    learning_rate, losses, start_s = recipe.learning_rate, list[float](), time.perf_counter()
+    for update in range(1, recipe.max_updates + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, update / WARMUP_UPDATES)
+        input_ids_BT, labels_BT = collate(list(islice(problems, BATCH_SIZE)), tokenizer)
+        losses.append(train_step(model, optimizer, input_ids_BT, labels_BT))
+        if update % recipe.eval_every:
+            continue
+        accuracy = greedy_accuracy(model, tokenizer, validation)
+        print_progress(recipe, update, losses[-recipe.eval_every :], accuracy, time.perf_counter() - start_s)
+        if recipe.done_from <= accuracy <= recipe.done_to:
+            return
+        if accuracy > recipe.done_to:
+            raise RuntimeError(f"{recipe.name}: accuracy {accuracy:.3f} has passed {recipe.done_to}")
+        if accuracy >= recipe.slow_from:
+            learning_rate = recipe.slow_learning_rate
+    raise RuntimeError(f"{recipe.name}: accuracy {recipe.done_from} not reached in {recipe.max_updates} updates")
+
+
+def print_progress(
+    recipe: Recipe, update: int, losses: Sequence[float], accuracy: float, elapsed_s: float
+) -> None:
+    """One line an evaluation. The time left is a bound: it is the time to the last update allowed."""
+    at_most_s = elapsed_s / update * (recipe.max_updates - update)
+    print(
+        f"{recipe.name}: update {update:5d}  loss {sum(losses) / len(losses):.4f} nats  accuracy {accuracy:.3f}"
+        f"  {elapsed_s:4.0f} s, at most {at_most_s:.0f} s to go",
+        flush=True,
+    )
+
+
+def make(recipe: Recipe, folder: Path, shipped_prompts: AbstractSet[str]) -> LlamaForCausalLM:
+    """Trains one model and saves it with its tokenizer, ready for `from_pretrained` and for vLLM."""
+    tokenizer = make_tokenizer()
+    model = make_model(recipe)
+    problems = stream_problems(recipe.seed, excluded_prompts=shipped_prompts)
+    # Taken from the same stream before training starts, so none of them is trained on.
+    validation = list(islice(problems, NUM_VALIDATION))
+    train_until_done(recipe, model, tokenizer, problems, validation)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the demo's teacher and student.")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets teacher/ and student/")
+    out: Path = parser.parse_args().out
+    torch.set_num_threads(1)
+    split = make_split()
+    for recipe in (STUDENT, TEACHER):
+        model = make(recipe, out / recipe.name, split.prompts)
+        accuracy = greedy_accuracy(model, make_tokenizer(), split.held_out)
+        print(f"{recipe.name}: {model.num_parameters()} parameters, held-out accuracy {accuracy:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

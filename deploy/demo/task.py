@@ -1,0 +1,129 @@
+"""The demo's task: chains of single-digit arithmetic modulo 10, read left to right, every step written out.
+
+A prompt `7+3*8-2=` is answered by `7+3=0;0*8=0;0-2=8;8`: one step an operator, each starting from the digit
+before it, then the result alone. Text only: this module knows no tokenizer and no model.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+DIGITS = "0123456789"
+OPERATORS = "+-*"
+END_OF_PROMPT = "="
+END_OF_STEP = ";"
+
+# Six characters a step, one for the result, one EOS: 38 tokens on average. Three lengths, so that sequences of
+# one batch end at different times. The shortest chain alone has 10^6 * 3^5 prompts, so repeats are rare.
+NUM_OPERATORS = (5, 6, 7)
+MAX_PROMPT_CHARACTERS = 2 * max(NUM_OPERATORS) + 2
+MAX_ANSWER_CHARACTERS = 6 * max(NUM_OPERATORS) + 1
+
+NUM_TRAIN = 2048
+NUM_HELD_OUT = 500
+SPLIT_SEED = 20251007
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One chain, the whole worked answer, and the digit that is compared when an answer is graded."""
+
+    prompt: str
+    answer: str
+    result: str
+
+    def __post_init__(self) -> None:
+        assert self.prompt.endswith(END_OF_PROMPT)
+        assert self.answer.rpartition(END_OF_STEP)[2] == self.result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """The shipped problems. No prompt occurs twice, within a part or across both."""
+
+    train: tuple[Problem, ...]
+    held_out: tuple[Problem, ...]
+
+    @property
+    def prompts(self) -> frozenset[str]:
+        return frozenset(problem.prompt for problem in self.train + self.held_out)
+
+
+def apply(left: int, operator: str, right: int) -> int:
+    """One step: a digit, an operator, a digit, and the digit that comes out."""
+    match operator:
+        case "+":
+            return (left + right) % 10
+        case "-":
+            return (left - right) % 10
+        case "*":
+            return (left * right) % 10
+    raise ValueError(f"operator must be one of {OPERATORS!r}, got {operator!r}")
+
+
+def write_problem(digits: list[int], operators: str) -> Problem:
+    """The chain of `digits` joined by `operators`, and its worked answer."""
+    if len(digits) != len(operators) + 1:
+        raise ValueError(f"a chain of {len(operators)} operators needs one digit more, got {len(digits)} digits")
+    chain, steps, value = str(digits[0]), "", digits[0]
+    for operator, right in zip(operators, digits[1:], strict=True):
+        outcome = apply(value, operator, right)
+        chain += f"{operator}{right}"
+        steps += f"{value}{operator}{right}={outcome}{END_OF_STEP}"
+        value = outcome
+    return Problem(prompt=chain + END_OF_PROMPT, answer=f"{steps}{value}", result=str(value))
+
+
+def draw_problem(rng: random.Random) -> Problem:
+    """Length, digits and operators drawn evenly and independently."""
+    num_operators = rng.choice(NUM_OPERATORS)
+    digits = [rng.randrange(10) for _ in range(num_operators + 1)]
+    return write_problem(digits, "".join(rng.choices(OPERATORS, k=num_operators)))
+
+
+def stream_problems(seed: int, *, excluded_prompts: AbstractSet[str] = frozenset()) -> Iterator[Problem]:
+    """Problems without end, a pure function of `seed`; never a prompt twice, never an excluded one."""
+    rng = random.Random(seed)
+    seen = set(excluded_prompts)
+    while True:
+        problem = draw_problem(rng)
+        if problem.prompt not in seen:
+            seen.add(problem.prompt)
+            yield problem
+
+
+def make_split(seed: int = SPLIT_SEED) -> Split:
+    """The shipped split: one stream, cut in two."""
+    problems = stream_problems(seed)
+    return Split(train=tuple(islice(problems, NUM_TRAIN)), held_out=tuple(islice(problems, NUM_HELD_OUT)))
+
+
+def grade(completion: str, problem: Problem) -> bool:
+    """Whether what follows the last `;` is the result. How it was reached is not looked at."""
+    return completion.rpartition(END_OF_STEP)[2] == problem.result
+
+
+def write_prompts(path: Path, problems: Iterable[Problem]) -> None:
+    """One JSON object a line: `prompt`, and as `answer` the result digit, which is what evaluation compares."""
+    lines = (json.dumps({"prompt": problem.prompt, "answer": problem.result}) for problem in problems)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write train.jsonl and held_out.jsonl.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to, made if missing")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    split = make_split()
+    write_prompts(out / "train.jsonl", split.train)
+    write_prompts(out / "held_out.jsonl", split.held_out)
+    print(f"wrote {len(split.train)} train and {len(split.held_out)} held-out prompts to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Prompt to mixed sequence. Start at ``controller.py``. Knows nothing of the trainer."""

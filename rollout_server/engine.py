@@ -1,0 +1,108 @@
+"""What the controller asks of an engine, defined by its consumer. Knows nothing of vLLM or Ray.
+
+n = tokens in a piece of text, k = length of a top list. Positions count from 0 at the first token of ``prefix``: the
+row of position j is the distribution of token j given tokens 0..j-1.
+"""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from common.sequence import FinishReason, Floats, Ids, TopLogprobs
+from common.weights import WeightUpdate, WeightVersion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WriteRequest:
+    """Go on from a prefix. Same request, same engine, same weights: same tokens."""
+
+    prefix: Ids  # [n] prompt and all tokens so far
+    max_tokens: int
+    temperature: float  # 0 is greedy
+    top_p: float
+    seed: int
+    chunk_tokens: int  # hand over this many tokens at a time
+
+    def __post_init__(self) -> None:
+        assert self.max_tokens >= 1, self.max_tokens
+        assert self.chunk_tokens >= 1, self.chunk_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Written:
+    """Tokens one engine wrote in a row, each with what its model knew when it wrote it."""
+
+    token_ids: Ids  # [n]
+    logprobs: Floats  # [n] nats, of the written token
+    top: TopLogprobs  # [n, k]
+    weight_version: WeightVersion
+    finish_reason: FinishReason | None  # None while the engine goes on
+
+    def __post_init__(self) -> None:
+        assert self.token_ids.size == self.logprobs.size == len(self.top), (self.token_ids.size, len(self.top))
+
+    def __len__(self) -> int:
+        return int(self.token_ids.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoreRequest:
+    """Read a text. Rows are wanted for positions ``start`` to ``len(token_ids)``, the last being the token to come."""
+
+    token_ids: Ids  # [n]
+    start: int
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.start <= self.token_ids.size, f"start must be in 1..{self.token_ids.size}, got {self.start}"
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.token_ids.size) - self.start + 1
+
+
+class Engine(Protocol):
+    """A language model that writes and reads. Every method may be called many hundred times at once."""
+
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+        """Yield what has been written since the last yield, until it has a finish_reason.
+
+        Closing the generator ends the request in the engine.
+        """
+        ...
+
+    async def generate(self, request: WriteRequest) -> Written:
+        """Write to the end and return it whole. Cancelling ends the request in the engine."""
+        ...
+
+    async def score(self, request: ScoreRequest) -> TopLogprobs:
+        """The rows asked for, [request.num_rows, k]; valid whatever the engine's cache held."""
+        ...
+
+    async def load_weights(self, update: WeightUpdate) -> None:
+        """Pause, take the new weights, drop every cached state of the old ones, go on under the new version.
+
+        One call, so that a learner that dies half-way can't leave an engine paused.
+        """
+        ...
+
+
+async def write_whole(engine: Engine, request: WriteRequest) -> Written:
+    """``generate`` by way of ``stream``, for engines that have no shorter way."""
+    parts = [written async for written in engine.stream(request)]
+    assert parts and parts[-1].finish_reason is not None, "a stream must end with a finish_reason"
+    return concatenate_written(parts)
+
+
+def concatenate_written(parts: list[Written]) -> Written:
+    """One piece from consecutive ones. The version is that of the last."""
+    if len(parts) == 1:
+        return parts[0]
+    return Written(
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        top=TopLogprobs.concatenate([part.top for part in parts]),
+        weight_version=parts[-1].weight_version,
+        finish_reason=parts[-1].finish_reason,
+    )

@@ -1,0 +1,1 @@
+"""Implementations of the Engine protocol: ``vllm`` (real), ``scripted`` (no model), ``remote`` (behind a Ray actor)."""

@@ -1,0 +1,1 @@
+"""Mixed sequences to new weights. Start at ``loop.py``. Knows nothing of the rollout server."""
