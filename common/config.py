@@ -111,11 +111,9 @@ class Models(Part):
     """The model that watches and takes over. Its tokenizer must agree with the student's."""
 
 
-class VLLMEngine(Part):
+class EngineSettings(Part):
     """One role's vLLM engines. Anything not named here is vLLM's default."""
 
-    num_replicas: Positive = 1
-    """How many engines serve this role."""
     tensor_parallel_size: Positive = 1
     """GPUs per engine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -137,8 +135,8 @@ class VLLMEngine(Part):
 class Engines(Part):
     """The two roles' engines and what they return."""
 
-    student: VLLMEngine = VLLMEngine()
-    teacher: VLLMEngine = VLLMEngine()
+    student: EngineSettings = EngineSettings()
+    teacher: EngineSettings = EngineSettings()
     top_logprobs: Positive = 64
     """k: log-probs per position from both engines, for the divergence and for the loss. At most the vocabulary."""
     start_timeout_s: Seconds = 900.0
@@ -286,7 +284,6 @@ class RunConfig(Part):
     def _lists_are_long_enough(self) -> Self:
         if isinstance(self.policy, SKD) and self.policy.top_k > self.engines.top_logprobs:
             raise ValueError(
-                f"policy.top_k must be <= engines.top_logprobs ({self.engines.top_logprobs}), "
-                f"got {self.policy.top_k}"
+                f"policy.top_k must be <= engines.top_logprobs ({self.engines.top_logprobs}), got {self.policy.top_k}"
             )
         return self

@@ -24,6 +24,7 @@ class WriteRequest:
     top_p: float
     seed: int
     chunk_tokens: int  # hand over this many tokens at a time
+    stop_token_ids: tuple[int, ...] = ()  # end after one of these, besides the model's own end-of-sequence token
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1, self.max_tokens
@@ -91,7 +92,8 @@ class Engine(Protocol):
 async def write_whole(engine: Engine, request: WriteRequest) -> Written:
     """``generate`` by way of ``stream``, for engines that have no shorter way."""
     parts = [written async for written in engine.stream(request)]
-    assert parts and parts[-1].finish_reason is not None, "a stream must end with a finish_reason"
+    assert parts, "a stream must yield at least once"
+    assert parts[-1].finish_reason is not None, "a stream must end with a finish_reason"
     return concatenate_written(parts)
 
 

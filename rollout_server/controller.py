@@ -1,0 +1,156 @@
+"""START HERE. One prompt's way to a mixed sequence.
+
+    student  --stream-->  proposal  --teacher score-->  scores  --verifier-->  divergences  --policy-->  keep | switch
+                             ^                                                                  |           |
+                             +---------------------- the student never stopped ----------------+           v
+                                                                            teacher generates from its cached prefix
+
+Owns the order of these steps for one sequence, and how many sequences run at once. Knows nothing of Ray, vLLM, or which
+replica answers. P = prompt tokens, T = new tokens, k = length of a top list.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import numpy as np
+
+from common.config import Policy, Sampling
+from common.seeds import derive_seed
+from common.sequence import MixedSequence, Prompt, TopLogprobs
+from rollout_server.draft import Draft, Judged
+from rollout_server.engine import Engine, WriteRequest, Written
+from rollout_server.policies import ScoredPositions, divergence_of, make_policy
+from rollout_server.reading import TeacherReading
+from rollout_server.verifier import compare
+
+
+class RolloutError(RuntimeError):
+    """A sequence could not be written. Names the prompt and what failed."""
+
+
+class SwitchingController:
+    """Writes mixed sequences under one switch policy. The result does not depend on any engine's timing."""
+
+    def __init__(
+        self,
+        *,
+        student: Engine,
+        teacher: Engine,
+        policy: Policy,
+        sampling: Sampling,
+        top_logprobs: int,
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        self._student = student
+        self._teacher = teacher
+        self._policy_name = policy.type
+        self._policy = make_policy(policy)
+        self._divergence = divergence_of(policy)
+        self._sampling = sampling
+        self._top_logprobs = top_logprobs
+        self._stop_token_ids = stop_token_ids
+
+    async def collect(self, prompts: Sequence[Prompt]) -> AsyncGenerator[MixedSequence, None]:
+        """Yield each prompt's sequence as it finishes.
+
+        Consumes prompts, at most ``sampling.max_in_flight`` at once; produces sequences in the order they finish; waits
+        for the engines; stops when all are written, or when closed: then nothing keeps running in an engine.
+        Raises RolloutError for the first prompt that fails, after ending the others.
+        """
+        gate = asyncio.Semaphore(self._sampling.max_in_flight)
+
+        async def write(prompt: Prompt) -> MixedSequence:
+            async with gate:
+                try:
+                    return await self.generate(prompt)
+                except Exception as error:
+                    raise RolloutError(f"prompt {prompt.sequence_id}: {type(error).__name__}: {error}") from error
+
+        tasks = [asyncio.create_task(write(prompt)) for prompt in prompts]
+        try:
+            for finished in asyncio.as_completed(tasks):
+                yield await finished
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def generate(self, prompt: Prompt) -> MixedSequence:
+        """Student and teacher write one sequence together."""
+        draft = Draft(prompt, self._top_logprobs)
+        while draft.finish_reason is None:
+            teacher_takes_over, refused = await self._explore(draft)
+            if teacher_takes_over:
+                await self._guide(draft, refused)
+        return draft.seal(self._policy_name)
+
+    async def _explore(self, draft: Draft) -> tuple[bool, Judged | None]:
+        """The student writes until the policy switches or the sequence ends.
+
+        Returns whether the teacher takes over at the draft's end, and the proposal it refused there, if there was one.
+        """
+        limit = self._policy.exploration_limit()
+        last_position = self._sampling.max_new_tokens if limit is None else min(limit, self._sampling.max_new_tokens)
+        if len(draft) >= last_position:
+            return True, None
+        reading = TeacherReading(self._teacher, draft.text)
+        request = self._write_request(draft, "student", max_tokens=last_position - len(draft))
+        try:
+            async with aclosing(self._student.stream(request)) as proposals:
+                async for proposal in proposals:
+                    judged, switch = self._judge(draft, proposal, await reading.scores(proposal))
+                    if switch is not None:
+                        draft.keep(judged[:switch])
+                        draft.num_wasted_tokens += len(judged) - switch
+                        return True, judged[switch : switch + 1]
+                    draft.keep(judged)
+        finally:
+            await reading.close()
+        if proposal.finish_reason == "length" and len(draft) < self._sampling.max_new_tokens:
+            return True, None
+        draft.finish_reason = proposal.finish_reason
+        return False, None
+
+    def _judge(self, draft: Draft, proposal: Written, scores: TopLogprobs) -> tuple[Judged, int | None]:
+        """What verifier and policy say of a proposal, and the index in it that the teacher takes, if any."""
+        divergences = compare(scores, proposal.top, self._divergence).divergences
+        student_ranks = scores.rank_of(proposal.token_ids)
+        decision = self._policy.decide(
+            ScoredPositions(
+                first=len(draft),
+                divergences=np.concatenate([draft.divergences, divergences]),
+                student_ranks=np.concatenate([draft.student_ranks, student_ranks]),
+            )
+        )
+        judged = Judged(
+            token_ids=proposal.token_ids,
+            student_logprobs=proposal.logprobs,
+            student_top=proposal.top,
+            teacher_top=scores,
+            divergences=divergences,
+            thresholds=decision.thresholds,
+            student_ranks=student_ranks,
+            weight_version=proposal.weight_version,
+        )
+        return judged, None if decision.switch is None else decision.switch - len(draft)
+
+    async def _guide(self, draft: Draft, refused: Judged | None) -> None:
+        """The teacher writes from the draft's end, to the end of the sequence or for as long as the policy says."""
+        remaining = self._sampling.max_new_tokens - len(draft)
+        max_tokens = min(remaining, self._policy.guidance_tokens or remaining)
+        guidance = await self._teacher.generate(self._write_request(draft, "teacher", max_tokens=max_tokens))
+        draft.take(guidance, refused)
+        if guidance.finish_reason == "stop" or len(draft) >= self._sampling.max_new_tokens:
+            draft.finish_reason = guidance.finish_reason
+
+    def _write_request(self, draft: Draft, role: str, *, max_tokens: int) -> WriteRequest:
+        return WriteRequest(
+            prefix=draft.text,
+            max_tokens=max_tokens,
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            seed=derive_seed(draft.prompt.seed, role, len(draft)),
+            chunk_tokens=self._sampling.chunk_tokens,
+            stop_token_ids=self._stop_token_ids,
+        )

@@ -1,0 +1,138 @@
+"""A mixed sequence in the making: tokens and everything known about them, appended together, sealed once.
+
+Owned by one controller coroutine. Calls no engine and decides nothing.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.sequence import FinishReason, Floats, Ids, MixedSequence, Prompt, TokenSource, TopLogprobs
+from rollout_server.engine import Written
+
+_NO_VERSION = -1
+_NO_RANK = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Judged:
+    """Consecutive student tokens with the teacher's scores and the policy's view of them. n = their number."""
+
+    token_ids: Ids  # [n]
+    student_logprobs: Floats  # [n] nats
+    student_top: TopLogprobs  # [n, k]
+    teacher_top: TopLogprobs  # [n, k]
+    divergences: Floats  # [n] nats
+    thresholds: Floats  # [n] nats
+    student_ranks: Ids  # [n] place in the teacher's list, k outside
+    weight_version: int
+
+    def __len__(self) -> int:
+        return int(self.token_ids.size)
+
+    def __getitem__(self, rows: slice) -> "Judged":
+        return Judged(
+            weight_version=self.weight_version,
+            **{name: getattr(self, name)[rows] for name in self.__slots__ if name != "weight_version"},
+        )
+
+
+@dataclass(slots=True)
+class Draft:
+    """Grows by ``keep`` (student) and ``take`` (teacher) until it has a finish_reason."""
+
+    prompt: Prompt
+    top_logprobs: int
+    finish_reason: FinishReason | None = None
+    num_wasted_tokens: int = 0
+    _columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _student_top: list[TopLogprobs] = field(default_factory=list)
+    _teacher_top: list[TopLogprobs] = field(default_factory=list)
+    _switches: list[int] = field(default_factory=list)
+    _num_tokens: int = 0
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    @property
+    def num_switches(self) -> int:
+        return len(self._switches)
+
+    @property
+    def text(self) -> Ids:
+        """[P + T so far] prompt and new tokens."""
+        return np.concatenate([self.prompt.token_ids, *self._columns.get("token_ids", [])])
+
+    @property
+    def divergences(self) -> Floats:
+        """[T so far] nats, NaN where the teacher wrote without a proposal to judge."""
+        return np.concatenate([np.empty(0, np.float32), *self._columns.get("divergences", [])])
+
+    @property
+    def student_ranks(self) -> Ids:
+        """[T so far]"""
+        return np.concatenate([np.empty(0, np.int32), *self._columns.get("student_ranks", [])])
+
+    def keep(self, judged: Judged) -> None:
+        """Append student tokens that the policy let pass."""
+        self._append(
+            judged.student_top,
+            judged.teacher_top,
+            token_ids=judged.token_ids,
+            sources=np.full(len(judged), TokenSource.STUDENT, np.uint8),
+            divergences=judged.divergences,
+            thresholds=judged.thresholds,
+            student_ranks=judged.student_ranks,
+            student_logprobs=judged.student_logprobs,
+            teacher_logprobs=judged.teacher_top.logprob_of(judged.token_ids),
+            weight_versions=np.full(len(judged), judged.weight_version, np.int32),
+        )
+
+    def take(self, written: Written, refused: Judged | None) -> None:
+        """Append teacher tokens from a switch on. ``refused`` is the student's proposal at the switch, if it made one.
+
+        What the policy saw at the switch is recorded with the teacher's token that replaced the proposal.
+        """
+        num_tokens = len(written)
+        student_top = TopLogprobs.unknown(num_tokens, self.top_logprobs)
+        divergences, thresholds = np.full((2, num_tokens), np.nan, np.float32)
+        student_ranks = np.full(num_tokens, _NO_RANK, np.int32)
+        weight_versions = np.full(num_tokens, _NO_VERSION, np.int32)
+        if refused is not None:
+            student_top = TopLogprobs.concatenate([refused.student_top, student_top[1:]])
+            divergences[0], thresholds[0] = refused.divergences[0], refused.thresholds[0]
+            student_ranks[0], weight_versions[0] = refused.student_ranks[0], refused.weight_version
+        self._switches.append(len(self))
+        self._append(
+            student_top,
+            written.top,
+            token_ids=written.token_ids,
+            sources=np.full(num_tokens, TokenSource.TEACHER, np.uint8),
+            divergences=divergences,
+            thresholds=thresholds,
+            student_ranks=student_ranks,
+            student_logprobs=np.full(num_tokens, np.nan, np.float32),
+            teacher_logprobs=written.logprobs,
+            weight_versions=weight_versions,
+        )
+
+    def _append(self, student_top: TopLogprobs, teacher_top: TopLogprobs, **columns: np.ndarray) -> None:
+        for name, values in columns.items():
+            self._columns.setdefault(name, []).append(values)
+        self._student_top.append(student_top)
+        self._teacher_top.append(teacher_top)
+        self._num_tokens += len(student_top)
+
+    def seal(self, policy: str) -> MixedSequence:
+        """The finished record."""
+        assert self.finish_reason is not None, f"{self.prompt.sequence_id} is not finished"
+        return MixedSequence(
+            prompt=self.prompt,
+            policy=policy,
+            student_top=TopLogprobs.concatenate(self._student_top),
+            teacher_top=TopLogprobs.concatenate(self._teacher_top),
+            switches=np.array(self._switches, np.int32),
+            finish_reason=self.finish_reason,
+            num_wasted_tokens=self.num_wasted_tokens,
+            **{name: np.concatenate(parts) for name, parts in self._columns.items()},
+        )

@@ -1,0 +1,242 @@
+"""The real engine: vLLM's AsyncLLM behind the Engine protocol. The only module that runs vLLM.
+
+Owns what vLLM must be started with so that its answers mean what the protocol says (raw log-probs, enough of them, no
+detokenisation), and the conversion of its rows to numpy. Knows nothing of Ray, roles or policies.
+
+n = tokens, k = length of a top list. A flat row of vLLM holds k + 1 entries: the token itself, then the k best.
+"""
+
+import os
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Self
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from common.config import EngineSettings as Settings
+from common.sequence import Ids, TopLogprobs
+from common.weights import WeightUpdate
+from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written, write_whole
+from rollout_server.weight_receiver import apply_update
+
+_CPU_BLOCK_TOKENS = 32  # vLLM's smallest on processors; prefixes are reused in whole blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """One engine to be started."""
+
+    model: str  # folder or hub name
+    settings: Settings
+    top_logprobs: int
+    trust_remote_code: bool = False
+    weight_transfer_backend: str | None = None  # None for an engine whose weights never change
+
+
+class VLLMEngine:
+    """One AsyncLLM. Make it with ``start``, end it with ``shutdown``."""
+
+    def __init__(self, llm: AsyncLLM, top_logprobs: int) -> None:
+        self._llm = llm
+        self._top_logprobs = top_logprobs
+        self._request_numbers = count()
+        self.weight_version = 0
+
+    @classmethod
+    def start(cls, spec: EngineSpec) -> Self:
+        """Load the model and start vLLM's processes. Must run inside a running event loop.
+
+        Raises what vLLM raises when the model can't be loaded or the memory does not suffice.
+        """
+        args = _engine_args(spec)
+        with _process_environment(spec.settings):
+            llm = AsyncLLM.from_engine_args(args)
+        vocabulary = llm.model_config.get_vocab_size()
+        assert llm.model_config.logprobs_mode == "raw_logprobs", llm.model_config.logprobs_mode
+        return cls(llm, min(spec.top_logprobs, vocabulary))
+
+    @property
+    def top_logprobs(self) -> int:
+        """k: what was asked for, at most the vocabulary."""
+        return self._top_logprobs
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._llm.model_config.max_model_len)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype vLLM computes in, e.g. ``float32``."""
+        return str(self._llm.model_config.dtype).removeprefix("torch.")
+
+    @property
+    def num_running(self) -> int:
+        """Requests not finished yet."""
+        return int(self._llm.output_processor.get_num_unfinished_requests())
+
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+        params = self._write_params(request, RequestOutputKind.DELTA)
+        held: list[Written] = []  # vLLM sends the first token alone; it waits here for the rest of its chunk
+        async with aclosing(self._llm.generate(_prompt(request.prefix), params, self._request_id())) as outputs:
+            async for output in outputs:
+                held.append(self._written(output.outputs[0]))
+                if held[-1].finish_reason is not None or sum(map(len, held)) >= request.chunk_tokens:
+                    yield concatenate_written(held)
+                    held = []
+
+    async def generate(self, request: WriteRequest) -> Written:
+        return await write_whole(self, request)
+
+    async def score(self, request: ScoreRequest) -> TopLogprobs:
+        """See the protocol. Reads the prefix cache; asks again without it when a needed row was served from there.
+
+        vLLM returns whatever lies in memory for the rows of cached tokens: the row of position j needs the state of
+        token j - 1, so it is valid only where fewer than j tokens were cached.
+        """
+        output = await self._read(request, skip_cache=False)
+        if request.num_rows > 1 and (output.num_cached_tokens or 0) >= request.start:
+            output = await self._read(request, skip_cache=True)
+        next_row = _rows(output.outputs[0].logprobs, 0, 1, self._top_logprobs)
+        if request.num_rows == 1:
+            return next_row
+        read = _rows(output.prompt_logprobs, request.start, request.token_ids.size, self._top_logprobs)
+        return TopLogprobs.concatenate([read, next_row])
+
+    async def load_weights(self, update: WeightUpdate) -> None:
+        await apply_update(self._llm, update)
+        self.weight_version = update.version
+
+    def shutdown(self) -> None:
+        """End vLLM's processes."""
+        self._llm.shutdown()
+
+    async def _read(self, request: ScoreRequest, *, skip_cache: bool) -> RequestOutput:
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            logprobs=self._top_logprobs,
+            prompt_logprobs=self._top_logprobs if request.num_rows > 1 else None,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_reading_prefix_cache=skip_cache,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async with aclosing(self._llm.generate(_prompt(request.token_ids), params, self._request_id())) as outputs:
+            async for output in outputs:
+                return output  # type: ignore[no-any-return]  # FINAL_ONLY: the first is the last
+        raise RuntimeError("vLLM ended a score request without an output")
+
+    def _write_params(self, request: WriteRequest, output_kind: RequestOutputKind) -> SamplingParams:
+        return SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed if request.temperature > 0 else None,
+            max_tokens=request.max_tokens,
+            stop_token_ids=list(request.stop_token_ids),
+            logprobs=self._top_logprobs,
+            flat_logprobs=True,
+            detokenize=False,
+            stream_interval=request.chunk_tokens,
+            output_kind=output_kind,
+        )
+
+    def _written(self, output: CompletionOutput) -> Written:
+        num_tokens = len(output.token_ids)
+        own_entries = output.logprobs.start_indices
+        assert output.finish_reason in (None, "stop", "length"), f"vLLM ended a request with {output.finish_reason}"
+        return Written(
+            token_ids=np.asarray(output.token_ids, np.int32),
+            logprobs=np.asarray(output.logprobs.logprobs, np.float32)[own_entries],
+            top=_rows(output.logprobs, 0, num_tokens, self._top_logprobs),
+            weight_version=self.weight_version,
+            finish_reason=output.finish_reason,
+        )
+
+    def _request_id(self) -> str:
+        return str(next(self._request_numbers))
+
+
+def _prompt(token_ids: Ids) -> TokensPrompt:
+    return TokensPrompt(prompt_token_ids=token_ids.tolist())
+
+
+def _rows(flat: FlatLogprobs, first: int, end: int, k: int) -> TopLogprobs:
+    """Rows first..end-1 of vLLM's flat lists, without each row's leading own entry.
+
+    Where vLLM merged deltas that nobody had taken yet, it drops the second entry of an own token among the k best; such
+    a row is one entry short and out of order at its head.
+    """
+    starts, ends = np.asarray(flat.start_indices[first:end]), np.asarray(flat.end_indices[first:end])
+    lengths, wanted = ends - starts, slice(starts[0], ends[-1])
+    token_ids, logprobs = np.asarray(flat.token_ids[wanted], np.int32), np.asarray(flat.logprobs[wanted], np.float32)
+    entries = (starts - starts[0] + (lengths == k + 1))[:, None] + np.arange(k)
+    top_ids, top_logprobs = token_ids[entries], logprobs[entries]
+    if (lengths == k).any():
+        order = np.argsort(-top_logprobs, axis=1, kind="stable")
+        top_ids, top_logprobs = np.take_along_axis(top_ids, order, 1), np.take_along_axis(top_logprobs, order, 1)
+    return TopLogprobs(top_ids, top_logprobs)
+
+
+def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
+    settings = spec.settings
+    args = AsyncEngineArgs(
+        model=spec.model,
+        trust_remote_code=spec.trust_remote_code,
+        dtype=settings.dtype if settings.dtype != "auto" else _best_dtype(),
+        tensor_parallel_size=settings.tensor_parallel_size,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager,
+        enable_prefix_caching=True,
+        max_logprobs=-1,  # no limit: k is ours to choose
+        logprobs_mode="raw_logprobs",
+        disable_log_stats=True,
+    )
+    if spec.weight_transfer_backend is not None:
+        args.weight_transfer_config = WeightTransferConfig(backend=spec.weight_transfer_backend)
+    if current_platform.is_cpu():
+        args.kv_cache_memory_bytes = int(settings.kv_cache_gib * 2**30)
+        args.block_size = _CPU_BLOCK_TOKENS
+        # A seeded request whose prompt is prefilled in pieces ends the CPU engine, so prompts go in whole.
+        args.enable_chunked_prefill = False
+        args.max_num_batched_tokens = max(8192, args.create_model_config().max_model_len)
+    return args
+
+
+def _best_dtype() -> str:
+    """bfloat16 wherever the hardware computes in it, else float32, which is far faster there."""
+    if current_platform.is_cpu() and not torch.cpu._is_avx512_bf16_supported():
+        return "float32"
+    return "bfloat16"
+
+
+@contextmanager
+def _process_environment(settings: Settings) -> Iterator[None]:
+    """What vLLM's own processes read from the environment at their start; put back afterwards."""
+    if not current_platform.is_cpu():
+        yield
+        return
+    wanted = {"OMP_NUM_THREADS": str(settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

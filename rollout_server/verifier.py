@@ -1,0 +1,110 @@
+"""Two top-k lists per position -> aligned buckets -> divergence, a lower bound of the full-vocabulary one.
+
+Buckets: every id both lists hold; A, the ids only the teacher lists; B, the ids only the student lists; R, the rest.
+p is the teacher, q the student. Known are p on the shared ids and A, q on the shared ids and B. Not known are
+
+    a = q(A) in [0, min(|A| q_min, 1 - q(listed))]        an id missing from a list holds at most its smallest entry
+    b = p(B) in [0, min(|B| p_min, 1 - p(listed))]
+
+An f-divergence on these buckets is jointly convex in (a, b); its smallest value on that box is a lower bound of the
+true one, because the true (a, b) lies in the box and merging ids into buckets never increases a divergence. Where no
+bound is active the optimum spreads the unshared mass in one ratio, a = (1 - q(shared)) p(A) / (1 - p(shared)); where
+one is, the other coordinate's optimum moves, and one round of coordinate steps reaches it. With k = vocabulary A, B
+and R are empty and the value is exact.
+
+n = positions, k = length of a list. Suffixes: _NK over a list's slots, _N one value a position.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import Divergence
+from common.divergence import divergence
+from common.sequence import Floats, TopLogprobs
+
+_RESOLUTION = 1e-7
+"""Mass that float32 log-probs can't tell from none. Unlisted mass is never taken to be smaller."""
+
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Verdict:
+    """How far apart the two models are at n positions."""
+
+    divergences: Floats  # [n] nats
+    student_mass: Floats  # [n] probability the student's list covers
+    teacher_mass: Floats  # [n]
+
+
+def compare(teacher_top: TopLogprobs, student_top: TopLogprobs, kind: Divergence) -> Verdict:
+    """Lower bound of the divergence at each position, never negative, from the two models' lists (see above)."""
+    assert len(teacher_top) == len(student_top), (len(teacher_top), len(student_top))
+    with torch.inference_mode():
+        log_p_NM, log_q_NM, p_listed_N, q_listed_N = _aligned_buckets(teacher_top, student_top)
+        values_N = divergence(log_p_NM, log_q_NM, kind).clamp_min(0.0)
+    return Verdict(divergences=_floats(values_N), student_mass=_floats(q_listed_N), teacher_mass=_floats(p_listed_N))
+
+
+def _aligned_buckets(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of both models on [n, k + 3] buckets (the teacher's slots, A, B, R), and the two listed masses [n]."""
+    log_p_NK = torch.from_numpy(teacher_top.logprobs).double()
+    log_q_NK = torch.from_numpy(student_top.logprobs).double()
+    slot_NK, is_shared_q_NK = _slots(teacher_top, student_top)
+    # The student's log-probs laid out on the teacher's slots; ids the teacher does not list fall on a spare slot.
+    no_mass = torch.full((len(teacher_top), teacher_top.k + 1), -torch.inf, dtype=torch.float64)
+    log_q_on_p_NK = no_mass.scatter(1, slot_NK, log_q_NK)[:, :-1]
+    is_shared_p_NK = torch.zeros_like(no_mass, dtype=torch.bool).scatter(1, slot_NK, True)[:, :-1]
+
+    p_NK, q_NK = log_p_NK.exp(), log_q_NK.exp()
+    p_A, num_A = (p_NK * ~is_shared_p_NK).sum(1), (~is_shared_p_NK).sum(1)
+    q_B, num_B = (q_NK * ~is_shared_q_NK).sum(1), (~is_shared_q_NK).sum(1)
+    p_listed_N, q_listed_N = p_NK.sum(1), q_NK.sum(1)
+    p_unlisted, q_unlisted = (1.0 - p_listed_N).clamp_min(_RESOLUTION), (1.0 - q_listed_N).clamp_min(_RESOLUTION)
+    q_A, p_B = _closest_split(
+        p_A, q_B, p_unlisted, q_unlisted, torch.minimum(num_A * q_NK[:, -1], q_unlisted),
+        torch.minimum(num_B * p_NK[:, -1], p_unlisted),
+    )  # fmt: skip
+    shared_p_NK = log_p_NK.where(is_shared_p_NK, -torch.inf)
+    # Rounding can leave R with mass on one side alone, which must not read as an infinite divergence.
+    rest_p = torch.stack([p_A, p_B, (p_unlisted - p_B).clamp_min(_TINY)], dim=1).log()
+    rest_q = torch.stack([q_A, q_B, (q_unlisted - q_A).clamp_min(_TINY)], dim=1).log()
+    return (
+        torch.cat([shared_p_NK, rest_p], dim=1),
+        torch.cat([log_q_on_p_NK, rest_q], dim=1),
+        p_listed_N.clamp_max(1.0),
+        q_listed_N.clamp_max(1.0),
+    )
+
+
+def _slots(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tuple[Tensor, Tensor]:
+    """For each id of the student's list [n, k]: its slot in the teacher's list (k where it has none), and whether."""
+    teacher_ids_NK = torch.from_numpy(teacher_top.token_ids)
+    student_ids_NK = torch.from_numpy(student_top.token_ids)
+    sorted_ids_NK, order_NK = teacher_ids_NK.sort(dim=1)
+    place_NK = torch.searchsorted(sorted_ids_NK, student_ids_NK).clamp_max(teacher_top.k - 1)
+    is_shared_NK = sorted_ids_NK.gather(1, place_NK) == student_ids_NK
+    return order_NK.gather(1, place_NK).where(is_shared_NK, teacher_top.k), is_shared_NK
+
+
+def _closest_split(
+    p_A: Tensor, q_B: Tensor, p_unlisted: Tensor, q_unlisted: Tensor, q_A_max: Tensor, p_B_max: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(q(A), p(B)) in their box that bring the two distributions closest. All [n]; module docstring for the why."""
+
+    def best_p_B(q_A: Tensor) -> Tensor:
+        return torch.minimum(p_unlisted * q_B / (q_B + q_unlisted - q_A).clamp_min(_RESOLUTION), p_B_max)
+
+    def best_q_A(p_B: Tensor) -> Tensor:
+        return torch.minimum(q_unlisted * p_A / (p_A + p_unlisted - p_B).clamp_min(_RESOLUTION), q_A_max)
+
+    q_A = torch.minimum((q_B + q_unlisted) * p_A / (p_A + p_unlisted), q_A_max)
+    p_B = best_p_B(q_A)
+    return best_q_A(p_B), p_B
+
+
+def _floats(values_N: Tensor) -> Floats:
+    return values_N.numpy().astype(np.float32)
