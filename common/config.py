@@ -150,8 +150,8 @@ class Engines(Part):
 class Sampling(Part):
     """How both models write."""
 
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
-    """0 is greedy."""
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """0 is greedy. 2 is vLLM's limit."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_new_tokens: Positive = 512
     """Student and teacher tokens together."""

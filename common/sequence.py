@@ -94,7 +94,7 @@ class TopLogprobs:
         """[n] nats. Log-prob of each given token, NaN where its row's list does not hold it."""
         ranks = self.rank_of(token_ids)
         listed = self.logprobs[np.arange(len(self)), np.minimum(ranks, self.k - 1)]
-        return np.where(ranks < self.k, listed, np.float32(np.nan))
+        return np.where(ranks < self.k, listed, np.nan).astype(np.float32, copy=False)
 
     def covered_mass(self) -> Floats:
         """[n] Probability the listed tokens hold together, at most 1. NaN where the row is not known."""

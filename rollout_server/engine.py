@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from common.config import EngineSettings
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate, WeightVersion
 
@@ -61,6 +62,27 @@ class ScoreRequest:
     @property
     def num_rows(self) -> int:
         return int(self.token_ids.size) - self.start + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """One engine to be started."""
+
+    name: str  # for messages: "student", "teacher"
+    model: str  # folder or hub name
+    settings: EngineSettings
+    top_logprobs: int
+    trust_remote_code: bool = False
+    weight_transfer_backend: str | None = None  # None for an engine whose weights never change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What a started engine turned out to be."""
+
+    dtype: str  # what it computes in, e.g. "float32"
+    max_model_len: int  # tokens, prompt and answer together
+    top_logprobs: int  # k: what was asked for, at most the vocabulary
 
 
 class Engine(Protocol):

@@ -49,11 +49,11 @@ async def apply_update(engine: "AsyncLLM", update: WeightUpdate) -> None:
     of the old ones. (With ``clear_cache=False`` a running request goes on with its old cache, and the prefix cache
     can't be cleared while the request holds blocks.) What a request wrote before stays as it is.
 
-    Raises whatever the transfer raises, and RuntimeError if the prefix cache still holds blocks. The engine runs on in
-    either case; until a later update goes through, its weights must not be trusted. One call at a time per engine.
+    Raises whatever the transfer raises, and RuntimeError if the prefix cache still holds blocks. The engine is resumed
+    in either case; until a later update goes through, its weights must not be trusted. One call at a time per engine.
     """
-    await engine.pause_generation(mode="keep", clear_cache=True)
     try:
+        await engine.pause_generation(mode="keep", clear_cache=True)
         await engine.start_weight_update()
         await engine.update_weights(WeightTransferUpdateRequest(update_info=dict(update.transfer_info)))
         await engine.finish_weight_update(weight_version=str(update.version))

@@ -7,7 +7,7 @@ before it, then the result alone. Text only: this module knows no tokenizer and 
 import argparse
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import islice
@@ -18,11 +18,13 @@ OPERATORS = "+-*"
 END_OF_PROMPT = "="
 END_OF_STEP = ";"
 
-# Six characters a step, one for the result, one EOS: 38 tokens on average. Three lengths, so that sequences of
-# one batch end at different times. The shortest chain alone has 10^6 * 3^5 prompts, so repeats are rare.
-NUM_OPERATORS = (5, 6, 7)
-MAX_PROMPT_CHARACTERS = 2 * max(NUM_OPERATORS) + 2
-MAX_ANSWER_CHARACTERS = 6 * max(NUM_OPERATORS) + 1
+# All chains have one length: step n then reads the prompt at a fixed distance, which a small model learns in
+# minutes. With lengths 5, 6 and 7 mixed, 800 updates taught the teacher the shortest chains only.
+NUM_OPERATORS = 6
+# Operand and operator by turns, then `=`.
+NUM_PROMPT_CHARACTERS = 2 * NUM_OPERATORS + 2
+# `7+3=0;` a step, then the result.
+NUM_ANSWER_CHARACTERS = 6 * NUM_OPERATORS + 1
 
 NUM_TRAIN = 2048
 NUM_HELD_OUT = 500
@@ -66,10 +68,10 @@ def apply(left: int, operator: str, right: int) -> int:
     raise ValueError(f"operator must be one of {OPERATORS!r}, got {operator!r}")
 
 
-def write_problem(digits: list[int], operators: str) -> Problem:
-    """The chain of `digits` joined by `operators`, and its worked answer."""
+def write_problem(digits: Sequence[int], operators: str) -> Problem:
+    """The chain of `digits` joined by `operators`, of any length, and its worked answer."""
     if len(digits) != len(operators) + 1:
-        raise ValueError(f"a chain of {len(operators)} operators needs one digit more, got {len(digits)} digits")
+        raise ValueError(f"{len(operators)} operators need {len(operators) + 1} digits, got {len(digits)}")
     chain, steps, value = str(digits[0]), "", digits[0]
     for operator, right in zip(operators, digits[1:], strict=True):
         outcome = apply(value, operator, right)
@@ -80,10 +82,9 @@ def write_problem(digits: list[int], operators: str) -> Problem:
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Length, digits and operators drawn evenly and independently."""
-    num_operators = rng.choice(NUM_OPERATORS)
-    digits = [rng.randrange(10) for _ in range(num_operators + 1)]
-    return write_problem(digits, "".join(rng.choices(OPERATORS, k=num_operators)))
+    """Digits and operators drawn evenly and independently: 10^7 * 3^6 prompts in all."""
+    digits = [rng.randrange(10) for _ in range(NUM_OPERATORS + 1)]
+    return write_problem(digits, "".join(rng.choices(OPERATORS, k=NUM_OPERATORS)))
 
 
 def stream_problems(seed: int, *, excluded_prompts: AbstractSet[str] = frozenset()) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ SPARE_CHARACTERS = "abcdefghijklm"
 SYMBOLS = (*SPECIAL_TOKENS, *DIGITS, *OPERATORS, END_OF_PROMPT, END_OF_STEP, *SPARE_CHARACTERS)
 VOCABULARY = {symbol: token_id for token_id, symbol in enumerate(SYMBOLS)}
 
-# Longest prompt with BOS, longest answer with EOS: 61. The models have room for 128.
+# A prompt with BOS and a right answer with EOS take 15 + 38. The models have room for this many.
 MAX_LENGTH = 128
 
 PAD_ID, BOS_ID, EOS_ID, UNKNOWN_ID = (VOCABULARY[token] for token in SPECIAL_TOKENS)

@@ -7,9 +7,8 @@ n = tokens, k = length of a top list. A flat row of vLLM holds k + 1 entries: th
 """
 
 import os
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Self
 
@@ -28,21 +27,18 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from common.config import EngineSettings as Settings
 from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written, write_whole
-from rollout_server.weight_receiver import apply_update
+from rollout_server.engine import (
+    EngineFacts,
+    EngineSpec,
+    ScoreRequest,
+    WriteRequest,
+    Written,
+    concatenate_written,
+    write_whole,
+)
+from rollout_server.weight_receiver import apply_update, init_transfer
 
 _CPU_BLOCK_TOKENS = 32  # vLLM's smallest on processors; prefixes are reused in whole blocks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
-    """One engine to be started."""
-
-    model: str  # folder or hub name
-    settings: Settings
-    top_logprobs: int
-    trust_remote_code: bool = False
-    weight_transfer_backend: str | None = None  # None for an engine whose weights never change
 
 
 class VLLMEngine:
@@ -68,18 +64,14 @@ class VLLMEngine:
         return cls(llm, min(spec.top_logprobs, vocabulary))
 
     @property
-    def top_logprobs(self) -> int:
-        """k: what was asked for, at most the vocabulary."""
-        return self._top_logprobs
-
-    @property
-    def max_model_len(self) -> int:
-        return int(self._llm.model_config.max_model_len)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype vLLM computes in, e.g. ``float32``."""
-        return str(self._llm.model_config.dtype).removeprefix("torch.")
+    def facts(self) -> EngineFacts:
+        """What was chosen where the settings left a choice."""
+        model = self._llm.model_config
+        return EngineFacts(
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=int(model.max_model_len),
+            top_logprobs=self._top_logprobs,
+        )
 
     @property
     def num_running(self) -> int:
@@ -114,6 +106,10 @@ class VLLMEngine:
         read = _rows(output.prompt_logprobs, request.start, request.token_ids.size, self._top_logprobs)
         return TopLogprobs.concatenate([read, next_row])
 
+    async def init_weight_transfer(self, transfer_info: Mapping[str, object]) -> None:
+        """Open this engine's end of the weight transfer, once, before the first update."""
+        await init_transfer(self._llm, transfer_info)
+
     async def load_weights(self, update: WeightUpdate) -> None:
         await apply_update(self._llm, update)
         self.weight_version = update.version
@@ -135,7 +131,7 @@ class VLLMEngine:
         )
         async with aclosing(self._llm.generate(_prompt(request.token_ids), params, self._request_id())) as outputs:
             async for output in outputs:
-                return output  # type: ignore[no-any-return]  # FINAL_ONLY: the first is the last
+                return output  # FINAL_ONLY: the first is the last
         raise RuntimeError("vLLM ended a score request without an output")
 
     def _write_params(self, request: WriteRequest, output_kind: RequestOutputKind) -> SamplingParams:

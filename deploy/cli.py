@@ -1,0 +1,117 @@
+"""The command ``adaswitch``. Every command imports what it needs when it runs, so that ``--help`` is quick and reading
+a trace needs neither torch nor Ray.
+
+Exit codes: 0 done, 2 something the user gave can't be used (one line on stderr), 130 interrupted, 1 our own failure.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from rollout_server.traces.reader import TraceReader
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with the run's settings.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as policy.window=5. May be repeated."),
+]
+
+
+class Commands(TyperGroup):
+    """Turns what a user can act on into one line and an exit code, for every command."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Train a small language model on sequences that it and a large one write together.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the ``adaswitch`` script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"adaswitch {version('adaswitch')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def config(file: ConfigFile, overrides: Overrides = None) -> None:
+    """Print every setting of a run and where its value came from: default, file or --set."""
+    from common.config_source import dump_config, read_config
+
+    typer.echo(dump_config(read_config(file, overrides or [])), nl=False)
+
+
+@app.command()
+def traces(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    sequence: Annotated[str | None, typer.Argument(metavar="SEQUENCE", help="Show this one, token by token.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Only this step.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many sequences.")] = 20,
+    switched: Annotated[
+        bool | None, typer.Option("--switched/--not-switched", help="Only those the teacher took over, or did not.")
+    ] = None,
+) -> None:
+    """List the sequences of a run, or show one: who wrote each token, and why."""
+    from deploy.terminal import print_sequence, print_sequences
+    from rollout_server.traces.reader import TraceReader
+    from rollout_server.traces.records import SequenceFilter
+
+    with TraceReader(run / "traces") as reader:
+        _warn_of_skipped(reader)
+        if sequence is None:
+            where = SequenceFilter(first_step=step, last_step=step, switched=switched)
+            print_sequences(reader.sequences(where, limit=limit))
+            _say_how_many(shown=min(limit, found := reader.num_sequences(where)), found=found)
+        elif trace := reader.sequence(sequence, step):
+            print_sequence(trace)
+        else:
+            place = f"{run} in step {step}" if step is not None else run
+            raise UserError(f"no sequence {sequence!r} in {place}")
+
+
+def _warn_of_skipped(reader: "TraceReader") -> None:
+    if skipped := reader.skipped:
+        names = "; ".join(f"{segment.name} ({segment.reason})" for segment in skipped)
+        typer.echo(f"warning: skipped {len(skipped)} unreadable segment(s): {names}", err=True)
+
+
+def _say_how_many(*, shown: int, found: int) -> None:
+    """On stderr, so that a pipe gets the rows alone."""
+    typer.echo(f"{shown} of {found} sequences", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Ray shells around an engine and around the rollouts, and what the driver holds of them. No logic.
+
+What they do is in ``engines/`` and ``rollouts``. vLLM is imported by the process that runs it, not by this module.
+"""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+from transformers import AutoTokenizer
+
+from common.logs import set_up_logging
+from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
+from common.waiting import within
+from common.weights import WeightUpdate
+from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
+from rollout_server.engines.multiplex import StreamMultiplexer, WrittenBatch
+from rollout_server.engines.remote import RemoteEngine
+from rollout_server.rollouts import Rollouts, RolloutSpec
+from rollout_server.selftest import check_engine
+
+
+class EngineActor:
+    """One vLLM engine in a process of its own. ``start`` comes first."""
+
+    async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
+        """Load the model and check the engine's numbers. Raises UserError when they don't mean what they must."""
+        set_up_logging()
+        from rollout_server.engines.vllm import VLLMEngine
+
+        self._engine = VLLMEngine.start(spec)
+        self._streams = StreamMultiplexer(self._engine)
+        facts = self._engine.facts
+        await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
+        return facts
+
+    async def open_streams(self, client_id: str, requests: dict[int, WriteRequest]) -> None:
+        self._streams.open(client_id, requests)
+
+    async def poll(self, client_id: str, wait_s: float) -> WrittenBatch:
+        return await self._streams.poll(client_id, wait_s)
+
+    async def close_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
+        await self._streams.close(client_id, stream_ids)
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[TopLogprobs | str]:
+        return await self._streams.score(requests)
+
+    async def init_weight_transfer(self, transfer_info: Mapping[str, object]) -> None:
+        await self._engine.init_weight_transfer(transfer_info)
+
+    async def load_weights(self, update: WeightUpdate) -> None:
+        await self._engine.load_weights(update)
+
+    async def num_running(self) -> int:
+        return self._engine.num_running
+
+    async def shutdown(self) -> None:
+        """End vLLM's own processes, which would outlive this one."""
+        self._engine.shutdown()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAddress:
+    """How a rollout actor reaches an engine."""
+
+    handle: ActorHandle
+    name: str
+    call_timeout_s: float
+
+
+class RolloutActor:
+    """The switching controller in a process of its own."""
+
+    def __init__(self, spec: RolloutSpec, student: EngineAddress, teacher: EngineAddress, tokenizer: str) -> None:
+        set_up_logging()
+        self._spec = spec
+        self._addresses = (student, teacher)
+        self._tokenizer = tokenizer
+        self._rollouts: Rollouts | None = None
+
+    async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[MixedSequence, None]:
+        async for sequence in self._on_this_loop().collect(prompts, step):
+            yield sequence
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
+        return await self._on_this_loop().evaluate(prompts)
+
+    async def probe(self, texts: Sequence[Ids]) -> list[TopLogprobs]:
+        return await self._on_this_loop().probe(texts)
+
+    def _on_this_loop(self) -> Rollouts:
+        """Made at the first call: remote engines belong to the event loop the calls run on."""
+        if self._rollouts is None:
+            student, teacher = (
+                RemoteEngine(address.handle, name=address.name, call_timeout_s=address.call_timeout_s)
+                for address in self._addresses
+            )
+            decoder = AutoTokenizer.from_pretrained(self._tokenizer)
+            self._rollouts = Rollouts(self._spec, student=student, teacher=teacher, decoder=decoder)
+        return self._rollouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Collected:
+    """A sequence as the training loop gets it: to look at, and to pass on without copying."""
+
+    sequence: MixedSequence
+    reference: "ray.ObjectRef[MixedSequence]"
+
+
+class RemoteRollouts:
+    """The driver's side of a RolloutActor."""
+
+    def __init__(self, handle: ActorHandle, *, timeout_s: float) -> None:
+        self._handle = handle
+        self._timeout_s = timeout_s
+
+    async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[Collected, None]:
+        """Yield sequences as they finish. Closing it ends what is still being written."""
+        references = self._handle.collect.options(num_returns="streaming").remote(prompts, step)
+        try:
+            while True:
+                reference = await within(self._timeout_s, anext(references), f"a sequence of step {step}")
+                yield Collected(sequence=await within(self._timeout_s, reference, "a sequence"), reference=reference)
+        except StopAsyncIteration:
+            return
+        finally:
+            ray.cancel(references)
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
+        return await within(self._timeout_s, self._handle.evaluate.remote(prompts), "the evaluation")
+
+    async def probe(self, texts: Sequence[Ids]) -> list[TopLogprobs]:
+        return await within(self._timeout_s, self._handle.probe.remote(texts), "the probe's rows")

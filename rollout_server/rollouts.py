@@ -1,0 +1,82 @@
+"""What a rollout actor does for the training loop: collect and trace, evaluate, probe. Knows nothing of Ray.
+
+Owns the two controllers (the run's policy; the student alone and greedy, for evaluation) and the trace.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from common.config import OnPolicy, Policy, Sampling, Trace
+from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
+from rollout_server.controller import SwitchingController
+from rollout_server.engine import Engine, ScoreRequest
+from rollout_server.traces.writer import TraceWriter
+
+
+class Decoder(Protocol):
+    """Ids to text: what the trace needs of a tokenizer."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSpec:
+    """What one rollout actor is told."""
+
+    policy: Policy
+    sampling: Sampling
+    trace: Trace
+    trace_folder: Path
+    top_logprobs: int
+    stop_token_ids: tuple[int, ...]
+
+
+class Rollouts:
+    """Mixed sequences from one student and one teacher."""
+
+    def __init__(self, spec: RolloutSpec, *, student: Engine, teacher: Engine, decoder: Decoder) -> None:
+        self._student = student
+        self._writer: TraceWriter | None = None
+        if spec.trace.enabled:
+            self._writer = TraceWriter(
+                spec.trace_folder,
+                decode=decoder.decode,
+                token_texts=lambda token_ids: [decoder.decode([token_id]) for token_id in token_ids],
+                top_alternatives=spec.trace.top_alternatives,
+            )
+
+        def controller(policy: Policy, sampling: Sampling) -> SwitchingController:
+            return SwitchingController(
+                student=student,
+                teacher=teacher,
+                policy=policy,
+                sampling=sampling,
+                top_logprobs=spec.top_logprobs,
+                stop_token_ids=spec.stop_token_ids,
+            )
+
+        self._controller = controller(spec.policy, spec.sampling)
+        greedy = spec.sampling.model_copy(update={"temperature": 0.0})
+        self._student_alone = controller(OnPolicy(), greedy)
+
+    async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[MixedSequence, None]:
+        """Yield the step's sequences as they finish; the trace's segment is on disk when the last has been taken."""
+        sequences = []
+        async for sequence in self._controller.collect(prompts):
+            sequences.append(sequence)
+            yield sequence
+        if self._writer is not None:
+            sequences.sort(key=lambda sequence: sequence.sequence_id)  # the order of arrival means nothing
+            await asyncio.to_thread(self._writer.write_segment, step, sequences)
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
+        """What the student writes on its own, greedily, with the teacher's view of it."""
+        return [sequence async for sequence in self._student_alone.collect(prompts)]
+
+    async def probe(self, texts: Sequence[Ids]) -> list[TopLogprobs]:
+        """The student engine's rows for positions 1 to n of each text, for comparison with the learner's."""
+        requests = [ScoreRequest(token_ids=text, start=1) for text in texts]
+        return list(await asyncio.gather(*map(self._student.score, requests)))

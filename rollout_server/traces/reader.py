@@ -1,0 +1,234 @@
+"""Questions to a trace, answered by DuckDB over its finished segments. Knows nothing of the run that writes them.
+
+A trace may grow while it is read: every question looks at the folder anew. What a caller gives is always bound to a
+parameter, never formatted into SQL; what is formatted are column names and orders written down here. DuckDB may open
+files below the trace's folder and nothing else.
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Self, get_args
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.errors import UserError
+from rollout_server.traces.records import (
+    ALL_SEQUENCES,
+    SequenceFilter,
+    SequenceOrder,
+    SequenceRecord,
+    SequenceTrace,
+    SkippedSegment,
+    StepSummary,
+    TokenRecord,
+)
+from rollout_server.traces.schema import SEQUENCES, SEQUENCES_FILE, TOKENS, TOKENS_FILE, VERSION_KEY, parse_segment_name
+
+Row = tuple[object, ...]
+
+_SEQUENCE_COLUMNS = ", ".join(field.name for field in fields(SequenceRecord))
+_TOKEN_COLUMNS = ", ".join(field.name for field in fields(TokenRecord))
+_FROM = "FROM read_parquet($files, hive_partitioning = false)"
+_MATCHES = """WHERE (CAST($switched AS BOOLEAN) IS NULL OR (num_switches > 0) = $switched)
+    AND (CAST($policy AS VARCHAR) IS NULL OR policy = $policy)"""
+_STEP_SEQUENCES = f"""SELECT step, count(*), sum(num_tokens), sum(num_wasted_tokens),
+    avg(CAST(num_switches > 0 AS INTEGER)), sum(num_teacher_tokens) / sum(num_tokens), avg(first_switch)
+    {_FROM} GROUP BY step"""
+_STEP_DIVERGENCES = f"""SELECT step, avg(divergence), quantile_cont(divergence, 0.5), quantile_cont(divergence, 0.9),
+    quantile_cont(divergence, 0.99) {_FROM} GROUP BY step"""
+_SEGMENTS_PER_SUMMARY_QUERY = 64  # bounds the memory the exact quantiles take
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A segment as it lies there now. ``signature`` changes when its files do."""
+
+    name: str
+    step: int
+    signature: tuple[tuple[int, int], ...]  # (bytes, modification time in ns) of both files, empty if one is missing
+
+
+class TraceReader:
+    """Reads one run's trace. May be used by several threads. Segments that can't be read are left out: ``skipped``."""
+
+    def __init__(self, folder: Path, *, memory_limit_mib: int = 512, num_threads: int = 2) -> None:
+        if not folder.is_dir():
+            raise UserError(f"no trace to read: {folder} is not a folder")
+        self._folder = folder.resolve()
+        self._pattern = glob.escape(str(self._folder))  # DuckDB reads a run called "run[1]" as a pattern
+        self._problems: dict[_Segment, str | None] = {}
+        self._summaries: dict[_Segment, StepSummary] = {}
+        self._connection = duckdb.connect(
+            ":memory:",
+            config={
+                "memory_limit": f"{memory_limit_mib}MiB",
+                "threads": num_threads,
+                "temp_directory": "",
+                "autoload_known_extensions": False,
+                "autoinstall_known_extensions": False,
+            },
+        )
+        self._connection.execute(
+            "SET allowed_directories = [$folder, $pattern]", {"folder": str(self._folder), "pattern": self._pattern}
+        )
+        self._connection.execute("SET enable_external_access = false")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @property
+    def skipped(self) -> tuple[SkippedSegment, ...]:
+        """Segments that can't be read, by step: half copied, corrupt, or of another schema version."""
+        problems = ((segment.name, self._problem(segment)) for segment in self._newest_segments())
+        return tuple(SkippedSegment(name=name, reason=problem) for name, problem in problems if problem is not None)
+
+    def sequences(
+        self,
+        where: SequenceFilter = ALL_SEQUENCES,
+        *,
+        order: SequenceOrder = "step",
+        descending: bool = False,
+        limit: int = 50,
+        offset: int = 0,
+    ) -> list[SequenceRecord]:
+        """The matching sequences in order, ties by step and id, nulls last; ``limit`` of them after ``offset``."""
+        if order not in get_args(SequenceOrder):
+            raise UserError(f"order must be one of {', '.join(get_args(SequenceOrder))}, got {order!r}")
+        for name, value in (("limit", limit), ("offset", offset)):
+            if value < 0:
+                raise UserError(f"{name} must be >= 0, got {value}")
+        sql = f"""SELECT {_SEQUENCE_COLUMNS} {_FROM} {_MATCHES}
+            ORDER BY {order} {"DESC" if descending else "ASC"} NULLS LAST, step, sequence_id
+            LIMIT $limit OFFSET $offset"""
+        parameters = {"switched": where.switched, "policy": where.policy, "limit": limit, "offset": offset}
+        return [_sequence_record(row) for row in self._rows(SEQUENCES_FILE, sql, parameters, where)]
+
+    def num_sequences(self, where: SequenceFilter = ALL_SEQUENCES) -> int:
+        """How many sequences match, for paging."""
+        parameters = {"switched": where.switched, "policy": where.policy}
+        rows = self._rows(SEQUENCES_FILE, f"SELECT count(*) {_FROM} {_MATCHES}", parameters, where)
+        return int(rows[0][0]) if rows else 0  # type: ignore[call-overload]
+
+    def sequence(self, sequence_id: str, step: int | None = None) -> SequenceTrace | None:
+        """One sequence with its tokens, or None if no readable segment holds it."""
+        parameters = {"sequence_id": sequence_id}
+        sql = f"SELECT {_SEQUENCE_COLUMNS} {_FROM} WHERE sequence_id = $sequence_id ORDER BY step DESC LIMIT 1"
+        found = self._rows(SEQUENCES_FILE, sql, parameters, SequenceFilter(first_step=step, last_step=step))
+        if not found:
+            return None
+        sequence = _sequence_record(found[0])
+        sql = f"SELECT {_TOKEN_COLUMNS} {_FROM} WHERE sequence_id = $sequence_id ORDER BY position"
+        where = SequenceFilter(first_step=sequence.step, last_step=sequence.step)
+        tokens = [_token_record(row) for row in self._rows(TOKENS_FILE, sql, parameters, where)]
+        return SequenceTrace(sequence=sequence, tokens=tokens) if tokens else None
+
+    def steps(self, first_step: int | None = None, last_step: int | None = None) -> list[StepSummary]:
+        """One summary per step. Segments never change, so each is summed up once."""
+        where = SequenceFilter(first_step=first_step, last_step=last_step)
+        missing = [segment for segment in self._segments(where) if segment not in self._summaries]
+        for start in range(0, len(missing), _SEGMENTS_PER_SUMMARY_QUERY):
+            self._summarise(missing[start : start + _SEGMENTS_PER_SUMMARY_QUERY])
+        return [self._summaries[segment] for segment in self._segments(where) if segment in self._summaries]
+
+    def _summarise(self, segments: list[_Segment]) -> None:
+        where = SequenceFilter(first_step=segments[0].step, last_step=segments[-1].step)
+        divergences = {row[0]: row[1:] for row in self._rows(TOKENS_FILE, _STEP_DIVERGENCES, {}, where)}
+        counted = {row[0]: row for row in self._rows(SEQUENCES_FILE, _STEP_SEQUENCES, {}, where)}
+        for segment in segments:
+            if segment.step in divergences and segment.step in counted:
+                self._summaries[segment] = _step_summary(counted[segment.step] + divergences[segment.step])
+
+    def _rows(self, file: str, sql: str, parameters: Mapping[str, object], where: SequenceFilter) -> list[Row]:
+        """Ask the segments of the wanted steps. Goes on without a segment that turns out to be corrupt or replaced."""
+        while segments := self._segments(where):
+            files = [f"{self._pattern}/{segment.name}/{file}" for segment in segments]
+            try:
+                cursor = self._connection.cursor()
+                rows: list[Row] = cursor.execute(sql, {"files": files, **parameters}).fetchall()
+                return rows
+            except duckdb.Error:
+                for segment in segments:
+                    self._problems[segment] = self._problem(segment) or _corruption(self._folder / segment.name)
+                if self._segments(where) == segments:
+                    raise
+        return []
+
+    def _segments(self, where: SequenceFilter) -> list[_Segment]:
+        """The readable segments of the wanted steps, by step."""
+        first = -1 if where.first_step is None else where.first_step
+        last = float("inf") if where.last_step is None else where.last_step
+        wanted = (segment for segment in self._newest_segments() if first <= segment.step <= last)
+        return [segment for segment in wanted if self._problem(segment) is None]
+
+    def _newest_segments(self) -> Iterator[_Segment]:
+        """The segment that counts of every step, by step: the one of the highest attempt."""
+        newest: dict[int, tuple[int, str]] = {}
+        for name in os.listdir(self._folder):
+            if parsed := parse_segment_name(name):
+                step, attempt = parsed
+                newest[step] = max(newest.get(step, (-1, "")), (attempt, name))
+        for step, (_, name) in sorted(newest.items()):
+            yield _Segment(name, step, _signature(self._folder / name))
+
+    def _problem(self, segment: _Segment) -> str | None:
+        """Why a segment can't be read, as far as its files' ends tell; None if it can."""
+        if segment not in self._problems:
+            self._problems[segment] = _incompleteness(self._folder / segment.name)
+        return self._problems[segment]
+
+
+def _signature(segment: Path) -> tuple[tuple[int, int], ...]:
+    with suppress(FileNotFoundError):
+        stats = [(segment / file).stat() for file in (SEQUENCES_FILE, TOKENS_FILE)]
+        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return ()
+
+
+def _incompleteness(segment: Path) -> str | None:
+    for file, expected in ((SEQUENCES_FILE, SEQUENCES), (TOKENS_FILE, TOKENS)):
+        try:
+            schema = pq.read_schema(segment / file)
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except (OSError, pa.ArrowException) as error:
+            return f"{file}: {' '.join(str(error).split())}"
+        if not schema.equals(expected) or (schema.metadata or {}).get(VERSION_KEY) != expected.metadata[VERSION_KEY]:
+            return f"{file} is not of schema version {expected.metadata[VERSION_KEY].decode()}"
+    return None
+
+
+def _corruption(segment: Path) -> str | None:
+    """Read everything and check the pages' checksums."""
+    for file in (SEQUENCES_FILE, TOKENS_FILE):
+        try:
+            pq.read_table(segment / file, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            return f"{file}: {' '.join(str(error).split())}"
+    return None
+
+
+def _sequence_record(row: Row) -> SequenceRecord:
+    return SequenceRecord(**dict(zip(SequenceRecord.__slots__, row, strict=True)))  # type: ignore[arg-type]
+
+
+def _token_record(row: Row) -> TokenRecord:
+    return TokenRecord(**dict(zip(TokenRecord.__slots__, row, strict=True)))  # type: ignore[arg-type]
+
+
+def _step_summary(row: Row) -> StepSummary:
+    return StepSummary(**dict(zip(StepSummary.__slots__, row, strict=True)))  # type: ignore[arg-type]

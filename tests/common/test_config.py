@@ -1,0 +1,46 @@
+import pytest
+from pydantic import ValidationError
+
+from common.config import SKD, AdaSwitch, Data, Engines, Models, Part, RunConfig, Trainer
+
+
+def run_config(**parts: object) -> RunConfig:
+    required = {"run_dir": "run", "models": {"student": "s", "teacher": "t"}, "data": {"path": "prompts.jsonl"}}
+    return RunConfig.model_validate({**required, **parts})
+
+
+def all_parts(part: type[Part] = Part) -> list[type[Part]]:
+    return [inner for child in part.__subclasses__() for inner in (child, *all_parts(child))]
+
+
+def test_a_run_needs_only_a_folder_two_models_and_prompts():
+    assert run_config() == RunConfig(
+        run_dir="run", models=Models(student="s", teacher="t"), data=Data(path="prompts.jsonl")
+    )
+
+
+@pytest.mark.parametrize("part", all_parts(), ids=lambda part: part.__name__)
+def test_every_part_is_frozen_and_refuses_unknown_keys(part: type[Part]):
+    assert part.model_config.get("frozen")
+    assert part.model_config.get("extra") == "forbid"
+
+
+def test_the_average_must_be_filled_before_a_switch():
+    assert AdaSwitch(window=7).first_position == 7
+    assert AdaSwitch(window=7, warmup=9).first_position == 9
+    with pytest.raises(ValidationError, match=r"warmup must be >= window \(7\), got 3"):
+        AdaSwitch(window=7, warmup=3)
+
+
+def test_a_policy_cannot_look_further_than_the_lists_reach():
+    with pytest.raises(ValidationError, match=r"policy.top_k must be <= engines.top_logprobs \(8\), got 25"):
+        run_config(policy=SKD(), engines=Engines(top_logprobs=8))
+
+
+def test_a_setting_of_another_policy_cannot_be_written():
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        run_config(policy={"type": "skd", "window": 3})
+
+
+def test_sequences_per_step_counts_every_sample():
+    assert Trainer(prompts_per_step=3, samples_per_prompt=4).sequences_per_step == 12

@@ -1,0 +1,284 @@
+"""PromptStream: a file or a hub data set -> prompts, in a seeded order that can be taken up again anywhere.
+
+Owns loading, checking, tokenising, ids, seeds and the order. Knows nothing of models, engines or training.
+
+Every row is checked and tokenised once, when the stream is made, so that a bad row stops a run before its first engine
+has started and not hours later. The token ids lie memory-mapped in an Arrow file in the cache of ``datasets``: a
+million rows cost disk and no memory, and a run that starts again with the same rows, tokenizer and settings finds them.
+"""
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from common.config import Data
+from common.errors import UserError
+from common.seeds import derive_seed
+from common.sequence import Prompt
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+EXPECTED_PATH = "expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub data set"
+MAX_PROMPT_ID_LENGTH = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptCursor:
+    """How far a stream has come: every row of the epochs before, and ``position`` rows of this epoch's order."""
+
+    epoch: int = 0
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.epoch >= 0, self.epoch
+        assert self.position >= 0, self.position
+
+
+class PromptStream:
+    """Prompts without end, epoch after epoch. Mutable in one thing: its cursor.
+
+    ``key`` is the place of ``config`` in the tree and heads every error. ``max_prompt_tokens`` is what the context
+    leaves for a prompt. Raises UserError for anything in the rows that can't become a prompt.
+    """
+
+    def __init__(
+        self,
+        config: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        max_prompt_tokens: int,
+        samples_per_prompt: int = 1,
+        cursor: PromptCursor | None = None,
+        key: str = "data",
+    ) -> None:
+        self._rows = _tokenised_rows(config, tokenizer, max_prompt_tokens, key)
+        self._seed = seed
+        self._shuffle = config.shuffle
+        self._samples_per_prompt = samples_per_prompt
+        self._cursor = cursor or PromptCursor()
+        if self._cursor.position >= len(self):
+            raise UserError(
+                f"{key}.path: {config.path!r} has {len(self)} rows, expected more than the {self._cursor.position} "
+                "rows of this epoch that the run has already used; go on with the same rows"
+            )
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        return len(self._rows)
+
+    @property
+    def cursor(self) -> PromptCursor:
+        """Where the next ``take`` begins. A stream made with it goes on with exactly the prompts this one would."""
+        return self._cursor
+
+    def take(self, num_rows: int) -> list[Prompt]:
+        """The next rows' prompts, samples_per_prompt for each row, on into the next epoch where this one ends."""
+        taken: list[Prompt] = []
+        epoch, position = self._cursor.epoch, self._cursor.position
+        while num_rows > 0:
+            rows = self._order(epoch)[position : position + num_rows]
+            taken += self._prompts(rows, epoch)
+            num_rows -= rows.size
+            position += rows.size
+            if position == len(self):
+                epoch, position = epoch + 1, 0
+        self._cursor = PromptCursor(epoch=epoch, position=position)
+        return taken
+
+    def all(self) -> list[Prompt]:
+        """Every prompt of epoch 0 in the order of the rows, whatever the cursor and ``shuffle``. For evaluation."""
+        return self._prompts(np.arange(len(self)), epoch=0)
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """[rows] A function of (run seed, epoch, number of rows) alone."""
+        if not self._shuffle:
+            return np.arange(len(self))
+        return np.random.default_rng(derive_seed("order", self._seed, epoch)).permutation(len(self))
+
+    def _prompts(self, rows: npt.NDArray[np.int64], epoch: int) -> list[Prompt]:
+        columns = self._rows[rows.tolist()]
+        return [
+            Prompt(
+                prompt_id=prompt_id,
+                token_ids=np.asarray(token_ids, np.int32),
+                seed=prompt_seed(self._seed, epoch, prompt_id, sample_index),
+                epoch=epoch,
+                sample_index=sample_index,
+                answer=answer,
+            )
+            for prompt_id, token_ids, answer in zip(
+                columns["prompt_id"], columns["token_ids"], columns["answer"], strict=True
+            )
+            for sample_index in range(self._samples_per_prompt)
+        ]
+
+
+def prompt_seed(run_seed: int, epoch: int, prompt_id: str, sample_index: int) -> int:
+    """The sample's seed. The order of the rows, the size of a step and the number of engines have no part in it."""
+    return derive_seed("sample", run_seed, epoch, prompt_id, sample_index)
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def _tokenised_rows(config: Data, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, key: str) -> Dataset:
+    """The data set reduced to prompt_id, token_ids and answer, every row checked."""
+    rows = _load(config, key)
+    fields = {"prompt_field": config.prompt_field, "answer_field": config.answer_field, "id_field": config.id_field}
+    for knob, column in fields.items():
+        if column is not None and column not in rows.column_names:
+            raise UserError(
+                f"{key}.{knob}: no column {column!r} in {config.path!r}, expected one of {sorted(rows.column_names)}"
+            )
+    if config.max_prompts is not None:
+        rows = rows.select(range(min(config.max_prompts, len(rows))))
+    tokenised = rows.map(
+        _RowReader(config=config, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, key=key),
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=Features({"prompt_id": Value("string"), "token_ids": List(Value("int32")), "answer": Value("string")}),
+        desc=f"Tokenising {key}",
+    )
+    if config.id_field is not None:
+        _refuse_repeated_ids(tokenised["prompt_id"], f"{key}.id_field")
+    return tokenised
+
+
+def _load(config: Data, key: str) -> Dataset:
+    """The rows as they are stored, from local files or from the hub."""
+    files = _local_files(config.path, f"{key}.path")
+    try:
+        if files:
+            rows = load_dataset(FORMATS[files[0].suffix], data_files=list(map(str, files)), split=config.split)
+        else:
+            rows = load_dataset(os.path.expanduser(config.path), config.name, split=config.split)
+    # What `datasets` raises here spans its own errors, Arrow's and the hub's; StopIteration is a file without rows.
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
+        where = "" if files or os.path.isdir(config.path) else " from the Hugging Face hub"
+        reason = " ".join(str(error.__cause__ or error or "no rows").split())
+        raise UserError(f"{key}.path: can't read {config.path!r}{where}: {reason}; {EXPECTED_PATH}") from error
+    if len(rows) == 0:
+        raise UserError(f"{key}.path: {config.path!r} has no rows, expected at least one")
+    return rows
+
+
+def _local_files(path: str, key: str) -> list[Path]:
+    """The files a path names, sorted; none for a hub name or a folder, which ``datasets`` finds itself.
+
+    What looks like a path and is none is refused at once, not looked up on the hub.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.isdir(expanded):
+        return []
+    is_glob = any(character in path for character in "*?[")
+    files = [Path(expanded)] if os.path.isfile(expanded) else sorted(map(Path, glob.glob(expanded, recursive=True)))
+    files = [file for file in files if file.is_file()]
+    if not files:
+        looks_local = is_glob or path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in FORMATS
+        if looks_local:
+            raise UserError(f"{key}: no such file: {path!r}; {EXPECTED_PATH}")
+        return []
+    suffixes = {file.suffix for file in files}
+    if len(suffixes) > 1 or not suffixes <= FORMATS.keys():
+        raise UserError(f"{key}: {path!r} names {sorted(suffixes)} files, expected one of {list(FORMATS)}")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"{key}: {str(file)!r} is empty, expected at least one row")
+    return files
+
+
+def _refuse_repeated_ids(prompt_ids: Iterable[str], key: str) -> None:
+    first_rows: dict[str, int] = {}
+    for row, prompt_id in enumerate(prompt_ids):
+        first_row = first_rows.setdefault(prompt_id, row)
+        if first_row != row:
+            raise UserError(f"{key}: rows {first_row} and {row} both have {prompt_id!r}, expected unique ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RowReader:
+    """A batch of rows -> their prompt ids, token ids and answers. ``Dataset.map`` calls it, and hashes its fields."""
+
+    config: Data
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt_tokens: int
+    key: str
+
+    def __call__(self, batch: dict[str, list[Any]], row_numbers: list[int]) -> dict[str, list[Any]]:
+        prompts = batch[self.config.prompt_field]
+        ids = row_numbers if self.config.id_field is None else batch[self.config.id_field]
+        answers = [None] * len(prompts) if self.config.answer_field is None else batch[self.config.answer_field]
+        return {
+            "prompt_id": [self._prompt_id(value, row) for value, row in zip(ids, row_numbers, strict=True)],
+            "token_ids": self._token_ids(prompts, row_numbers),
+            "answer": [None if answer is None else str(answer) for answer in answers],
+        }
+
+    def _token_ids(self, prompts: list[Any], row_numbers: list[int]) -> list[list[int]]:
+        for prompt, row in zip(prompts, row_numbers, strict=True):
+            self._check_prompt(prompt, row)
+        # One call for all texts: the tokenizer's own threads make it several times faster than one call a row.
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        of_texts = iter(self.tokenizer(texts).input_ids if texts else ())
+        token_ids = [
+            next(of_texts) if isinstance(prompt, str) else self._chat_token_ids(prompt, row)
+            for prompt, row in zip(prompts, row_numbers, strict=True)
+        ]
+        for ids, row in zip(token_ids, row_numbers, strict=True):
+            if not 1 <= len(ids) <= self.max_prompt_tokens:
+                raise UserError(
+                    f"{self.key}.prompt_field: row {row} has {len(ids)} tokens, expected 1 to "
+                    f"{self.max_prompt_tokens}; shorten it, lower sampling.max_new_tokens or raise max_model_len of "
+                    "both engines"
+                )
+        return token_ids
+
+    def _check_prompt(self, prompt: object, row: int) -> None:
+        place = f"{self.key}.prompt_field: row {row}"
+        if not isinstance(prompt, (str, list)) and prompt is not None:
+            kind = type(prompt).__name__
+            raise UserError(f"{place} holds {kind} {prompt!r}, expected text or a list of {{role, content}} messages")
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise UserError(f"{place} is empty, expected text or a list of {{role, content}} messages")
+
+    def _chat_token_ids(self, messages: list[Any], row: int) -> list[int]:
+        place = f"{self.key}.prompt_field: row {row}"
+        for message in messages:
+            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise UserError(f"{place} holds the message {message!r}, expected text under role and under content")
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{place} holds chat messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
+                "expected plain text or a model with one"
+            )
+        # Arrow gives every message the keys of all messages; the template must not see those that were not there.
+        given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        try:
+            encoding = self.tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)
+        except (TemplateError, ValueError) as error:
+            raise UserError(f"{place} is refused by the chat template: {' '.join(str(error).split())}") from error
+        return list(encoding["input_ids"])
+
+    def _prompt_id(self, value: object, row: int) -> str:
+        """The id as text that is safe in a file name and in a URL: other characters as ~ and two hex digits a byte."""
+        if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
+            raise UserError(f"{self.key}.id_field: row {row} holds {value!r}, expected text or a whole number")
+        prompt_id = quote(str(value), safe="").replace("~", "%7E").replace("%", "~")
+        if len(prompt_id) > MAX_PROMPT_ID_LENGTH:
+            raise UserError(
+                f"{self.key}.id_field: row {row} holds {value!r}, {len(prompt_id)} characters when made safe for file "
+                f"names, expected at most {MAX_PROMPT_ID_LENGTH}"
+            )
+        return prompt_id

@@ -1,0 +1,349 @@
+"""The learner's half of the weight transfer: what is sent, through which backend, and what an engine gets to see.
+
+Everything goes through vLLM's own trainer-side interface, so ``nccl`` is vLLM's code and ``host_memory``, for machines
+without NCCL, is the one backend written here. Knows nothing of Ray: whoever builds the client says how to reach
+engines.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    materialize_full_tensor,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.utils.network_utils import get_ip, get_open_port
+
+from common.weights import WeightUpdate, WeightVersion
+
+HOST_MEMORY = "host_memory"
+SHARED_MEMORY = Path("/dev/shm")
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+# ------------------------------------------------------------------------------------------------------ what is sent
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every floating-point tensor of a checkpoint, under its Hugging Face name, tied ones once per name.
+
+    An engine keeps a tied output head apart while it loads (and on processors packs it apart for good), so
+    ``lm_head.weight`` must be sent beside ``model.embed_tokens.weight``; ``named_parameters()`` leaves it out.
+    Models that transformers holds under other names than their checkpoints (fused experts) are not covered.
+    """
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+class LearnerWeights(WeightSource):  # type: ignore[misc]
+    """The model's weights as they are when iterated: whole tensors in the engine's dtype.
+
+    Under FSDP iterating is a collective, so every rank does it, in the same order.
+    """
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype) -> None:
+        if dtype not in SAFETENSORS_DTYPES:
+            raise ValueError(f"engine dtype must be one of {', '.join(map(str, SAFETENSORS_DTYPES))}, got {dtype}")
+        self._model = model
+        self._dtype = dtype
+
+    def metadata(self) -> list[ParamMeta]:
+        return [
+            ParamMeta(name, self._dtype, tuple(tensor.shape)) for name, tensor in named_weights(self._model).items()
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named_weights(self._model).items():
+            yield name, materialize_full_tensor(tensor.detach().to(self._dtype))
+
+
+# ------------------------------------------------------------------------------------------ what an engine gets to see
+
+
+class OneCallClient:
+    """vLLM's client protocol (``VLLMWeightSyncClient``), with all of one update in one call.
+
+    vLLM's protocol starts, updates and finishes in three calls; between them an engine is paused and its parameters
+    are gone, and a learner that dies there leaves it so for ever. Here the engine gets one ``WeightUpdate`` and does
+    pause, load and resume on its own, so it comes back whatever happens to the learner.
+
+    ``init(transfer_info)`` and ``load(update)`` reach every engine and return when all are done, or raise.
+    """
+
+    def __init__(self, *, init: Callable[[Mapping[str, object]], None], load: Callable[[WeightUpdate], None]) -> None:
+        self._init = init
+        self._load = load
+        self.version: WeightVersion = 0  # of the update under way; vLLM's protocol has no place for it
+        self.last_update: WeightUpdate | None = None  # the last one that every engine took
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._init(init_info)
+
+    def start_weight_update(self) -> None:
+        """The engine starts it when it gets the update."""
+
+    def update_weights(self, update_info: Any) -> None:
+        update = WeightUpdate(version=self.version, transfer_info=update_info)
+        self._load(update)
+        self.last_update = update
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """The engine has finished it before ``update_weights`` returned, under the version in the update."""
+
+
+def replica_init_info(init_info: Mapping[str, object], *, replica: int, workers_per_replica: int) -> dict[str, object]:
+    """The same init info as one of several engines needs it: in an NCCL group each worker has a rank of its own.
+
+    vLLM numbers the workers of one engine only, so ``init`` must pass this to replica 0, 1, ...
+    """
+    shifted = dict(init_info)
+    if isinstance(rank_offset := shifted.get("rank_offset"), int):
+        shifted["rank_offset"] = rank_offset + replica * workers_per_replica
+    return shifted
+
+
+# ------------------------------------------------------------------------------------------------------------- sending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the NCCL group of the learner's first rank and all engine workers meets."""
+
+    master_address: str  # of the learner's first rank, as the engines' machines see it
+    master_port: int
+    world_size: int  # 1 + engine workers, all replicas together
+
+    @classmethod
+    def on_this_machine(cls, *, num_workers: int) -> Self:
+        """At a free port of the machine this learner rank runs on, for so many engine workers."""
+        return cls(master_address=get_ip(), master_port=get_open_port(), world_size=1 + num_workers)
+
+
+class WeightSender:
+    """What a learner rank holds. Every rank calls every method; only rank 0 talks to engines."""
+
+    def __init__(self, engine: TrainerWeightTransferEngine, client: OneCallClient) -> None:
+        self._engine = engine
+        self._client = client
+
+    def send(self, version: WeightVersion) -> None:
+        """Returns when every engine holds the source's present weights under this version."""
+        self._client.version = version
+        self._engine.send_weights()
+
+    def previous_weights(self) -> dict[str, Tensor] | None:
+        """What engines held before the last send, for the diagnosis. None where no copy is kept (nccl, ranks > 0)."""
+        return self._engine.previous_weights() if isinstance(self._engine, HostMemoryTrainerEngine) else None
+
+    def current_update(self) -> WeightUpdate | None:
+        """The last update, for an engine that starts late. None before the first, and where it can't be sent again."""
+        return self._client.last_update if isinstance(self._engine, HostMemoryTrainerEngine) else None
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+
+def build_sender(
+    backend: Literal["host_memory", "nccl"],
+    source: LearnerWeights,
+    client: OneCallClient,
+    *,
+    rank: int = 0,
+    rendezvous: Rendezvous | None = None,
+) -> WeightSender:
+    """Open the transfer, on every learner rank and after the engines are up; blocks until the engines have joined.
+
+    ``source`` must still hold what the engines loaded at start. ``nccl`` is vLLM's own backend, needs a GPU on both
+    sides and a rendezvous; this branch has been built to vLLM's interface and has not been run on a GPU.
+    """
+    init_info: TrainerInitInfo
+    match backend:
+        case "host_memory":
+            init_info = HostMemoryTrainerInitInfo(rank=rank)
+        case "nccl":
+            if rendezvous is None:
+                raise ValueError("sync.backend = nccl needs a rendezvous (address, port, world size), got none")
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+            init_info = NCCLTrainerInitInfo(
+                rank=rank,
+                master_address=rendezvous.master_address,
+                master_port=rendezvous.master_port,
+                world_size=rendezvous.world_size,
+            )
+    return WeightSender(WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source), client)
+
+
+# --------------------------------------------------------------------------------------------- through host memory
+
+
+@dataclass
+class HostMemoryTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]
+    backend: ClassVar[str] = HOST_MEMORY
+
+    parent: Path = SHARED_MEMORY
+    """Where the folder is made: memory that all processes of this machine share."""
+
+
+class HostMemoryTrainerEngine(TrainerWeightTransferEngine[HostMemoryTrainerInitInfo]):  # type: ignore[misc]
+    """One safetensors file per send, in a folder of its own; the last two are kept, the first one from the start."""
+
+    init_info_cls = HostMemoryTrainerInitInfo
+
+    def __init__(
+        self,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource,
+        is_sender: bool = True,
+        parent: Path = SHARED_MEMORY,
+    ) -> None:
+        super().__init__(client=client, source=source, is_sender=is_sender)
+        self._folder = WeightFolder(parent) if is_sender else None
+        self._num_written = 0
+        self._previous: Path | None = None
+        self._current = self._write()
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: HostMemoryTrainerInitInfo,
+        *,
+        client: VLLMWeightSyncClient,
+        source: WeightSource | None = None,
+    ) -> Self:
+        if source is None:
+            raise ValueError("host_memory weight transfer needs a WeightSource, got none")
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender, parent=init_info.parent)
+        if engine._folder is not None:
+            client.init_weight_transfer_engine({"folder": str(engine._folder.path)})
+        return engine
+
+    def send_weights(self) -> None:
+        if self._previous is not None:
+            self._previous.unlink()  # before writing, so that never more than two lie in memory
+            self._previous = None
+        new = self._write()
+        if new is not None:
+            self.client.start_weight_update()
+            self.client.update_weights({"path": str(new)})
+            self.client.finish_weight_update()
+        self._previous, self._current = self._current, new
+
+    def previous_weights(self) -> dict[str, Tensor] | None:
+        return None if self._previous is None else load_file(self._previous)
+
+    def shutdown(self) -> None:
+        if self._folder is not None:
+            self._folder.remove()
+
+    def _write(self) -> Path | None:
+        """A new file, on the sender. Other ranks only take part in gathering."""
+        if self._folder is None:
+            for _ in self.source:
+                pass
+            return None
+        path = self._folder.path / f"weights-{self._num_written:06d}.safetensors"
+        self._num_written += 1
+        write_safetensors(path, self.source)
+        return path
+
+
+class WeightFolder:
+    """A new folder in shared memory, gone at ``remove`` or at this process's orderly end.
+
+    Its lock is held as long as this process lives, so that a later one finds, and removes, what a killed one left.
+    """
+
+    PREFIX = "adaswitch-weights-"
+
+    def __init__(self, parent: Path) -> None:
+        self._remove_left_behind(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=parent))
+        lock_fd = os.open(self.path / "lock.new", os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(lock_fd, fcntl.LOCK_EX)
+        (self.path / "lock.new").rename(self.path / "lock")  # never to be seen unlocked while this process lives
+        self.remove = weakref.finalize(self, self._remove, self.path, lock_fd)
+
+    @staticmethod
+    def _remove(path: Path, lock_fd: int) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock_fd)
+
+    @classmethod
+    def _remove_left_behind(cls, parent: Path) -> None:
+        for lock in parent.glob(f"{cls.PREFIX}*/lock"):
+            with suppress(OSError):  # alive, somebody else's, or just gone
+                lock_fd = os.open(lock, os.O_RDWR)
+                try:
+                    fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(lock.parent)
+                finally:
+                    os.close(lock_fd)
+
+
+def write_safetensors(path: Path, source: WeightSource) -> None:
+    """Write all of a source, one tensor at a time; the file appears whole or not at all.
+
+    safetensors' own writer wants every tensor in memory at once and refuses tied ones; this needs room for one.
+    OSError if the folder's file system has no room for the file.
+    """
+    metadata = source.metadata()
+    header_json = _safetensors_header(metadata)
+    num_bytes = 8 + len(header_json) + sum(map(_num_bytes, metadata))
+    free_bytes = shutil.disk_usage(path.parent).free
+    if num_bytes > free_bytes:
+        raise OSError(
+            f"{path.parent} has {free_bytes / 2**20:.0f} MiB free, the weights need {num_bytes / 2**20:.0f} MiB; "
+            "give the container more shared memory (docker: --shm-size), or use sync.backend = nccl"
+        )
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(header_json).to_bytes(8, "little") + header_json)
+            for declared, (name, tensor) in zip(metadata, source, strict=True):
+                sent = ParamMeta(name, tensor.dtype, tuple(tensor.shape))
+                assert sent == declared, f"declared {declared}, got {sent}"
+                file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _num_bytes(tensor: ParamMeta) -> int:
+    return int(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize)
+
+
+def _safetensors_header(metadata: list[ParamMeta]) -> bytes:
+    """https://github.com/huggingface/safetensors#format: names, dtypes, shapes and places, padded to 8 bytes."""
+    header: dict[str, object] = {}
+    end = 0
+    for tensor in metadata:
+        begin, end = end, end + _num_bytes(tensor)
+        header[tensor.name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
+        }
+    header_json = json.dumps(header).encode()
+    return header_json + b" " * (-len(header_json) % 8)
+
+
+with suppress(ValueError):  # what vLLM raises when the name is taken: this module has been loaded before
+    WeightTransferTrainerFactory.register_engine(HOST_MEMORY, __name__, "HostMemoryTrainerEngine")
