@@ -235,7 +235,7 @@ class Sync(Part):
     """How new weights reach the student engines."""
 
     backend: Literal["auto", "host_memory", "nccl"] = "auto"
-    """auto: nccl where the learner has a GPU, else host_memory (shared memory of one machine)."""
+    """auto: nccl where the learner has a GPU of its own, else host_memory (shared memory of one machine)."""
     timeout_s: Seconds = 600.0
     probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
     """Nats. The run stops when trainer and engine differ by more on the probe prompts after a sync. Default: 1e-3 when
@@ -259,6 +259,9 @@ class Placement(Part):
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     use_gpus: Literal["auto", True, False] = "auto"
     """auto: one GPU per tensor-parallel rank and one for the learner where the cluster has any."""
+    learner: Literal["own_gpu", "student_gpu"] = "own_gpu"
+    """student_gpu: on the student engine's GPU, so that a run fits on two. Leave the learner its memory through
+    engines.student.gpu_memory_utilization."""
     timeout_s: Seconds = 300.0
     """How long to wait for the resources."""
 
@@ -279,6 +282,18 @@ class RunConfig(Part):
     sync: Sync = Sync()
     trace: Trace = Trace()
     placement: Placement = Placement()
+
+    @model_validator(mode="after")
+    def _a_shared_gpu_can_be_shared(self) -> Self:
+        if self.placement.learner == "student_gpu":
+            if self.engines.student.tensor_parallel_size > 1:
+                raise ValueError(
+                    "placement.learner must be own_gpu where engines.student.tensor_parallel_size is above 1, "
+                    "got student_gpu"
+                )
+            if self.sync.backend == "nccl":
+                raise ValueError("sync.backend must not be nccl where placement.learner is student_gpu, got nccl")
+        return self
 
     @model_validator(mode="after")
     def _lists_are_long_enough(self) -> Self:

@@ -93,12 +93,13 @@ class TopLogprobs:
     def logprob_of(self, token_ids: Ids) -> Floats:
         """[n] nats. Log-prob of each given token, NaN where its row's list does not hold it."""
         ranks = self.rank_of(token_ids)
-        listed = self.logprobs[np.arange(len(self)), np.minimum(ranks, self.k - 1)]
-        return np.where(ranks < self.k, listed, np.nan).astype(np.float32, copy=False)
+        listed = np.take_along_axis(self.logprobs, np.minimum(ranks, self.k - 1)[:, None], axis=1)[:, 0]
+        return np.where(ranks < self.k, listed, np.nan).astype(np.float32)
 
     def covered_mass(self) -> Floats:
         """[n] Probability the listed tokens hold together, at most 1. NaN where the row is not known."""
-        return np.minimum(np.exp(self.logprobs.astype(np.float64)).sum(axis=1), 1.0).astype(np.float32)
+        mass = np.exp(self.logprobs.astype(np.float64)).sum(axis=1)
+        return np.where(mass > 1.0, 1.0, mass).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -75,6 +75,33 @@ def config(file: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def train(file: ConfigFile, overrides: Overrides = None) -> None:
+    """Distil the teacher into the student and print what came of it."""
+    from common.config_source import read_config
+
+    resolved = read_config(file, overrides or [])  # before the imports below, which take seconds
+
+    from deploy.launch import train
+
+    train(resolved)
+
+
+@app.command("eval")
+def evaluate(file: ConfigFile, overrides: Overrides = None) -> None:
+    """Measure models.student on the held-out prompts: accuracy, and divergence to the teacher.
+
+    To measure a trained student: --set models.student=RUN/student
+    """
+    from common.config_source import read_config
+
+    resolved = read_config(file, overrides or [])
+
+    from deploy.launch import evaluate_student
+
+    evaluate_student(resolved)
+
+
+@app.command()
 def traces(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
     sequence: Annotated[str | None, typer.Argument(metavar="SEQUENCE", help="Show this one, token by token.")] = None,
@@ -93,8 +120,10 @@ def traces(
         _warn_of_skipped(reader)
         if sequence is None:
             where = SequenceFilter(first_step=step, last_step=step, switched=switched)
-            print_sequences(reader.sequences(where, limit=limit))
-            _say_how_many(shown=min(limit, found := reader.num_sequences(where)), found=found)
+            shown = reader.sequences(where, limit=limit)
+            print_sequences(shown)
+            # On stderr, so that a pipe gets the rows alone.
+            typer.echo(f"{len(shown)} of {reader.num_sequences(where)} sequences", err=True)
         elif trace := reader.sequence(sequence, step):
             print_sequence(trace)
         else:
@@ -106,11 +135,6 @@ def _warn_of_skipped(reader: "TraceReader") -> None:
     if skipped := reader.skipped:
         names = "; ".join(f"{segment.name} ({segment.reason})" for segment in skipped)
         typer.echo(f"warning: skipped {len(skipped)} unreadable segment(s): {names}", err=True)
-
-
-def _say_how_many(*, shown: int, found: int) -> None:
-    """On stderr, so that a pipe gets the rows alone."""
-    typer.echo(f"{shown} of {found} sequences", err=True)
 
 
 if __name__ == "__main__":

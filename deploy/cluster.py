@@ -1,10 +1,4 @@
-"""A run's actors on Ray: where they go, how they start, how they end. The only place that knows every actor.
-
-bundle 0  student engine    its GPUs
-bundle 1  teacher engine    its GPUs
-bundle 2  rollouts          no GPU
-bundle 3  learner           one GPU
-"""
+"""A run's actors on Ray: how they start, how they are wired, how they end. The only place that knows every actor."""
 
 import logging
 import os
@@ -22,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import RunConfig
 from common.errors import UserError
 from common.waiting import WaitedTooLong, within
+from deploy.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.preflight import Inputs
 from deploy.run_folder import RunFolder
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
@@ -31,39 +26,154 @@ from trainer.actors import LearnerActor, LearnerSpec, RemoteLearner, TransferSpe
 
 logger = logging.getLogger(__name__)
 
-STUDENT, TEACHER, ROLLOUTS, LEARNER = range(4)
-
-# Threads are set where they are used; Ray's CPUs only have to add up to less than the smallest machine has.
-_CPUS_PER_ACTOR = 0.25
 _STOP_TIMEOUT_S = 15.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Cluster:
-    """The actors of a run, started and checked."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Student and teacher engine, started and checked, and the rollouts over them."""
 
+    student: ActorHandle
+    teacher: ActorHandle
+    student_facts: EngineFacts
+    teacher_facts: EngineFacts
     rollouts: RemoteRollouts
-    learner: RemoteLearner | None
-    student: EngineFacts
-    teacher: EngineFacts
+
+
+class Cluster:
+    """The actors of one run. Made by ``joined``."""
+
+    def __init__(self, config: RunConfig, plan: SeatingPlan, group: PlacementGroup, *, use_gpus: bool) -> None:
+        self._config = config
+        self._plan = plan
+        self._group = group
+        self._use_gpus = use_gpus
+        self._actors: list[ActorHandle] = []
+
+    async def start_pair(self, inputs: Inputs, folder: RunFolder) -> Pair:
+        """Start both engines side by side and the rollouts over them.
+
+        Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
+        """
+        engines = self._config.engines
+        student, teacher = self._spawn(EngineActor, self._plan.student), self._spawn(EngineActor, self._plan.teacher)
+        calls = [
+            student.start.remote(self._engine_spec("student", inputs), inputs.self_test_prefix),
+            teacher.start.remote(self._engine_spec("teacher", inputs), inputs.self_test_prefix),
+        ]
+        student_facts, teacher_facts = [
+            await _answer(call, f"the {role} engine to start", engines.start_timeout_s)
+            for call, role in zip(calls, ("student", "teacher"), strict=True)
+        ]
+        spec = RolloutSpec(
+            policy=self._config.policy,
+            sampling=self._config.sampling,
+            trace=self._config.trace,
+            trace_folder=folder.traces,
+            top_logprobs=min(student_facts.top_logprobs, teacher_facts.top_logprobs),
+            stop_token_ids=inputs.stop_token_ids,
+        )
+        addresses = [
+            EngineAddress(handle=handle, name=f"{role} engine", call_timeout_s=engines.call_timeout_s)
+            for handle, role in ((student, "student"), (teacher, "teacher"))
+        ]
+        rollouts = self._spawn(RolloutActor, self._plan.rollouts, spec, *addresses, self._config.models.student)
+        return Pair(
+            student=student,
+            teacher=teacher,
+            student_facts=student_facts,
+            teacher_facts=teacher_facts,
+            rollouts=RemoteRollouts(rollouts, timeout_s=self._config.trainer.step_timeout_s),
+        )
+
+    def spawn_learner(self) -> ActorHandle:
+        """Start the learner; it loads its model while the engines start."""
+        spec = LearnerSpec(
+            student=self._config.models.student,
+            trainer=self._config.trainer,
+            seed=self._config.seed,
+            trust_remote_code=self._config.engines.trust_remote_code,
+        )
+        return self._spawn(LearnerActor, self._plan.learner, spec)
+
+    async def connect_learner(self, learner: ActorHandle, pair: Pair) -> RemoteLearner:
+        """Open the weight transfer from the learner to the student engine."""
+        config = self._config
+        transfer = TransferSpec(
+            students=[pair.student],
+            backend=self._backend,
+            workers_per_engine=config.engines.student.tensor_parallel_size,
+            engine_dtype=pair.student_facts.dtype,
+            timeout_s=config.sync.timeout_s,
+            probe_tolerance=self._probe_tolerance(pair.student_facts),
+        )
+        await _answer(learner.connect.remote(transfer), "the learner to start", config.engines.start_timeout_s)
+        return RemoteLearner(
+            learner, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
+        )
+
+    async def stop(self) -> None:
+        """End the actors in the reverse order of their start; engines and learner give back what they hold first."""
+        for actor in reversed(self._actors):
+            if hasattr(actor, "shutdown"):
+                try:
+                    await within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end")
+                except Exception:  # dead already, or never started: killing it is all that is left
+                    logger.debug("an actor did not end in an orderly way", exc_info=True)
+            ray.kill(actor)
+
+    def _spawn(self, shell: type, place: Seat, *arguments: Any) -> ActorHandle:
+        remote = ray.remote(shell).options(
+            num_cpus=CPUS_PER_ACTOR,
+            num_gpus=place.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=place.bundle
+            ),
+        )
+        self._actors.append(remote.remote(*arguments))
+        return self._actors[-1]
+
+    def _engine_spec(self, role: Literal["student", "teacher"], inputs: Inputs) -> EngineSpec:
+        engines, models = self._config.engines, self._config.models
+        settings = engines.student if role == "student" else engines.teacher
+        return EngineSpec(
+            name=role,
+            model=models.student if role == "student" else models.teacher,
+            settings=settings.model_copy(update={"max_model_len": inputs.max_model_len}),
+            top_logprobs=engines.top_logprobs,
+            trust_remote_code=engines.trust_remote_code,
+            weight_transfer_backend=self._backend if role == "student" else None,
+        )
+
+    @property
+    def _backend(self) -> Literal["host_memory", "nccl"]:
+        """NCCL can't join two processes on one GPU, so a learner that shares one goes through host memory."""
+        if self._config.sync.backend != "auto":
+            return self._config.sync.backend
+        return "nccl" if self._use_gpus and self._config.placement.learner == "own_gpu" else "host_memory"
+
+    def _probe_tolerance(self, student: EngineFacts) -> float:
+        if self._config.sync.probe_tolerance is not None:
+            return self._config.sync.probe_tolerance
+        return 1e-3 if student.dtype == self._config.trainer.dtype == "float32" else 0.25
 
 
 @asynccontextmanager
-async def started(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, *, with_learner: bool = True
-) -> AsyncIterator[Cluster]:
-    """Connect to Ray, start the run's actors, and end them in the reverse order, whatever happens in between.
+async def joined(config: RunConfig) -> AsyncIterator[Cluster]:
+    """Connect to Ray and reserve a run's resources; end all its actors and give everything back in the end.
 
-    Raises UserError for what the user can change (resources that never come, an engine that can't load its model).
+    Raises UserError when the resources never come.
     """
     _connect(config.placement.address)
     use_gpus = _use_gpus(config.placement.use_gpus)
-    group = await _reserve(config, use_gpus, with_learner=with_learner)
-    actors: list[ActorHandle] = []
+    plan = seat(config, use_gpus=use_gpus)
+    group = await _reserve(config, plan)
+    cluster = Cluster(config, plan, group, use_gpus=use_gpus)
     try:
-        yield await _start(config, inputs, folder, group, use_gpus, actors, with_learner=with_learner)
+        yield cluster
     finally:
-        await _stop(actors, group)
+        await cluster.stop()
+        remove_placement_group(group)
 
 
 def _connect(address: str | None) -> None:
@@ -86,150 +196,24 @@ def _use_gpus(wanted: Literal["auto"] | bool) -> bool:
     return bool(num_gpus) if wanted == "auto" else wanted
 
 
-async def _reserve(config: RunConfig, use_gpus: bool, *, with_learner: bool) -> PlacementGroup:
-    def bundle(num_gpus: int) -> dict[str, float]:
-        return {"CPU": _CPUS_PER_ACTOR, **({"GPU": num_gpus} if use_gpus and num_gpus else {})}
-
-    engines = config.engines
-    bundles = [bundle(engines.student.tensor_parallel_size), bundle(engines.teacher.tensor_parallel_size), bundle(0)]
-    if with_learner:
-        bundles.append(bundle(1))
-    group = placement_group(bundles, strategy=config.placement.strategy)
+async def _reserve(config: RunConfig, plan: SeatingPlan) -> PlacementGroup:
+    group = placement_group(plan.bundles, strategy=config.placement.strategy)
     try:
         await within(config.placement.timeout_s, group.ready(), "the placement group")
     except WaitedTooLong as error:
         remove_placement_group(group)
         raise UserError(
-            f"placement: waited {config.placement.timeout_s:g} s for {bundles} ({config.placement.strategy}), "
+            f"placement: waited {config.placement.timeout_s:g} s for {plan.bundles} ({config.placement.strategy}); "
             f"the cluster has {ray.available_resources()} free; add nodes, or raise placement.timeout_s"
         ) from error
     return group
 
 
-async def _start(
-    config: RunConfig,
-    inputs: Inputs,
-    folder: RunFolder,
-    group: PlacementGroup,
-    use_gpus: bool,
-    actors: list[ActorHandle],
-    *,
-    with_learner: bool,
-) -> Cluster:
-    """Start all actors side by side. Each is put into ``actors`` as soon as it exists."""
-
-    def actor(shell: type, bundle: int, num_gpus: int, *arguments: Any) -> ActorHandle:
-        remote = ray.remote(shell).options(
-            num_cpus=_CPUS_PER_ACTOR,
-            num_gpus=num_gpus if use_gpus else 0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        )
-        actors.append(remote.remote(*arguments))
-        return actors[-1]
-
-    engines = config.engines
-    backend = _backend(config, use_gpus)
-    student = actor(EngineActor, STUDENT, engines.student.tensor_parallel_size)
-    teacher = actor(EngineActor, TEACHER, engines.teacher.tensor_parallel_size)
-    starts = [
-        student.start.remote(_engine_spec(config, "student", inputs, backend), inputs.self_test_prefix),
-        teacher.start.remote(_engine_spec(config, "teacher", inputs, None), inputs.self_test_prefix),
-    ]
-    learner = None
-    if with_learner:
-        learner_spec = LearnerSpec(
-            student=config.models.student,
-            trainer=config.trainer,
-            seed=config.seed,
-            trust_remote_code=engines.trust_remote_code,
-        )
-        learner = actor(LearnerActor, LEARNER, 1, learner_spec)
-    student_facts, teacher_facts = [
-        await _started(start, role, engines.start_timeout_s)
-        for start, role in zip(starts, ("student", "teacher"), strict=True)
-    ]
-    if learner is not None:
-        transfer = TransferSpec(
-            students=[student],
-            backend=backend,
-            workers_per_engine=engines.student.tensor_parallel_size,
-            engine_dtype=student_facts.dtype,
-            timeout_s=config.sync.timeout_s,
-            probe_tolerance=_probe_tolerance(config, student_facts),
-        )
-        await _started(learner.connect.remote(transfer), "learner", engines.start_timeout_s)
-    rollouts = actor(
-        RolloutActor,
-        ROLLOUTS,
-        0,
-        _rollout_spec(config, inputs, folder, min(student_facts.top_logprobs, teacher_facts.top_logprobs)),
-        EngineAddress(handle=student, name="student engine", call_timeout_s=engines.call_timeout_s),
-        EngineAddress(handle=teacher, name="teacher engine", call_timeout_s=engines.call_timeout_s),
-        config.models.student,
-    )
-    return Cluster(
-        rollouts=RemoteRollouts(rollouts, timeout_s=config.trainer.step_timeout_s),
-        learner=learner
-        and RemoteLearner(learner, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s),
-        student=student_facts,
-        teacher=teacher_facts,
-    )
-
-
-async def _started(start: Any, role: str, timeout_s: float) -> Any:
-    """The actor's answer. What the user can change comes back as the UserError it was."""
+async def _answer(call: Any, what: str, timeout_s: float) -> Any:
+    """An actor's answer. What the user can change comes back as the UserError it was."""
     try:
-        return await within(timeout_s, start, f"the {role} to start")
+        return await within(timeout_s, call, what)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
         raise
-
-
-def _backend(config: RunConfig, use_gpus: bool) -> Literal["host_memory", "nccl"]:
-    if config.sync.backend != "auto":
-        return config.sync.backend
-    return "nccl" if use_gpus else "host_memory"
-
-
-def _probe_tolerance(config: RunConfig, student: EngineFacts) -> float:
-    if config.sync.probe_tolerance is not None:
-        return config.sync.probe_tolerance
-    return 1e-3 if student.dtype == config.trainer.dtype == "float32" else 0.25
-
-
-def _engine_spec(
-    config: RunConfig, role: Literal["student", "teacher"], inputs: Inputs, backend: str | None
-) -> EngineSpec:
-    settings = config.engines.student if role == "student" else config.engines.teacher
-    return EngineSpec(
-        name=role,
-        model=config.models.student if role == "student" else config.models.teacher,
-        settings=settings.model_copy(update={"max_model_len": inputs.max_model_len}),
-        top_logprobs=config.engines.top_logprobs,
-        trust_remote_code=config.engines.trust_remote_code,
-        weight_transfer_backend=backend,
-    )
-
-
-def _rollout_spec(config: RunConfig, inputs: Inputs, folder: RunFolder, top_logprobs: int) -> RolloutSpec:
-    return RolloutSpec(
-        policy=config.policy,
-        sampling=config.sampling,
-        trace=config.trace,
-        trace_folder=folder.traces,
-        top_logprobs=top_logprobs,
-        stop_token_ids=inputs.stop_token_ids,
-    )
-
-
-async def _stop(actors: list[ActorHandle], group: PlacementGroup) -> None:
-    """End the actors, those with processes or memory of their own in an orderly way first."""
-    for actor in reversed(actors):
-        if hasattr(actor, "shutdown"):
-            try:
-                await within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end")
-            except Exception:  # it may be dead, or never have started; killing it below is all that is left
-                logger.info("an actor did not end in an orderly way", exc_info=True)
-        ray.kill(actor)
-    remove_placement_group(group)

@@ -4,15 +4,17 @@ import asyncio
 import signal
 import time
 from collections.abc import Coroutine
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from common.config_source import ResolvedConfig
 from common.errors import UserError
-from deploy.cluster import started
+from deploy.cluster import joined
 from deploy.preflight import prepare
 from deploy.run_folder import RunFolder, metrics_of, summarise_run
 from deploy.terminal import ProgressDisplay, StepLine, print_summary
+from rollout_server.engine import EngineFacts
 from trainer.evaluate import EvaluationReport, evaluate
 from trainer.loop import Evaluated, Trained, distill
 
@@ -24,9 +26,10 @@ def train(resolved: ResolvedConfig) -> None:
     print_summary(_run(_train(resolved)))
 
 
-def evaluate_student(resolved: ResolvedConfig) -> EvaluationReport:
-    """Accuracy and divergence of ``models.student`` on the held-out prompts."""
-    return _run(_evaluate(resolved))
+def evaluate_student(resolved: ResolvedConfig) -> None:
+    """Measure ``models.student`` on the held-out prompts and print accuracy and divergence."""
+    report = _run(_evaluate(resolved))
+    print_summary({"student": resolved.config.models.student, **asdict(report)})
 
 
 async def _train(resolved: ResolvedConfig) -> dict[str, object]:
@@ -38,14 +41,16 @@ async def _train(resolved: ResolvedConfig) -> dict[str, object]:
     with ProgressDisplay(config.trainer.num_steps) as display:
         display.note(f"run folder {folder.path}")
         display.note("starting the engines and the learner")
-        async with started(config, inputs, folder) as cluster:
-            assert cluster.learner is not None
-            display.note(f"student engine: {cluster.student}; teacher engine: {cluster.teacher}")
+        async with joined(config) as cluster:
+            learner_actor = cluster.spawn_learner()
+            pair = await cluster.start_pair(inputs, folder)
+            learner = await cluster.connect_learner(learner_actor, pair)
+            display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
             steps = distill(
                 config.trainer,
                 prompts=inputs.prompts,
-                rollouts=cluster.rollouts,
-                learner=cluster.learner,
+                rollouts=pair.rollouts,
+                learner=learner,
                 held_out=inputs.held_out,
                 num_probe_prompts=config.sync.num_probe_prompts,
             )
@@ -54,7 +59,7 @@ async def _train(resolved: ResolvedConfig) -> dict[str, object]:
                 folder.append_metrics(metrics_of(record))
                 _show(display, record)
             display.note("saving the student")
-            await cluster.learner.save(folder.student)
+            await learner.save(folder.student)
     summary = summarise_run(records, run_dir=folder.path, seconds=time.perf_counter() - started_s)
     folder.write_summary(summary)
     return summary
@@ -65,12 +70,18 @@ async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
     inputs = prepare(config)
     if inputs.held_out is None:
         raise UserError("evaluation: missing, expected the held-out data to evaluate on")
+    prompts = inputs.held_out.prompts
     with ProgressDisplay(0) as display:
         display.note("starting the engines")
-        async with started(config, inputs, RunFolder(Path(config.run_dir)), with_learner=False) as cluster:
-            display.note(f"evaluating {config.models.student} on {len(inputs.held_out.prompts)} prompts")
-            sequences = await cluster.rollouts.evaluate(inputs.held_out.prompts)
+        async with joined(config) as cluster:
+            pair = await cluster.start_pair(inputs, RunFolder(Path(config.run_dir)))
+            display.note(f"evaluating {config.models.student} on {len(prompts)} prompts")
+            sequences = await pair.rollouts.evaluate(prompts)
     return evaluate(sequences, inputs.held_out.answer_pattern, inputs.held_out.decode)
+
+
+def _describe(engine: EngineFacts) -> str:
+    return f"in {engine.dtype}, {engine.max_model_len} tokens of context, top {engine.top_logprobs} log-probs"
 
 
 def _show(display: ProgressDisplay, record: Trained | Evaluated) -> None:

@@ -241,7 +241,7 @@ _SUMMARY_ROWS: dict[str, tuple[str, str]] = {
     "switch_rate_first": ("switch rate, first steps", "{:.3f}"),
     "switch_rate_last": ("switch rate, last steps", "{:.3f}"),
     "teacher_share": ("share of teacher tokens", "{:.1%}"),
-    "mean_first_switch": ("mean position of the first switch", "{:.1f}"),
+    "mean_switch_position": ("mean position of the first switch", "{:.1f}"),
     "tokens_per_s": ("tokens per second", "{:.0f}"),
     "rollout_s": ("seconds in rollout", "{:.1f}"),
     "train_s": ("seconds in training", "{:.1f}"),
@@ -258,7 +258,7 @@ def print_summary(summary: Mapping[str, object], console: Console | None = None)
         table.add_row(label, _plain(_ABSENT if value is None else template.format(value)))
     for key, value in summary.items():
         if key not in _SUMMARY_ROWS:
-            table.add_row(_plain(key), _plain(str(value)))
+            table.add_row(_plain(key), _plain(f"{value:.4g}" if isinstance(value, float) else str(value)))
     (console or make_console()).print(table)
 
 

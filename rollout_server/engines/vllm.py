@@ -192,6 +192,8 @@ def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         trust_remote_code=spec.trust_remote_code,
         dtype=settings.dtype if settings.dtype != "auto" else _best_dtype(),
         tensor_parallel_size=settings.tensor_parallel_size,
+        # Its own processes on the actor's GPUs. Left to itself vLLM sees Ray's placement group and asks it for more.
+        distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else None,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         gpu_memory_utilization=settings.gpu_memory_utilization,

@@ -94,8 +94,7 @@ class TraceReader:
     @property
     def skipped(self) -> tuple[SkippedSegment, ...]:
         """Segments that can't be read, by step: half copied, corrupt, or of another schema version."""
-        problems = ((segment.name, self._problem(segment)) for segment in self._newest_segments())
-        return tuple(SkippedSegment(name=name, reason=problem) for name, problem in problems if problem is not None)
+        return tuple(SkippedSegment(name=segment.name, reason=problem) for segment, problem in self._scan() if problem)
 
     def sequences(
         self,
@@ -172,24 +171,40 @@ class TraceReader:
         """The readable segments of the wanted steps, by step."""
         first = -1 if where.first_step is None else where.first_step
         last = float("inf") if where.last_step is None else where.last_step
-        wanted = (segment for segment in self._newest_segments() if first <= segment.step <= last)
-        return [segment for segment in wanted if self._problem(segment) is None]
+        return [segment for segment, problem in self._scan() if problem is None and first <= segment.step <= last]
 
-    def _newest_segments(self) -> Iterator[_Segment]:
-        """The segment that counts of every step, by step: the one of the highest attempt."""
-        newest: dict[int, tuple[int, str]] = {}
-        for name in os.listdir(self._folder):
-            if parsed := parse_segment_name(name):
-                step, attempt = parsed
-                newest[step] = max(newest.get(step, (-1, "")), (attempt, name))
-        for step, (_, name) in sorted(newest.items()):
-            yield _Segment(name, step, _signature(self._folder / name))
+    def _scan(self) -> list[tuple[_Segment, str | None]]:
+        """Each step's segment and its problem, by step.
+
+        Looks again until the folder held the same segments before and after, for one that is replaced meanwhile would
+        be taken for a broken one.
+        """
+        while True:
+            names = _segment_names(self._folder)
+            scanned = [(segment, self._problem(segment)) for segment in _newest_segments(self._folder, names)]
+            if _segment_names(self._folder) == names:
+                return scanned
 
     def _problem(self, segment: _Segment) -> str | None:
         """Why a segment can't be read, as far as its files' ends tell; None if it can."""
         if segment not in self._problems:
             self._problems[segment] = _incompleteness(self._folder / segment.name)
         return self._problems[segment]
+
+
+def _segment_names(folder: Path) -> set[str]:
+    return {name for name in os.listdir(folder) if parse_segment_name(name)}
+
+
+def _newest_segments(folder: Path, names: set[str]) -> Iterator[_Segment]:
+    """The segment that counts of every step, by step: the one of the highest attempt."""
+    newest: dict[int, tuple[int, str]] = {}
+    for name in names:
+        if parsed := parse_segment_name(name):
+            step, attempt = parsed
+            newest[step] = max(newest.get(step, (-1, "")), (attempt, name))
+    for step, (_, name) in sorted(newest.items()):
+        yield _Segment(name, step, _signature(folder / name))
 
 
 def _signature(segment: Path) -> tuple[tuple[int, int], ...]:

@@ -107,6 +107,14 @@ def test_parquet_and_globs_are_read_in_the_order_of_their_names(
     assert identity(from_parquet) == identity(from_glob) == identity(open_stream(TEXTS).all())
 
 
+def test_a_folder_with_a_downloaded_data_set_is_read(
+    open_stream: Open, write: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "downloaded").mkdir()
+    write(TEXTS, name="downloaded/train.jsonl")
+    assert identity(open_stream(str(tmp_path / "downloaded")).all()) == identity(open_stream(TEXTS).all())
+
+
 def test_max_prompts_takes_the_first_rows(open_stream: Open) -> None:
     assert identity(open_stream(TEXTS, max_prompts=3).all()) == identity(open_stream(TEXTS).all())[:3]
     assert len(open_stream(TEXTS, max_prompts=99)) == 10

@@ -1,0 +1,1 @@
+"""The pinned CPU stack, and the command that pins it anew."""

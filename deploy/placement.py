@@ -1,0 +1,56 @@
+"""Which actor sits where: a run's bundles, as one Ray placement group. Pure; ``cluster`` asks Ray for them.
+
+    one bundle per engine    its GPUs
+    one for the rollouts     no GPU
+    one for the learner      one GPU; or none of its own: then it sits with the student engine
+
+GPU seats follow Ray's interface and have not been run on a GPU.
+"""
+
+from dataclasses import dataclass
+
+from common.config import RunConfig
+
+# Threads are set where they are used; Ray's CPUs only have to add up to less than the smallest machine has.
+CPUS_PER_ACTOR = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """One actor's place."""
+
+    bundle: int
+    num_gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeatingPlan:
+    """A run's bundles, in Ray's terms, and every actor's seat in them."""
+
+    bundles: list[dict[str, float]]
+    student: Seat
+    teacher: Seat
+    rollouts: Seat
+    learner: Seat
+
+
+def seat(config: RunConfig, *, use_gpus: bool) -> SeatingPlan:
+    """The seats of one run."""
+    bundles: list[dict[str, float]] = []
+
+    def new_seat(num_gpus: float, share: float = 1.0) -> Seat:
+        """A bundle of its own; ``share`` is the actor's part of the bundle's GPUs."""
+        num_gpus = num_gpus if use_gpus else 0.0
+        bundles.append({"CPU": CPUS_PER_ACTOR, **({"GPU": num_gpus} if num_gpus else {})})
+        return Seat(bundle=len(bundles) - 1, num_gpus=num_gpus * share)
+
+    shares_gpu = config.placement.learner == "student_gpu"
+    student = new_seat(config.engines.student.tensor_parallel_size, share=0.5 if shares_gpu else 1.0)
+    teacher = new_seat(config.engines.teacher.tensor_parallel_size)
+    rollouts = new_seat(0)
+    if shares_gpu:
+        learner = student
+        bundles[student.bundle]["CPU"] += CPUS_PER_ACTOR
+    else:
+        learner = new_seat(1)
+    return SeatingPlan(bundles=bundles, student=student, teacher=teacher, rollouts=rollouts, learner=learner)

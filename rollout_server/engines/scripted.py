@@ -1,0 +1,269 @@
+"""An engine without a model: a script says which token is how probable after a text. For tests and for planning.
+
+It behaves as a real engine does wherever the controller could notice: it writes on whether or not anybody takes what it
+wrote, hands over everything since the last yield, and lists the k best raw log-probs of each position. How long a call
+takes, and which one fails or never returns, is chosen by whoever makes it. Knows nothing of Ray, roles or policies.
+
+V = vocabulary, n = tokens, k = length of a top list.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from common.seeds import derive_seed
+from common.sequence import FinishReason, Floats, Ids, TopLogprobs
+from common.weights import WeightUpdate
+from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written, write_whole
+
+_MAX_CACHED_ROWS = 4096
+
+
+class ScriptedError(RuntimeError):
+    """The failure a Fault asked for."""
+
+
+class Script(Protocol):
+    """What a model would say. The same text always gives the same row."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """A text ends after this token; None for a script that never ends by itself."""
+        ...
+
+    def next_logprobs(self, text: Ids) -> Floats:
+        """[V] nats of the token that follows the text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashedScript:
+    """Pseudo-random distributions that depend on the last ``order`` tokens alone."""
+
+    vocabulary_size: int
+    seed: int
+    sharpness: float = 2.0  # standard deviation of the logits: 0 is uniform, the larger the surer
+    order: int = 3
+    eos_token_id: int = 0
+    eos_probability: float = 0.03  # after every text, so that sequences end at different lengths; > 0
+
+    def next_logprobs(self, text: Ids) -> Floats:
+        return _hashed_row(self, tuple(text[-self.order :].tolist()))
+
+    def student(
+        self, *, seed: int, difference: float = 0.02, spike_rate: float = 0.1, spike: float = 0.95
+    ) -> "BlendedScript":
+        """A script that mostly agrees with this one. See BlendedScript."""
+        return BlendedScript(
+            teacher=self, other=replace(self, seed=seed), difference=difference, spike_rate=spike_rate, spike=spike
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendedScript:
+    """A teacher's script with a share of another mixed in: small, but large after some texts.
+
+    So the divergence from the teacher is a spike train, as it is between a real student and its teacher.
+    """
+
+    teacher: HashedScript
+    other: HashedScript
+    difference: float  # share of the other script outside spikes
+    spike_rate: float  # share of texts with a spike after them
+    spike: float  # share of the other script there
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.teacher.eos_token_id
+
+    def next_logprobs(self, text: Ids) -> Floats:
+        order = max(self.teacher.order, self.other.order)
+        return _blended_row(self, tuple(text[-order:].tolist()))
+
+
+@lru_cache(_MAX_CACHED_ROWS)
+def _hashed_row(script: HashedScript, context: tuple[int, ...]) -> Floats:
+    rng = np.random.default_rng(derive_seed(script.seed, *context))
+    logits = rng.normal(0.0, script.sharpness, script.vocabulary_size)
+    logits[script.eos_token_id] = -np.inf
+    others = logits - np.logaddexp.reduce(logits) + math.log1p(-script.eos_probability)
+    others[script.eos_token_id] = math.log(script.eos_probability)
+    return _frozen(others)
+
+
+@lru_cache(_MAX_CACHED_ROWS)
+def _blended_row(script: BlendedScript, context: tuple[int, ...]) -> Floats:
+    is_spike = derive_seed("spike", script.other.seed, *context) < script.spike_rate * 2**63
+    share = script.spike if is_spike else script.difference
+    text = np.array(context, np.int32)
+    p, q = (np.exp(part.next_logprobs(text).astype(np.float64)) for part in (script.teacher, script.other))
+    return _frozen(np.log((1.0 - share) * p + share * q))
+
+
+def _frozen(row: npt.NDArray[np.float64]) -> Floats:
+    """As float32, not to be written to: the cache hands the same array to everybody."""
+    shared = row.astype(np.float32)
+    shared.flags.writeable = False
+    return shared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What goes wrong at the engine's n-th call of a kind: it raises ScriptedError, or never returns."""
+
+    call: Literal["write", "score"]
+    number: int  # 1 for the first call
+    hangs: bool = False
+
+
+class ScriptedEngine:
+    """Engine protocol over a script.
+
+    ``delay`` is drawn, in seconds, before each chunk that is written and before each score. ``script_of`` gives the
+    script of an update's weights; without it an update changes the version alone. Requests that would need more than
+    ``max_model_len`` tokens raise ValueError.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        top_logprobs: int,
+        max_model_len: int | None = None,
+        delay: Callable[[], float] = lambda: 0.0,
+        script_of: Callable[[WeightUpdate], Script] | None = None,
+        fault: Fault | None = None,
+    ) -> None:
+        self._script = script
+        self._top_logprobs = top_logprobs
+        self._max_model_len = max_model_len
+        self._delay = delay
+        self._script_of = script_of
+        self._fault = fault
+        self.weight_version = 0
+        self.num_calls = {"write": 0, "score": 0}
+        self.num_running = 0  # calls that have not ended yet
+        self.num_scored_rows = 0
+        self.num_written_tokens = 0
+        self.num_untaken_tokens = 0  # of these: never handed over, because the stream was closed
+
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+        pieces: list[Written] = []
+        news = asyncio.Event()
+        with self._call("write") as number:
+            writing = asyncio.create_task(self._write(request, number, pieces, news))
+            try:
+                finish_reason = None
+                while finish_reason is None:
+                    await news.wait()
+                    news.clear()
+                    if not pieces:
+                        writing.result()  # raises what ended the writing
+                    written = concatenate_written(pieces)
+                    pieces.clear()
+                    finish_reason = written.finish_reason
+                    yield written
+            finally:
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
+                self.num_untaken_tokens += sum(map(len, pieces))
+
+    async def generate(self, request: WriteRequest) -> Written:
+        return await write_whole(self, request)
+
+    async def score(self, request: ScoreRequest) -> TopLogprobs:
+        with self._call("score") as number:
+            await self._start("score", number, request.token_ids.size + 1)
+            await asyncio.sleep(self._delay())
+            ends = range(request.start, request.token_ids.size + 1)
+            rows = [self._script.next_logprobs(request.token_ids[:end]) for end in ends]
+            self.num_scored_rows += len(rows)
+            return _best(rows, self._top_logprobs)
+
+    async def load_weights(self, update: WeightUpdate) -> None:
+        if self._script_of is not None:
+            self._script = self._script_of(update)
+        self.weight_version = update.version
+
+    @contextmanager
+    def _call(self, kind: Literal["write", "score"]) -> Iterator[int]:
+        """Counts a call; gives its number."""
+        self.num_calls[kind] += 1
+        self.num_running += 1
+        try:
+            yield self.num_calls[kind]
+        finally:
+            self.num_running -= 1
+
+    async def _start(self, kind: Literal["write", "score"], number: int, num_tokens: int) -> None:
+        if self._max_model_len is not None and num_tokens > self._max_model_len:
+            raise ValueError(f"{kind} needs {num_tokens} tokens, the context holds {self._max_model_len}")
+        fault = self._fault
+        if fault is not None and (fault.call, fault.number) == (kind, number):
+            if fault.hangs:
+                await asyncio.Event().wait()
+            raise ScriptedError(f"{kind} {number} fails, as scripted")
+
+    async def _write(self, request: WriteRequest, number: int, pieces: list[Written], news: asyncio.Event) -> None:
+        """Consumes nothing; produces pieces, taken or not; waits for the delay; stops at the end or when cancelled."""
+        try:
+            await self._start("write", number, request.prefix.size + request.max_tokens)
+            text, rng = request.prefix, np.random.default_rng(request.seed)
+            finish_reason = None
+            while finish_reason is None:
+                await asyncio.sleep(self._delay())
+                piece = self._write_chunk(text, request, rng)
+                text = np.concatenate([text, piece.token_ids])
+                finish_reason = piece.finish_reason
+                self.num_written_tokens += len(piece)
+                pieces.append(piece)
+                news.set()
+        finally:
+            news.set()
+
+    def _write_chunk(self, text: Ids, request: WriteRequest, rng: np.random.Generator) -> Written:
+        """The next tokens after ``text``, which the request's prefix begins."""
+        rows: list[Floats] = []
+        token_ids: list[int] = []
+        finish_reason: FinishReason | None = None
+        while finish_reason is None and len(rows) < request.chunk_tokens:
+            rows.append(self._script.next_logprobs(text))
+            token_ids.append(_choose(rows[-1], request, rng))
+            text = np.append(text, np.int32(token_ids[-1]))
+            if token_ids[-1] == self._script.eos_token_id or token_ids[-1] in request.stop_token_ids:
+                finish_reason = "stop"
+            elif text.size == request.prefix.size + request.max_tokens:
+                finish_reason = "length"
+        return Written(
+            token_ids=np.array(token_ids, np.int32),
+            logprobs=np.array([row[token_id] for row, token_id in zip(rows, token_ids, strict=True)], np.float32),
+            top=_best(rows, self._top_logprobs),
+            weight_version=self.weight_version,
+            finish_reason=finish_reason,
+        )
+
+
+def _best(rows: list[Floats], k: int) -> TopLogprobs:
+    """[n, k] Of [V] rows, equal log-probs by id."""
+    logprobs_NV = np.stack(rows)
+    token_ids_NK = np.argsort(-logprobs_NV, axis=1, kind="stable")[:, :k]
+    return TopLogprobs(token_ids_NK.astype(np.int32), np.take_along_axis(logprobs_NV, token_ids_NK, axis=1))
+
+
+def _choose(row: Floats, request: WriteRequest, rng: np.random.Generator) -> int:
+    """The best token at temperature 0, else one drawn from the nucleus that holds ``top_p``."""
+    best_first = np.argsort(-row, kind="stable")
+    if request.temperature == 0.0:
+        return int(best_first[0])
+    logits = row[best_first].astype(np.float64) / request.temperature
+    mass = np.exp(logits - logits[0]).cumsum()
+    nucleus = int(np.searchsorted(mass, request.top_p * mass[-1])) + 1
+    drawn = np.searchsorted(mass[:nucleus], rng.random() * mass[:nucleus][-1], side="right")
+    return int(best_first[drawn])
