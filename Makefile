@@ -37,8 +37,8 @@ test: $(READY)  ## All tests, on real engines
 demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 	$(BIN)/adaswitch train deploy/configs/demo.yaml $(ARGS)
 
-demo-models: $(READY)  ## Make the demo's models again (about 15 minutes)
-	$(BIN)/python -m deploy.demo.make_models
+demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
+	$(BIN)/python -m deploy.demo.make_models --out deploy/demo/models
 
 lock: $(READY)  ## Resolve pyproject.toml anew into deploy/lock/cpu.lock
 	$(BIN)/python -m deploy.lock.resolve deploy/lock/cpu.lock

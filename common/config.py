@@ -177,6 +177,8 @@ class Data(Part):
     split: str = "train"
     prompt_field: str = "prompt"
     """Column with the text, or with a list of {role, content} messages."""
+    as_chat: bool = False
+    """Send plain text through the tokenizer's chat template too, as one user message."""
     answer_field: str | None = None
     """Column with the expected answer, for evaluation."""
     id_field: str | None = None
@@ -194,7 +196,8 @@ class Evaluation(Part):
     every_steps: Positive = 20
     """Besides the first and the last weights, which are always evaluated."""
     answer_pattern: str = r"(.+)$"
-    """Regular expression searched in the completion; its last match's last group is compared with the answer."""
+    """Regular expression searched in the completion; its last match's last group is compared with the answer, or with
+    what the same expression finds in the answer."""
 
 
 # ----------------------------------------------------------------------------------------------------------- trainer

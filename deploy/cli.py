@@ -78,8 +78,10 @@ def config(file: ConfigFile, overrides: Overrides = None) -> None:
 def train(file: ConfigFile, overrides: Overrides = None) -> None:
     """Distil the teacher into the student and print what came of it."""
     from common.config_source import read_config
+    from common.logs import set_up_logging
 
     resolved = read_config(file, overrides or [])  # before the imports below, which take seconds
+    set_up_logging()
 
     from deploy.launch import train
 
@@ -93,8 +95,10 @@ def evaluate(file: ConfigFile, overrides: Overrides = None) -> None:
     To measure a trained student: --set models.student=RUN/student
     """
     from common.config_source import read_config
+    from common.logs import set_up_logging
 
     resolved = read_config(file, overrides or [])
+    set_up_logging()
 
     from deploy.launch import evaluate_student
 

@@ -4,6 +4,7 @@ What they do is in ``engines/`` and ``rollouts``. vLLM is imported by the proces
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import ray
@@ -81,8 +82,9 @@ class RolloutActor:
         self._rollouts: Rollouts | None = None
 
     async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[MixedSequence, None]:
-        async for sequence in self._on_this_loop().collect(prompts, step):
-            yield sequence
+        async with aclosing(self._on_this_loop().collect(prompts, step)) as sequences:
+            async for sequence in sequences:
+                yield sequence
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         return await self._on_this_loop().evaluate(prompts)

@@ -5,6 +5,7 @@ Owns the two controllers (the run's policy; the student alone and greedy, for ev
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,9 +66,10 @@ class Rollouts:
     async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[MixedSequence, None]:
         """Yield the step's sequences as they finish; the trace's segment is on disk when the last has been taken."""
         sequences = []
-        async for sequence in self._controller.collect(prompts):
-            sequences.append(sequence)
-            yield sequence
+        async with aclosing(self._controller.collect(prompts)) as finished:
+            async for sequence in finished:
+                sequences.append(sequence)
+                yield sequence
         if self._writer is not None:
             sequences.sort(key=lambda sequence: sequence.sequence_id)  # the order of arrival means nothing
             await asyncio.to_thread(self._writer.write_segment, step, sequences)

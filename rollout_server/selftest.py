@@ -82,7 +82,7 @@ def _check_alignment(written: TopLogprobs, scores: TopLogprobs, name: str) -> No
     num_rows = len(written)
     for shift in (0, 1, -1):
         pairs = [(row, row + shift) for row in range(num_rows) if 0 <= row + shift < num_rows]
-        worst = max(_row_distance(written, mine, scores, theirs) for mine, theirs in pairs)
+        worst = max((_row_distance(written, mine, scores, theirs) for mine, theirs in pairs), default=float("inf"))
         if worst <= _TOLERANCE:
             if shift == 0:
                 return

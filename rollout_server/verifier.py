@@ -25,8 +25,13 @@ from common.config import Divergence
 from common.divergence import divergence
 from common.sequence import Floats, TopLogprobs
 
-_RESOLUTION = 1e-7
-"""Mass that float32 log-probs can't tell from none. Unlisted mass is never taken to be smaller."""
+_RESOLUTION = 1e-6
+"""Mass that float32 log-probs can't tell from none. Added to the unlisted mass: too large keeps the bound, too small
+breaks it."""
+
+_STEP = 1e-8
+"""Nats. Values are rounded to it. What lies below is rounding error, of the log-probs or of these sums; it would differ
+with the rows that happen to be computed together, and with no floor a policy would switch on it."""
 
 _TINY = 1e-30
 
@@ -45,14 +50,15 @@ def compare(teacher_top: TopLogprobs, student_top: TopLogprobs, kind: Divergence
     assert len(teacher_top) == len(student_top), (len(teacher_top), len(student_top))
     with torch.inference_mode():
         log_p_NM, log_q_NM, p_listed_N, q_listed_N = _aligned_buckets(teacher_top, student_top)
-        values_N = divergence(log_p_NM, log_q_NM, kind).clamp_min(0.0)
+        values_N = (divergence(log_p_NM, log_q_NM, kind).clamp_min(0.0) / _STEP).round() * _STEP
     return Verdict(divergences=_floats(values_N), student_mass=_floats(q_listed_N), teacher_mass=_floats(p_listed_N))
 
 
 def _aligned_buckets(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of both models on [n, k + 3] buckets (the teacher's slots, A, B, R), and the two listed masses [n]."""
-    log_p_NK = torch.from_numpy(teacher_top.logprobs).double()
-    log_q_NK = torch.from_numpy(student_top.logprobs).double()
+    # Copies: what came through Ray can't be written to, which torch warns of.
+    log_p_NK = torch.from_numpy(teacher_top.logprobs.astype(np.float64))
+    log_q_NK = torch.from_numpy(student_top.logprobs.astype(np.float64))
     slot_NK, is_shared_q_NK = _slots(teacher_top, student_top)
     # The student's log-probs laid out on the teacher's slots; ids the teacher does not list fall on a spare slot.
     no_mass = torch.full((len(teacher_top), teacher_top.k + 1), -torch.inf, dtype=torch.float64)
@@ -63,7 +69,8 @@ def _aligned_buckets(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tupl
     p_A, num_A = (p_NK * ~is_shared_p_NK).sum(1), (~is_shared_p_NK).sum(1)
     q_B, num_B = (q_NK * ~is_shared_q_NK).sum(1), (~is_shared_q_NK).sum(1)
     p_listed_N, q_listed_N = p_NK.sum(1), q_NK.sum(1)
-    p_unlisted, q_unlisted = (1.0 - p_listed_N).clamp_min(_RESOLUTION), (1.0 - q_listed_N).clamp_min(_RESOLUTION)
+    p_unlisted = (1.0 - p_listed_N).clamp_min(0.0) + _RESOLUTION
+    q_unlisted = (1.0 - q_listed_N).clamp_min(0.0) + _RESOLUTION
     q_A, p_B = _closest_split(
         p_A, q_B, p_unlisted, q_unlisted, torch.minimum(num_A * q_NK[:, -1], q_unlisted),
         torch.minimum(num_B * p_NK[:, -1], p_unlisted),
@@ -73,8 +80,8 @@ def _aligned_buckets(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tupl
     rest_p = torch.stack([p_A, p_B, (p_unlisted - p_B).clamp_min(_TINY)], dim=1).log()
     rest_q = torch.stack([q_A, q_B, (q_unlisted - q_A).clamp_min(_TINY)], dim=1).log()
     return (
-        torch.cat([shared_p_NK, rest_p], dim=1),
-        torch.cat([log_q_on_p_NK, rest_q], dim=1),
+        torch.cat([shared_p_NK, rest_p], dim=1).log_softmax(dim=1),  # sums to 1 but for rounding, which a KL would see
+        torch.cat([log_q_on_p_NK, rest_q], dim=1).log_softmax(dim=1),
         p_listed_N.clamp_max(1.0),
         q_listed_N.clamp_max(1.0),
     )
@@ -82,8 +89,8 @@ def _aligned_buckets(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tupl
 
 def _slots(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tuple[Tensor, Tensor]:
     """For each id of the student's list [n, k]: its slot in the teacher's list (k where it has none), and whether."""
-    teacher_ids_NK = torch.from_numpy(teacher_top.token_ids)
-    student_ids_NK = torch.from_numpy(student_top.token_ids)
+    teacher_ids_NK = torch.from_numpy(teacher_top.token_ids.astype(np.int64))
+    student_ids_NK = torch.from_numpy(student_top.token_ids.astype(np.int64))
     sorted_ids_NK, order_NK = teacher_ids_NK.sort(dim=1)
     place_NK = torch.searchsorted(sorted_ids_NK, student_ids_NK).clamp_max(teacher_top.k - 1)
     is_shared_NK = sorted_ids_NK.gather(1, place_NK) == student_ids_NK
@@ -96,10 +103,10 @@ def _closest_split(
     """(q(A), p(B)) in their box that bring the two distributions closest. All [n]; module docstring for the why."""
 
     def best_p_B(q_A: Tensor) -> Tensor:
-        return torch.minimum(p_unlisted * q_B / (q_B + q_unlisted - q_A).clamp_min(_RESOLUTION), p_B_max)
+        return torch.minimum(p_unlisted * q_B / (q_B + q_unlisted - q_A).clamp_min(_TINY), p_B_max)
 
     def best_q_A(p_B: Tensor) -> Tensor:
-        return torch.minimum(q_unlisted * p_A / (p_A + p_unlisted - p_B).clamp_min(_RESOLUTION), q_A_max)
+        return torch.minimum(q_unlisted * p_A / (p_A + p_unlisted - p_B).clamp_min(_TINY), q_A_max)
 
     q_A = torch.minimum((q_B + q_unlisted) * p_A / (p_A + p_unlisted), q_A_max)
     p_B = best_p_B(q_A)

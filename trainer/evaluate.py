@@ -43,9 +43,14 @@ def evaluate(
 
 
 def is_right(sequence: MixedSequence, answer_pattern: re.Pattern[str], decode: Callable[[Ids], str]) -> bool:
-    """Whether the completion's answer is the prompt's, but for white space around it."""
-    assert sequence.prompt.answer is not None, f"prompt {sequence.prompt.prompt_id} has no answer"
-    return extract_answer(decode(sequence.token_ids), answer_pattern) == sequence.prompt.answer.strip()
+    """Whether the completion's answer is the prompt's, but for white space around it.
+
+    A prompt's answer may be a whole worked solution: where the pattern is found in it, what it finds is compared.
+    """
+    answer = sequence.prompt.answer
+    assert answer is not None, f"prompt {sequence.prompt.prompt_id} has no answer"
+    expected = extract_answer(answer, answer_pattern) or answer.strip()
+    return extract_answer(decode(sequence.token_ids), answer_pattern) == expected
 
 
 def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:

@@ -128,7 +128,7 @@ async def distill(
         rollout = summarise([item.sequence for item in collected], seconds=time.perf_counter() - started_s)
 
         training = await learner.step([item.reference for item in collected])
-        probe_texts = [_text(item.sequence) for item in collected[:num_probe_prompts]]
+        probe_texts = [_probe_text(item.sequence) for item in collected[:num_probe_prompts]]
         sync = await _synchronise(rollouts, learner, version=step, probe_texts=probe_texts)
         yield Trained(step=step, rollout=rollout, training=training, sync=sync)
 
@@ -170,6 +170,8 @@ def summarise(sequences: list[MixedSequence], *, seconds: float) -> RolloutRepor
     )
 
 
-def _text(sequence: MixedSequence) -> Ids:
-    """[P + T] prompt and new tokens."""
-    return np.concatenate([sequence.prompt.token_ids, sequence.token_ids])
+def _probe_text(sequence: MixedSequence) -> Ids:
+    """[P + T - 1] Prompt and new tokens but the last: reading a text predicts one more token, for which a sequence that
+    fills the context leaves no room.
+    """
+    return np.concatenate([sequence.prompt.token_ids, sequence.token_ids[:-1]])

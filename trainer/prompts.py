@@ -218,6 +218,10 @@ class _RowReader:
 
     def __call__(self, batch: dict[str, list[Any]], row_numbers: list[int]) -> dict[str, list[Any]]:
         prompts = batch[self.config.prompt_field]
+        for prompt, row in zip(prompts, row_numbers, strict=True):
+            self._check_prompt(prompt, row)
+        if self.config.as_chat:
+            prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         ids = row_numbers if self.config.id_field is None else batch[self.config.id_field]
         answers = [None] * len(prompts) if self.config.answer_field is None else batch[self.config.answer_field]
         return {
@@ -227,8 +231,6 @@ class _RowReader:
         }
 
     def _token_ids(self, prompts: list[Any], row_numbers: list[int]) -> list[list[int]]:
-        for prompt, row in zip(prompts, row_numbers, strict=True):
-            self._check_prompt(prompt, row)
         # One call for all texts: the tokenizer's own threads make it several times faster than one call a row.
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         of_texts = iter(self.tokenizer(texts).input_ids if texts else ())

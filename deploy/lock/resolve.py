@@ -19,7 +19,7 @@ BUILD_TOOLS = {"setuptools"}
 
 HEADER = """\
 # Made by `make lock`; do not edit. Install with: pip install --no-deps -r deploy/lock/cpu.lock
-# torch is the CPU build: where pip does not find it, add PyTorch's CPU index with --extra-index-url.
+# torch is the CPU build: where pip does not find it, pytorch.org names the index to add with --extra-index-url.
 """
 
 

@@ -23,7 +23,7 @@ from rollout_server.engines.multiplex import WrittenBatch
 
 logger = logging.getLogger(__name__)
 
-_POLL_WAIT_S = 5.0  # an idle poll returns after this long and is sent again
+_POLL_WAIT_S = 5.0  # an idle poll returns after this long, or half the time-out, and is sent again
 
 
 class EngineCallError(RuntimeError):
@@ -46,6 +46,7 @@ class RemoteEngine:
         self._handle = handle
         self._name = name
         self._timeout_s = call_timeout_s
+        self._poll_wait_s = min(_POLL_WAIT_S, call_timeout_s / 2)
         self._client_id = uuid4().hex
         self._stream_numbers = count()
         self._inboxes: dict[int, _Inbox] = {}
@@ -67,7 +68,7 @@ class RemoteEngine:
                 await self._within(inbox.news.wait(), "the next tokens of a stream")
                 inbox.news.clear()
                 if inbox.failure is not None:
-                    raise EngineCallError(f"{self._name}: {inbox.failure}")
+                    raise EngineCallError(inbox.failure)
                 written, inbox.pieces = concatenate_written(inbox.pieces), []
                 finish_reason = written.finish_reason
                 yield written
@@ -142,13 +143,14 @@ class RemoteEngine:
         try:
             call = self._handle.score.remote([request for request, _ in asked])
             results: list[TopLogprobs | str] = await self._within(call, f"{len(asked)} scores")
+            results = [f"{self._name}: {rows}" if isinstance(rows, str) else rows for rows in results]
         except EngineCallError as error:
             results = [str(error)] * len(asked)
         for (_, rows), result in zip(asked, results, strict=True):
             if rows.done():
                 continue  # the caller no longer waits
             if isinstance(result, str):
-                rows.set_exception(EngineCallError(f"{self._name}: {result}"))
+                rows.set_exception(EngineCallError(result))
             else:
                 rows.set_result(result)
 
@@ -157,7 +159,7 @@ class RemoteEngine:
         while self._inboxes:
             try:
                 batch: WrittenBatch = await self._within(
-                    self._handle.poll.remote(self._client_id, _POLL_WAIT_S), "a poll"
+                    self._handle.poll.remote(self._client_id, self._poll_wait_s), "a poll"
                 )
             except EngineCallError as error:
                 self._fail(list(self._inboxes), str(error))
@@ -167,7 +169,7 @@ class RemoteEngine:
                     inbox.pieces.append(written)
                     inbox.news.set()
             for stream_id, failure in batch.failures.items():
-                self._fail([stream_id], failure)
+                self._fail([stream_id], f"{self._name}: {failure}")
 
     def _fail(self, stream_ids: list[int], failure: str) -> None:
         for stream_id in stream_ids:

@@ -5,7 +5,7 @@ Tests that use the engines run on the session's event loop, to which the engines
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,11 @@ from rollout_server.engines.vllm import VLLMEngine
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 VOCABULARY_SIZE = 32
-EOS_ID = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Pair:
-    """Both roles of one kind of thing."""
+class EnginePair:
+    """Both roles' engines."""
 
     student: VLLMEngine
     teacher: VLLMEngine
@@ -65,7 +64,7 @@ def _make_spec(role: str) -> EngineSpec:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engines() -> AsyncIterator[Pair]:
+async def engines() -> AsyncIterator[EnginePair]:
     """Two real engines with the whole vocabulary as their top k, started side by side."""
     with pytest.MonkeyPatch.context() as environment:
         # What `start` sets and puts back; set beforehand, two starts at once can't put back each other's values.
@@ -74,13 +73,13 @@ async def engines() -> AsyncIterator[Pair]:
         student, teacher = await asyncio.gather(
             *(asyncio.to_thread(VLLMEngine.start, _make_spec(role)) for role in ("student", "teacher"))
         )
-    yield Pair(student=student, teacher=teacher)
+    yield EnginePair(student=student, teacher=teacher)
     student.shutdown()
     teacher.shutdown()
 
 
 @pytest.fixture(scope="session")
-def models() -> Iterator[ModelPair]:
+def models() -> ModelPair:
     """The demo pair in Hugging Face, float32."""
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(DEMO / "models" / role, dtype=torch.float32).eval()
@@ -95,7 +94,11 @@ def held_out_prompts() -> list[Prompt]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "models" / "student")
     lines = (DEMO / "data" / "held_out.jsonl").read_text().splitlines()
     return [
-        Prompt(prompt_id=str(number), token_ids=np.array(tokenizer(json.loads(line)["prompt"]).input_ids, np.int32), seed=number)
+        Prompt(
+            prompt_id=str(number),
+            token_ids=np.array(tokenizer(json.loads(line)["prompt"]).input_ids, np.int32),
+            seed=number,
+        )
         for number, line in enumerate(lines)
     ]
 

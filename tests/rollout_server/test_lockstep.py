@@ -26,7 +26,7 @@ NUM_PROMPTS = 200
 TIE = 1e-4  # logits, or nats between divergence and threshold; vLLM and Hugging Face differ by some 1e-5
 DEMO_RULE = AdaSwitch(multiplier=3.0, window=10, floor=0.0)
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 # ------------------------------------------------------------------------------------------------------- the reference
@@ -60,7 +60,9 @@ class Stepped:
 
 
 @torch.inference_mode()
-def lockstep(student: LlamaForCausalLM, teacher: LlamaForCausalLM, prompts: Sequence[Prompt], policy: Policy) -> list[Stepped]:
+def lockstep(
+    student: LlamaForCausalLM, teacher: LlamaForCausalLM, prompts: Sequence[Prompt], policy: Policy
+) -> list[Stepped]:
     """Both models read one token at a time, for all prompts (of one length) at once, until every sequence has ended."""
     sequences = [Stepped() for _ in prompts]
     student_cache, teacher_cache = DynamicCache(), DynamicCache()
@@ -135,7 +137,9 @@ def lead(logits: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------- comparison
 
 
-async def write_online(engines, prompts: Sequence[Prompt], policy: Policy, *, chunk_tokens: int = 16) -> list[MixedSequence]:
+async def write_online(
+    engines, prompts: Sequence[Prompt], policy: Policy, *, chunk_tokens: int = 16
+) -> list[MixedSequence]:
     """The same prompts through the controller, in their order."""
     controller = SwitchingController(
         student=engines.student,
