@@ -70,7 +70,7 @@ class Cluster:
             sampling=self._config.sampling,
             trace=self._config.trace,
             trace_folder=folder.traces,
-            top_logprobs=min(student_facts.top_logprobs, teacher_facts.top_logprobs),
+            top_logprobs=inputs.top_logprobs,
             stop_token_ids=inputs.stop_token_ids,
         )
         addresses = [
@@ -140,7 +140,7 @@ class Cluster:
             name=role,
             model=models.student if role == "student" else models.teacher,
             settings=settings.model_copy(update={"max_model_len": inputs.max_model_len}),
-            top_logprobs=engines.top_logprobs,
+            top_logprobs=inputs.top_logprobs,
             trust_remote_code=engines.trust_remote_code,
             weight_transfer_backend=self._backend if role == "student" else None,
         )

@@ -4,8 +4,9 @@ Raises UserError with one line naming the key. Owns what both sides must agree o
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from common.config import EngineSettings, RunConfig
 from common.errors import UserError
@@ -26,6 +27,7 @@ class Inputs:
     held_out: HeldOut | None
     stop_token_ids: tuple[int, ...]  # of either model: a token that ends one's text ends the other's
     max_model_len: int  # tokens, prompt and answer together, that both engines are started with
+    top_logprobs: int  # k: what is asked for, at most the smaller of the two vocabularies
 
     @property
     def self_test_prefix(self) -> Ids:
@@ -39,9 +41,10 @@ def prepare(config: RunConfig) -> Inputs:
     student = load_tokenizer(config.models.student, key="models.student", trust_remote_code=remote_code)
     teacher = load_tokenizer(config.models.teacher, key="models.teacher", trust_remote_code=remote_code)
     check_tokenizers(student.get_vocab(), teacher.get_vocab())
+    text_configs = {role: _text_config(config, role) for role in ("student", "teacher")}
     max_model_len = min(
-        _context(config.models.student, config.engines.student, "student", remote_code),
-        _context(config.models.teacher, config.engines.teacher, "teacher", remote_code),
+        _context(text_configs["student"], config.engines.student, "student"),
+        _context(text_configs["teacher"], config.engines.teacher, "teacher"),
     )
     max_prompt_tokens = max_model_len - config.sampling.max_new_tokens
     if max_prompt_tokens < 1:
@@ -62,6 +65,7 @@ def prepare(config: RunConfig) -> Inputs:
         held_out=_held_out(config, student, max_prompt_tokens),
         stop_token_ids=_stop_token_ids(config.models.student, config.models.teacher),
         max_model_len=max_model_len,
+        top_logprobs=min(config.engines.top_logprobs, *(text.vocab_size for text in text_configs.values())),
     )
 
 
@@ -83,22 +87,26 @@ def _held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_
     )
 
 
-def _context(model: str, settings: EngineSettings, role: str, trust_remote_code: bool) -> int:
-    """Tokens the engine's context holds: what is asked for, at most what the model was made for."""
+def _text_config(config: RunConfig, role: Literal["student", "teacher"]) -> PreTrainedConfig:
+    """The model's own description of itself."""
+    model: str = getattr(config.models, role)
     try:
-        text_config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+        loaded = AutoConfig.from_pretrained(model, trust_remote_code=config.engines.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"models.{role}: can't read the config of {model!r}: {' '.join(str(error).split())}") from error
-    made_for = getattr(text_config, "max_position_embeddings", None)
+    return loaded.get_text_config()
+
+
+def _context(model: PreTrainedConfig, settings: EngineSettings, role: str) -> int:
+    """Tokens the engine's context holds: what is asked for, at most what the model was made for."""
+    made_for = getattr(model, "max_position_embeddings", None)
     if settings.max_model_len is None:
         if made_for is None:
-            raise UserError(
-                f"engines.{role}.max_model_len must be set: the config of {model!r} names no context length"
-            )
+            raise UserError(f"engines.{role}.max_model_len must be set: models.{role} names no context length")
         return int(made_for)
     if made_for is not None and settings.max_model_len > made_for:
         raise UserError(
-            f"engines.{role}.max_model_len must be <= {made_for}, the context of {model!r}, "
+            f"engines.{role}.max_model_len must be <= {made_for}, the context of models.{role}, "
             f"got {settings.max_model_len}"
         )
     return settings.max_model_len

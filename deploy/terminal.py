@@ -235,30 +235,41 @@ class ProgressDisplay:
 
 # ------------------------------------------------------------------------------------------------------------- summary
 
-_SUMMARY_ROWS: dict[str, tuple[str, str]] = {
+_ROWS: dict[str, tuple[str, str]] = {
     "accuracy_before": ("held-out accuracy before", "{:.3f}"),
     "accuracy_after": ("held-out accuracy after", "{:.3f}"),
-    "switch_rate_first": ("switch rate, first steps", "{:.3f}"),
-    "switch_rate_last": ("switch rate, last steps", "{:.3f}"),
+    "switch_rate": ("switch rate", "{:.3f}"),
+    "switch_rate_first": ("  in the first steps", "{:.3f}"),
+    "switch_rate_last": ("  in the last steps", "{:.3f}"),
     "teacher_share": ("share of teacher tokens", "{:.1%}"),
     "mean_switch_position": ("mean position of the first switch", "{:.1f}"),
-    "tokens_per_s": ("tokens per second", "{:.0f}"),
+    "tokens_per_s": ("tokens per second in rollout", "{:.0f}"),
     "rollout_s": ("seconds in rollout", "{:.1f}"),
     "train_s": ("seconds in training", "{:.1f}"),
     "sync_s": ("seconds in weight sync", "{:.1f}"),
+    "seconds": ("seconds in all", "{:.1f}"),
+    "max_probe_nats": ("largest probe difference, nats", "{:.1e}"),
+    "steps": ("steps", "{}"),
+    "sequences": ("sequences", "{}"),
+    "tokens": ("tokens", "{}"),
+    "held_out_prompts": ("held-out prompts", "{}"),
+    "student": ("student", "{}"),
+    "accuracy": ("held-out accuracy", "{:.3f}"),
+    "num_answers": ("held-out prompts with an answer", "{}"),
+    "num_prompts": ("held-out prompts", "{}"),
+    "mean_divergence": ("mean divergence to the teacher, nats", "{:.4f}"),
+    "mean_length": ("mean length, tokens", "{:.1f}"),
     "run_dir": ("run folder", "{}"),
 }
 
 
 def print_summary(summary: Mapping[str, object], console: Console | None = None) -> None:
-    """The final table: the known rows in their order (absent or None as ``-``), then whatever else there is."""
+    """The final table: known rows under their names, in the order above, then whatever else there is. None is ``-``."""
     table = _table("", "")
-    for key, (label, template) in _SUMMARY_ROWS.items():
-        value = summary.get(key)
-        table.add_row(label, _plain(_ABSENT if value is None else template.format(value)))
-    for key, value in summary.items():
-        if key not in _SUMMARY_ROWS:
-            table.add_row(_plain(key), _plain(f"{value:.4g}" if isinstance(value, float) else str(value)))
+    for key in sorted(summary, key=[*_ROWS, *summary].index):
+        label, template = _ROWS.get(key, (key, "{}"))
+        value = summary[key]
+        table.add_row(_plain(label), _plain(_ABSENT if value is None else template.format(value)))
     (console or make_console()).print(table)
 
 

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
@@ -76,6 +77,7 @@ class RolloutActor:
 
     def __init__(self, spec: RolloutSpec, student: EngineAddress, teacher: EngineAddress, tokenizer: str) -> None:
         set_up_logging()
+        torch.set_num_threads(1)  # the verifier's arrays are small; more threads only wait for each other
         self._spec = spec
         self._addresses = (student, teacher)
         self._tokenizer = tokenizer

@@ -139,7 +139,14 @@ def test_in_a_terminal_the_bar_tells_the_same(coloured):
 
 
 def test_the_summary_names_what_is_known_and_marks_what_is_not(plain):
-    print_summary({"accuracy_before": 0.25, "teacher_share": 0.5, "run_dir": "runs/one", "resumed": 2}, plain)
+    summary = {
+        "resumed": 2,
+        "accuracy_before": 0.25,
+        "accuracy_after": None,
+        "teacher_share": 0.5,
+        "run_dir": "runs/one",
+    }
+    print_summary(summary, plain)
     rows = [line.rsplit(None, 1) for line in printed(plain).splitlines()]
     assert ["held-out accuracy before", "0.250"] in rows
     assert ["held-out accuracy after", "-"] in rows
