@@ -2,7 +2,7 @@
 
 Both learn by plain cross-entropy on the answer's tokens, from problems that are never among the shipped prompts. The
 teacher never sees a problem twice. The student sees 640 of them over and over, as in fine-tuning on a small data set:
-it is sure of itself everywhere and wrong in places, so its divergence from the teacher is near 0 with a few high spikes.
+it is sure of itself everywhere and wrong in places, so it differs from the teacher in a few high spikes.
 A model is stopped at an accuracy, not at a step count.
 
 One thread and fixed seeds: on one machine the same files come out again.
