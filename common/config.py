@@ -96,7 +96,48 @@ class OffPolicy(Part):
     type: Literal["off_policy"] = "off_policy"
 
 
-Policy = Annotated[AdaSwitch | SKD | OnPolicy | OffPolicy, Field(discriminator="type")]
+class Decay(Part):
+    """Take one token where the Jensen-Shannon divergence exceeds a threshold that falls along the sequence, so that the
+    teacher steps in more often the longer the text gets (SWITCH, arXiv 2410.19503).
+    """
+
+    type: Literal["decay"] = "decay"
+    initial_threshold: Annotated[float, Field(ge=0.0)] = 0.3
+    """tau_0, nats; a Jensen-Shannon divergence is at most log 2 = 0.69. Ours, not the paper's."""
+    rate: Annotated[float, Field(ge=0.0)] = 0.01
+    """lambda, per position: the threshold at position i is tau_0 exp(-lambda i). Ours, not the paper's."""
+
+
+class Relay(Part):
+    """As skd, but for a few tokens, and only a few times (Relay-OPD, arXiv 2607.26057)."""
+
+    type: Literal["relay"] = "relay"
+    top_k: Positive = 5
+    """The student's token is kept when it is among this many of the teacher's best."""
+    guidance_tokens: Positive = 16
+    """Tokens the teacher writes before it hands back."""
+    max_switches: Positive = 4
+    """After this many the student is left alone."""
+
+
+class Mixture(Part):
+    """Each sequence is either the student's or the teacher's (GKD, arXiv 2306.13649)."""
+
+    type: Literal["mixture"] = "mixture"
+    student_share: Fraction = 0.5
+    """lambda: probability that the student writes a sequence, drawn from the sequence's own seed."""
+
+
+class Fixed(Part):
+    """Take over, to the end, at one position: the control for adaswitch."""
+
+    type: Literal["fixed"] = "fixed"
+    position: Annotated[int, Field(ge=0)] = 16
+
+
+Policy = Annotated[
+    AdaSwitch | SKD | Decay | Relay | OnPolicy | OffPolicy | Mixture | Fixed, Field(discriminator="type")
+]
 
 
 # ------------------------------------------------------------------------------------------------ models and engines
@@ -300,7 +341,7 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _lists_are_long_enough(self) -> Self:
-        if isinstance(self.policy, SKD) and self.policy.top_k > self.engines.top_logprobs:
+        if isinstance(self.policy, SKD | Relay) and self.policy.top_k > self.engines.top_logprobs:
             raise ValueError(
                 f"policy.top_k must be <= engines.top_logprobs ({self.engines.top_logprobs}), got {self.policy.top_k}"
             )

@@ -90,7 +90,7 @@ class SwitchingController:
 
         Returns whether the teacher takes over at the draft's end, and the proposal it refused there, if there was one.
         """
-        limit = self._policy.exploration_limit()
+        limit = self._policy.exploration_limit(draft.prompt.seed)
         last_position = self._sampling.max_new_tokens if limit is None else min(limit, self._sampling.max_new_tokens)
         if len(draft) >= last_position:
             return True, None
@@ -121,6 +121,7 @@ class SwitchingController:
                 first=len(draft),
                 divergences=np.concatenate([draft.divergences, divergences]),
                 student_ranks=np.concatenate([draft.student_ranks, student_ranks]),
+                num_switches=draft.num_switches,
             )
         )
         judged = Judged(

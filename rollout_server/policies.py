@@ -11,7 +11,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.config import SKD, AdaSwitch, Divergence, ForwardKL, OffPolicy, OnPolicy, Policy
+from common.config import (
+    JSD,
+    SKD,
+    AdaSwitch,
+    Decay,
+    Divergence,
+    Fixed,
+    ForwardKL,
+    Mixture,
+    OffPolicy,
+    OnPolicy,
+    Policy,
+    Relay,
+)
+from common.seeds import derive_seed
 from common.sequence import Floats, Ids
 
 
@@ -22,6 +36,7 @@ class ScoredPositions:
     first: int  # the first position not decided yet
     divergences: Floats  # [n] nats; NaN where the teacher wrote
     student_ranks: Ids  # [n] place of the student's token in the teacher's list, k outside it, -1 where it has none
+    num_switches: int = 0  # so far
 
     def __post_init__(self) -> None:
         assert 0 <= self.first < self.divergences.size, (self.first, self.divergences.size)
@@ -44,23 +59,27 @@ class SwitchPolicy(Protocol):
         """How many tokens the teacher writes at a switch; None for all the rest."""
         ...
 
-    def exploration_limit(self) -> int | None:
+    def exploration_limit(self, sequence_seed: int) -> int | None:
         """Position at which the teacher takes over without looking at the student's tokens; None for nowhere."""
         ...
 
     def decide(self, scored: ScoredPositions) -> Decision: ...
 
 
-class AdaSwitchPolicy:
+class _Watching:
+    """A policy that decides by what the student proposes."""
+
+    def exploration_limit(self, sequence_seed: int) -> None:
+        return None
+
+
+class AdaSwitchPolicy(_Watching):
     """AdaSwitch (arXiv 2510.07842): the first d_i above max(K * mean(d_{i-L} .. d_{i-1}), floor)."""
 
     guidance_tokens = None
 
     def __init__(self, settings: AdaSwitch) -> None:
         self._settings = settings
-
-    def exploration_limit(self) -> None:
-        return None
 
     def decide(self, scored: ScoredPositions) -> Decision:
         settings = self._settings
@@ -72,7 +91,23 @@ class AdaSwitchPolicy:
         return Decision(thresholds=thresholds, switch=_first_true(may_switch & above, scored.first))
 
 
-class SKDPolicy:
+class DecayPolicy(_Watching):
+    """SWITCH (arXiv 2410.19503): JSD_i above tau_0 exp(-lambda i)."""
+
+    guidance_tokens = 1
+
+    def __init__(self, settings: Decay) -> None:
+        self._settings = settings
+
+    def decide(self, scored: ScoredPositions) -> Decision:
+        positions = np.arange(scored.first, scored.divergences.size)
+        thresholds = self._settings.initial_threshold * np.exp(-self._settings.rate * positions)
+        thresholds = thresholds.astype(np.float32)
+        above = scored.divergences[scored.first :] > thresholds
+        return Decision(thresholds=thresholds, switch=_first_true(above, scored.first))
+
+
+class SKDPolicy(_Watching):
     """Speculative KD (arXiv 2410.11325): the student's token is outside the teacher's top k."""
 
     guidance_tokens = 1
@@ -80,38 +115,64 @@ class SKDPolicy:
     def __init__(self, settings: SKD) -> None:
         self._settings = settings
 
-    def exploration_limit(self) -> None:
-        return None
-
     def decide(self, scored: ScoredPositions) -> Decision:
         rejected = scored.student_ranks[scored.first :] >= self._settings.top_k
         return Decision(thresholds=_no_thresholds(scored), switch=_first_true(rejected, scored.first))
 
 
-class OnPolicyPolicy:
-    """The student writes everything."""
+class RelayPolicy(_Watching):
+    """Relay-OPD (arXiv 2607.26057): as SKD, for a few tokens and a few times."""
+
+    def __init__(self, settings: Relay) -> None:
+        self._settings = settings
+        self.guidance_tokens = settings.guidance_tokens
+
+    def decide(self, scored: ScoredPositions) -> Decision:
+        rejected = scored.student_ranks[scored.first :] >= self._settings.top_k
+        may_switch = scored.num_switches < self._settings.max_switches
+        switch = _first_true(rejected, scored.first) if may_switch else None
+        return Decision(thresholds=_no_thresholds(scored), switch=switch)
+
+
+class _Blind:
+    """A policy that knows beforehand where the teacher takes over, and to the end."""
 
     guidance_tokens = None
-
-    def exploration_limit(self) -> None:
-        return None
 
     def decide(self, scored: ScoredPositions) -> Decision:
         return Decision(thresholds=_no_thresholds(scored), switch=None)
 
 
-class OffPolicyPolicy(OnPolicyPolicy):
-    """The teacher writes everything."""
+class FixedPolicy(_Blind):
+    """At one position: none for on-policy, 0 for off-policy."""
 
-    def exploration_limit(self) -> int:  # type: ignore[override]  # a limit where the parent has none
-        return 0
+    def __init__(self, position: int | None) -> None:
+        self._position = position
+
+    def exploration_limit(self, sequence_seed: int) -> int | None:
+        return self._position
+
+
+class MixturePolicy(_Blind):
+    """GKD (arXiv 2306.13649): position 0 with probability 1 - lambda, else never."""
+
+    def __init__(self, settings: Mixture) -> None:
+        self._settings = settings
+
+    def exploration_limit(self, sequence_seed: int) -> int | None:
+        draw = derive_seed(sequence_seed, "mixture") / 2**63
+        return None if draw < self._settings.student_share else 0
 
 
 _POLICIES: dict[type, Callable[[Any], SwitchPolicy]] = {
     AdaSwitch: AdaSwitchPolicy,
     SKD: SKDPolicy,
-    OnPolicy: lambda _: OnPolicyPolicy(),
-    OffPolicy: lambda _: OffPolicyPolicy(),
+    Decay: DecayPolicy,
+    Relay: RelayPolicy,
+    OnPolicy: lambda _: FixedPolicy(None),
+    OffPolicy: lambda _: FixedPolicy(0),
+    Mixture: MixturePolicy,
+    Fixed: lambda settings: FixedPolicy(settings.position),
 }
 
 
@@ -122,7 +183,13 @@ def make_policy(settings: Policy) -> SwitchPolicy:
 
 def divergence_of(settings: Policy) -> Divergence:
     """What the verifier computes for this policy. Forward KL where the policy itself looks at no divergence."""
-    return settings.divergence if isinstance(settings, AdaSwitch) else ForwardKL()
+    match settings:
+        case AdaSwitch():
+            return settings.divergence
+        case Decay():
+            return JSD()
+        case _:
+            return ForwardKL()
 
 
 def moving_average(divergences: Floats, window: int, first: int) -> np.ndarray[Any, np.dtype[np.float64]]:

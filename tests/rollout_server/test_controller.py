@@ -14,7 +14,20 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from common.config import JSD, SKD, AdaSwitch, OffPolicy, OnPolicy, Policy, ReverseKL, Sampling
+from common.config import (
+    JSD,
+    SKD,
+    AdaSwitch,
+    Decay,
+    Fixed,
+    Mixture,
+    OffPolicy,
+    OnPolicy,
+    Policy,
+    Relay,
+    ReverseKL,
+    Sampling,
+)
 from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TokenSource, TopLogprobs
 from common.weights import WeightUpdate
@@ -27,7 +40,18 @@ VOCABULARY_SIZE, K = 24, 8
 TEACHER = HashedScript(vocabulary_size=VOCABULARY_SIZE, seed=1, eos_probability=0.02)
 STUDENT = TEACHER.student(seed=2)
 ADASWITCH = AdaSwitch(window=4)
-POLICIES: list[Policy] = [ADASWITCH, SKD(top_k=3), OnPolicy(), OffPolicy()]
+RELAY = Relay(top_k=3, guidance_tokens=3, max_switches=2)
+DECAY = Decay(initial_threshold=0.2, rate=0.05)
+POLICIES: list[Policy] = [
+    ADASWITCH,
+    SKD(top_k=3),
+    DECAY,
+    RELAY,
+    OnPolicy(),
+    OffPolicy(),
+    Mixture(student_share=0.5),
+    Fixed(position=7),
+]
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.type)
 greedy_and_sampled = pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 PROMPTS = [
@@ -181,6 +205,51 @@ async def test_skd_takes_one_token_wherever_the_students_is_not_among_the_teache
         np.testing.assert_array_equal(sequence.student_ranks >= 3, sequence.sources == TokenSource.TEACHER)
         assert not np.isnan(sequence.divergences).any()
         assert np.isnan(sequence.thresholds).all()
+
+
+@greedy_and_sampled
+async def test_decay_takes_one_token_wherever_the_divergence_exceeds_the_falling_threshold(temperature: float) -> None:
+    sequences = await collect(make_controller(DECAY, temperature=temperature))
+    assert sum(sequence.switches.size for sequence in sequences) >= 8
+    for sequence in sequences:
+        expected = np.float32(0.2 * np.exp(-0.05 * np.arange(len(sequence))))
+        np.testing.assert_array_equal(sequence.thresholds, expected)
+        np.testing.assert_array_equal(
+            sequence.divergences > sequence.thresholds, sequence.sources == TokenSource.TEACHER
+        )
+
+
+@greedy_and_sampled
+async def test_relay_takes_a_few_tokens_a_few_times(temperature: float) -> None:
+    sequences = await collect(make_controller(RELAY, temperature=temperature))
+    assert max(sequence.switches.size for sequence in sequences) == RELAY.max_switches
+    for sequence in sequences:
+        guided = {position + offset for position in sequence.switches.tolist() for offset in range(3)}
+        taken = np.flatnonzero(sequence.sources == TokenSource.TEACHER).tolist()
+        assert taken == sorted(position for position in guided if position < len(sequence))
+        outside = np.flatnonzero((sequence.student_ranks >= 3) & (sequence.sources == TokenSource.STUDENT))
+        assert sequence.switches.size == RELAY.max_switches or not outside.size
+
+
+@greedy_and_sampled
+async def test_a_mixture_is_the_students_or_the_teachers_by_the_sequences_seed(temperature: float) -> None:
+    sequences = await collect(make_controller(Mixture(student_share=0.5), temperature=temperature))
+    teachers = [sequence for sequence in sequences if sequence.num_teacher_tokens]
+    assert 0 < len(teachers) < len(sequences)
+    students_alone = await collect(make_controller(OnPolicy(), temperature=temperature))
+    teachers_alone = await collect(make_controller(OffPolicy(), temperature=temperature))
+    for mixed, student_alone, teacher_alone in zip(sequences, students_alone, teachers_alone, strict=True):
+        alone = teacher_alone if mixed.num_teacher_tokens else student_alone
+        np.testing.assert_array_equal(mixed.token_ids, alone.token_ids)
+
+
+@greedy_and_sampled
+async def test_a_fixed_switch_is_where_it_was_set_and_costs_no_student_token(temperature: float) -> None:
+    for sequence in await collect(make_controller(Fixed(position=7), temperature=temperature)):
+        if len(sequence) > 7:
+            assert sequence.switches.tolist() == [7]
+            assert (sequence.sources[7:] == TokenSource.TEACHER).all()
+        assert sequence.num_wasted_tokens == 0
 
 
 @every_policy

@@ -4,7 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import JSD, SKD, AdaSwitch, ForwardKL, OffPolicy, OnPolicy, Policy, ReverseKL
+from common.config import (
+    JSD,
+    SKD,
+    AdaSwitch,
+    Decay,
+    Fixed,
+    ForwardKL,
+    Mixture,
+    OffPolicy,
+    OnPolicy,
+    Policy,
+    Relay,
+    ReverseKL,
+)
 from common.sequence import Floats
 from rollout_server.policies import Decision, ScoredPositions, divergence_of, make_policy, moving_average
 
@@ -113,16 +126,57 @@ def test_skd_does_not_reject_what_the_teacher_wrote_itself() -> None:
 
 def test_on_policy_never_switches() -> None:
     policy = make_policy(OnPolicy())
-    assert policy.exploration_limit() is None
+    assert policy.exploration_limit(7) is None
     assert decide(OnPolicy(), [99.0] * 3, student_ranks=[64] * 3).switch is None
 
 
 def test_off_policy_leaves_the_student_no_position() -> None:
-    assert make_policy(OffPolicy()).exploration_limit() == 0
+    assert make_policy(OffPolicy()).exploration_limit(7) == 0
+
+
+def test_decay_compares_with_a_threshold_that_falls_with_the_position() -> None:
+    decision = decide(Decay(initial_threshold=0.5, rate=0.1), [0.1, 0.1, 0.45, 0.1, 0.35])
+    np.testing.assert_array_equal(decision.thresholds, np.float32(0.5 * np.exp(-0.1 * np.arange(5))))
+    assert decision.switch == 2
+    assert divergence_of(Decay()) == JSD(beta=0.5)
+
+
+def test_relay_stops_switching_after_its_last_time() -> None:
+    policy, divergences = make_policy(Relay(top_k=2, max_switches=3)), np.zeros(2, np.float32)
+    ranks = np.array([0, 5], np.int32)
+    switches = [
+        policy.decide(
+            ScoredPositions(first=0, divergences=divergences, student_ranks=ranks, num_switches=num_switches)
+        ).switch
+        for num_switches in (0, 2, 3, 4)
+    ]
+    assert switches == [1, 1, None, None]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_mixture_leaves_the_student_its_share_of_the_sequences(share: float) -> None:
+    policy = make_policy(Mixture(student_share=share))
+    limits = [policy.exploration_limit(seed) for seed in range(2000)]
+    assert set(limits) <= {None, 0}
+    assert limits.count(None) / len(limits) == pytest.approx(share, abs=0.04)
+
+
+def test_a_fixed_switch_is_where_it_was_set() -> None:
+    assert make_policy(Fixed(position=5)).exploration_limit(7) == 5
 
 
 @pytest.mark.parametrize(
-    ("settings", "guidance_tokens"), [(AdaSwitch(), None), (SKD(), 1), (OnPolicy(), None), (OffPolicy(), None)]
+    ("settings", "guidance_tokens"),
+    [
+        (AdaSwitch(), None),
+        (SKD(), 1),
+        (Decay(), 1),
+        (Relay(guidance_tokens=9), 9),
+        (OnPolicy(), None),
+        (OffPolicy(), None),
+        (Mixture(), None),
+        (Fixed(), None),
+    ],
 )
 def test_how_long_the_teacher_writes(settings: Policy, guidance_tokens: int | None) -> None:
     assert make_policy(settings).guidance_tokens == guidance_tokens
