@@ -12,6 +12,7 @@ replica answers. P = prompt tokens, T = new tokens, k = length of a top list.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from common.config import Policy, Sampling
 from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TopLogprobs
 from rollout_server.draft import Draft, Judged
+from rollout_server.drawing import can_draw, draw_place
 from rollout_server.engine import Engine, WriteRequest, Written
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
@@ -30,7 +32,10 @@ class RolloutError(RuntimeError):
 
 
 class SwitchingController:
-    """Writes mixed sequences under one switch policy. The result does not depend on any engine's timing."""
+    """Writes mixed sequences under one switch policy. The result does not depend on any engine's timing.
+
+    ``stop_token_ids`` must hold every token that ends a text of either engine.
+    """
 
     def __init__(
         self,
@@ -40,7 +45,7 @@ class SwitchingController:
         policy: Policy,
         sampling: Sampling,
         top_logprobs: int,
-        stop_token_ids: tuple[int, ...] = (),
+        stop_token_ids: tuple[int, ...],
     ) -> None:
         self._student = student
         self._teacher = teacher
@@ -140,10 +145,29 @@ class SwitchingController:
         """The teacher writes from the draft's end, to the end of the sequence or for as long as the policy says."""
         remaining = self._sampling.max_new_tokens - len(draft)
         max_tokens = min(remaining, self._policy.guidance_tokens or remaining)
-        guidance = await self._teacher.generate(self._write_request(draft, "teacher", max_tokens=max_tokens))
+        request = self._write_request(draft, "teacher", max_tokens=max_tokens)
+        if refused is not None and max_tokens == 1 and can_draw(self._sampling):
+            guidance = await self._draw(refused.teacher_top, request)
+        else:
+            guidance = await self._teacher.generate(request)
         draft.take(guidance, refused)
         if guidance.finish_reason == "stop" or len(draft) >= self._sampling.max_new_tokens:
             draft.finish_reason = guidance.finish_reason
+
+    async def _draw(self, row: TopLogprobs, request: WriteRequest) -> Written:
+        """The teacher's next token from the row that is in hand; from the teacher only when it is not on the list."""
+        place = draw_place(row, temperature=request.temperature, seed=request.seed)
+        if place is None:
+            listed = tuple(row.token_ids[0].tolist())
+            return await self._teacher.generate(replace(request, excluded_token_ids=listed))
+        token_ids = row.token_ids[0, place : place + 1]
+        return Written(
+            token_ids=token_ids,
+            logprobs=row.logprobs[0, place : place + 1],
+            top=row,
+            weight_version=0,
+            finish_reason="stop" if int(token_ids[0]) in self._stop_token_ids else "length",
+        )
 
     def _write_request(self, draft: Draft, role: str, *, max_tokens: int) -> WriteRequest:
         return WriteRequest(

@@ -26,6 +26,7 @@ class WriteRequest:
     seed: int
     chunk_tokens: int  # hand over this many tokens at a time
     stop_token_ids: tuple[int, ...] = ()  # end after one of these, besides the model's own end-of-sequence token
+    excluded_token_ids: tuple[int, ...] = ()  # never write these
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1, self.max_tokens

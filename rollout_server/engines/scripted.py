@@ -259,6 +259,9 @@ def _best(rows: list[Floats], k: int) -> TopLogprobs:
 
 def _choose(row: Floats, request: WriteRequest, rng: np.random.Generator) -> int:
     """The best token at temperature 0, else one drawn from the nucleus that holds ``top_p``."""
+    if request.excluded_token_ids:
+        row = row.copy()
+        row[list(request.excluded_token_ids)] = -np.inf
     best_first = np.argsort(-row, kind="stable")
     if request.temperature == 0.0:
         return int(best_first[0])

@@ -39,6 +39,7 @@ from rollout_server.engine import (
 from rollout_server.weight_receiver import apply_update, init_transfer
 
 _CPU_BLOCK_TOKENS = 32  # vLLM's smallest on processors; prefixes are reused in whole blocks
+_NEVER = -100.0  # the logit bias vLLM allows that comes closest to minus infinity
 
 
 class VLLMEngine:
@@ -141,6 +142,7 @@ class VLLMEngine:
             seed=request.seed if request.temperature > 0 else None,
             max_tokens=request.max_tokens,
             stop_token_ids=list(request.stop_token_ids),
+            logit_bias=dict.fromkeys(request.excluded_token_ids, _NEVER) or None,
             logprobs=self._top_logprobs,
             flat_logprobs=True,
             detokenize=False,

@@ -75,7 +75,7 @@ def make_controller(
     teacher: ScriptedEngine | None = None,
     *,
     k: int = K,
-    stop_token_ids: tuple[int, ...] = (),
+    stop_token_ids: tuple[int, ...] = (TEACHER.eos_token_id,),
     **sampling: Any,
 ) -> SwitchingController:
     return SwitchingController(
@@ -208,6 +208,30 @@ async def test_skd_takes_one_token_wherever_the_students_is_not_among_the_teache
 
 
 @greedy_and_sampled
+@pytest.mark.parametrize("policy", [SKD(top_k=3), DECAY], ids=lambda policy: policy.type)
+async def test_one_token_guidance_asks_the_teacher_only_for_tokens_outside_its_list(
+    policy: Policy, temperature: float
+) -> None:
+    """And gives the same whatever the chunks are."""
+    results = []
+    for chunk_tokens in (1, 8, 40):
+        teacher = ScriptedEngine(TEACHER, top_logprobs=K)
+        controller = make_controller(
+            policy, teacher=teacher, temperature=temperature, top_p=1.0, chunk_tokens=chunk_tokens
+        )
+        results.append(await collect(controller))
+        taken_outside = sum(
+            int(np.isnan(sequence.teacher_top.logprob_of(sequence.token_ids))[sequence.switches].sum())
+            for sequence in results[-1]
+        )
+        assert teacher.num_calls["write"] == taken_outside
+        assert temperature > 0.0 or taken_outside == 0
+    for sequences in results[1:]:
+        for sequence, expected in zip(sequences, results[0], strict=True):
+            assert_equal(sequence, expected)
+
+
+@greedy_and_sampled
 async def test_decay_takes_one_token_wherever_the_divergence_exceeds_the_falling_threshold(temperature: float) -> None:
     sequences = await collect(make_controller(DECAY, temperature=temperature))
     assert sum(sequence.switches.size for sequence in sequences) >= 8
@@ -267,7 +291,7 @@ async def test_the_teachers_rows_are_those_of_the_text_as_it_became(policy: Poli
 
 @every_policy
 async def test_sequences_end_at_the_limit_or_with_a_stop_token(policy: Policy) -> None:
-    sequences = await collect(make_controller(policy, stop_token_ids=(5,), max_new_tokens=10))
+    sequences = await collect(make_controller(policy, stop_token_ids=(TEACHER.eos_token_id, 5), max_new_tokens=10))
     assert {sequence.finish_reason for sequence in sequences} == {"stop", "length"}
     for sequence in sequences:
         stops = np.isin(sequence.token_ids, (TEACHER.eos_token_id, 5))
