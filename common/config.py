@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0.0)]
 
 
@@ -30,20 +31,60 @@ class ForwardKL(Part):
 
 
 class ReverseKL(Part):
-    """KL(student || teacher), nats. On the teacher's top-k support alone it is known to be unstable as a loss."""
+    """KL(student || teacher), nats.
+
+    As a loss it is known to be unstable where the list covers little of the teacher: what the student puts outside the
+    list is judged as one bucket. ``train/covered_mass`` tells how much the list covers.
+    """
 
     type: Literal["reverse_kl"] = "reverse_kl"
 
 
 class JSD(Part):
-    """Generalised Jensen-Shannon divergence, nats (GKD, arXiv 2306.13649, eq. 2)."""
+    """Generalised Jensen-Shannon divergence, nats (GKD, arXiv 2306.13649, eq. 2).
+
+    As a loss it holds a reverse KL, and with it the same weakness where the list covers little.
+    """
 
     type: Literal["jsd"] = "jsd"
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Weight of the teacher in the mixture."""
 
 
-Divergence = Annotated[ForwardKL | ReverseKL | JSD, Field(discriminator="type")]
+class SkewedKL(Part):
+    """KL(teacher || alpha teacher + (1 - alpha) student), nats (DistiLLM, arXiv 2402.03898).
+
+    At most log(1 / alpha), whatever the student does: no single token can rule the gradient.
+    """
+
+    type: Literal["skewed_kl"] = "skewed_kl"
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Weight of the teacher in the mixture."""
+
+
+class TVD(Part):
+    """Total variation distance, half the sum of |teacher - student| (f-distill, arXiv 2307.15190).
+
+    Not nats but a probability, 0 to 1. Where it is chosen, thresholds and reported values are probabilities too.
+    """
+
+    type: Literal["tvd"] = "tvd"
+
+
+class CrossEntropy(Part):
+    """-log student(token), nats, on the sequence as it was written; the teacher's distribution is not looked at.
+
+    A loss and no switch divergence. With the teacher writing everything it is sequence-level KD (arXiv 1606.07947).
+    """
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+
+
+Divergence = Annotated[ForwardKL | ReverseKL | JSD | SkewedKL | TVD, Field(discriminator="type")]
+"""What may decide a switch."""
+
+Loss = Annotated[ForwardKL | ReverseKL | JSD | SkewedKL | TVD | CrossEntropy, Field(discriminator="type")]
+"""What may be trained on."""
 
 
 # ------------------------------------------------------------------------------------------------- switch policies
@@ -58,7 +99,8 @@ class AdaSwitch(Part):
     window: Positive = 10
     """L: positions in the moving average. The paper's value is not public."""
     floor: Annotated[float, Field(ge=0.0)] = 0.0
-    """Nats. The threshold is never lower, so that spikes which no longer matter stop causing switches."""
+    """Nats (for tvd a probability). The threshold is never lower, so that spikes which no longer matter stop causing
+    switches."""
     warmup: Positive | None = None
     """First position that may switch. Default: window, the first one whose moving average is filled."""
     divergence: Divergence = ForwardKL()
@@ -155,6 +197,8 @@ class Models(Part):
 class EngineSettings(Part):
     """One role's vLLM engines. Anything not named here is vLLM's default."""
 
+    num_replicas: Positive = 1
+    """How many engines serve this role."""
     tensor_parallel_size: Positive = 1
     """GPUs per engine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -250,8 +294,12 @@ class Trainer(Part):
     num_steps: Positive = 100
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
-    loss: Divergence = ForwardKL()
-    """On the teacher's top k and one bucket for the rest, averaged over all tokens of a step."""
+    loss: Loss = ForwardKL()
+    """On the teacher's top k and one bucket for the rest; a weighted mean over all tokens of a step."""
+    student_token_weight: Weight = 1.0
+    """Weight of the tokens the student wrote in that mean. Only the ratio of the two weights matters."""
+    teacher_token_weight: Weight = 1.0
+    """Weight of the tokens the teacher wrote. A step that has only tokens of weight 0 has loss 0."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
     """Peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -269,6 +317,12 @@ class Trainer(Part):
     num_threads: Positive = 2
     """Torch threads. Processors only."""
     step_timeout_s: Seconds = 1800.0
+
+    @model_validator(mode="after")
+    def _some_token_counts(self) -> Self:
+        if self.student_token_weight == self.teacher_token_weight == 0.0:
+            raise ValueError("teacher_token_weight must be > 0 where student_token_weight is 0, got 0")
+        return self
 
     @property
     def sequences_per_step(self) -> int:
@@ -330,10 +384,11 @@ class RunConfig(Part):
     @model_validator(mode="after")
     def _a_shared_gpu_can_be_shared(self) -> Self:
         if self.placement.learner == "student_gpu":
-            if self.engines.student.tensor_parallel_size > 1:
+            student = self.engines.student
+            if student.tensor_parallel_size > 1 or student.num_replicas > 1:
                 raise ValueError(
-                    "placement.learner must be own_gpu where engines.student.tensor_parallel_size is above 1, "
-                    "got student_gpu"
+                    "placement.learner must be own_gpu where engines.student has several GPUs "
+                    "(tensor_parallel_size, num_replicas), got student_gpu"
                 )
             if self.sync.backend == "nccl":
                 raise ValueError("sync.backend must not be nccl where placement.learner is student_gpu, got nccl")

@@ -3,7 +3,7 @@
 A bucket is a token or a merged set of tokens. Merging never increases an f-divergence (data-processing inequality), so
 any value computed here on merged buckets is a lower bound of the full-vocabulary one.
 
-Suffixes: _M the bucket axis, last. Everything is in nats.
+Suffixes: _M the bucket axis, last. Everything is in nats, but for the total variation distance: a probability.
 """
 
 import math
@@ -11,17 +11,21 @@ import math
 import torch
 from torch import Tensor
 
-from common.config import JSD, Divergence, ForwardKL, ReverseKL
+from common.config import JSD, TVD, Divergence, ForwardKL, ReverseKL, SkewedKL
 
 
 def divergence(log_p_M: Tensor, log_q_M: Tensor, kind: Divergence) -> Tensor:
     """Divergence of each row, [...] from two [..., M] tensors of log-probabilities (p teacher, q student).
 
-    forward KL   sum p (log p - log q)
-    reverse KL   sum q (log q - log p)
-    JSD(beta)    beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q   (GKD, arXiv 2306.13649)
+    forward KL         sum p (log p - log q)
+    reverse KL         sum q (log q - log p)
+    JSD(beta)          beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q   (GKD, arXiv 2306.13649)
+    skewed KL(alpha)   KL(p || alpha p + (1 - alpha) q), at most log(1 / alpha)   (DistiLLM, arXiv 2402.03898)
+    TVD                sum |p - q| / 2: a probability, 0 to 1, not nats   (f-distill, arXiv 2307.15190)
 
-    A bucket without mass is log-prob -inf; 0 log 0 counts as 0. Mass of p where q has none gives +inf, as it must.
+    Reverse KL and JSD are known to be unstable as losses where few buckets hold little of p: watch the covered mass.
+    A bucket without mass is log-prob -inf; 0 log 0 counts as 0. Mass of p where q has none makes the forward KL +inf,
+    mass of q where p has none the reverse KL; the others stay finite.
     Differentiable in both arguments.
     """
     match kind:
@@ -32,6 +36,10 @@ def divergence(log_p_M: Tensor, log_q_M: Tensor, kind: Divergence) -> Tensor:
         case JSD(beta=beta):
             log_m_M = _log_mixture(log_p_M, log_q_M, beta)
             return beta * _kl(log_p_M, log_m_M) + (1.0 - beta) * _kl(log_q_M, log_m_M)
+        case SkewedKL(alpha=alpha):
+            return _kl(log_p_M, _log_mixture(log_p_M, log_q_M, alpha))
+        case TVD():
+            return 0.5 * (log_p_M.exp() - log_q_M.exp()).abs().sum(dim=-1)
 
 
 def _kl(log_p_M: Tensor, log_q_M: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ The model stays in evaluation mode throughout: dropout would train another distr
 from and the probe compares.
 """
 
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -16,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.config import Trainer
 from common.errors import UserError
-from common.sequence import Floats, Ids, MixedSequence, TokenSource
+from common.files import fsync
+from common.sequence import MixedSequence, TokenSource
 from trainer.batch import MicroBatch, make_micro_batches
-from trainer.loss import PositionLosses, at_least_float32, distillation_losses
+from trainer.loss import PositionLosses, Targets, distillation_losses
 
 # Names under which Hugging Face configs keep a tanh on the logits. Small logits pass it almost unchanged, so that the
 # self-check alone would miss it on a model that has not learned much.
@@ -34,7 +34,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 class StepReport:
     """One optimizer step. None where a step has no such tokens."""
 
-    loss: float  # nats per token
+    loss: float  # nats per token, weighted as it was trained on
     loss_student_tokens: float | None  # nats per token the student wrote
     loss_teacher_tokens: float | None  # nats per token the teacher wrote
     covered_mass: float  # mean probability on the teacher's listed ids
@@ -63,15 +63,21 @@ class Learner:
         )
 
     def step(self, sequences: list[MixedSequence]) -> StepReport:
-        """One update on the mean loss over all new tokens of these sequences, however they fall into micro-batches.
+        """One update on the weighted mean loss over all new tokens of these sequences, however they fall into
+        micro-batches: sum(weight x loss) / sum(weight), the weights by who wrote the token.
 
         Raises FloatingPointError, before anything is changed, when the loss or the gradient is not finite.
         """
         started_s = time.perf_counter()
         micro_batches = make_micro_batches(sequences, self.config.tokens_per_micro_batch)
-        num_tokens = sum(map(len, micro_batches))
+        weights = [self._token_weights(micro_batch) for micro_batch in micro_batches]
+        # Where every token has weight 0 the mean is taken to be 0.
+        total_weight = float(torch.cat(weights).sum()) or 1.0
+        shares = [weight / total_weight for weight in weights]
         self.optimizer.zero_grad(set_to_none=True)
-        positions = [self._backward(micro_batch, num_tokens) for micro_batch in micro_batches]
+        positions = [
+            self._backward(micro_batch, share) for micro_batch, share in zip(micro_batches, shares, strict=True)
+        ]
         grad_norm = self._clip(sequences)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
@@ -81,52 +87,38 @@ class Learner:
         losses = torch.cat([position.losses for position in positions])
         sources = torch.cat([micro_batch.sources for micro_batch in micro_batches])
         return StepReport(
-            loss=float(losses.mean()),
+            loss=float((losses.double() * torch.cat(shares)).sum()),
             loss_student_tokens=_mean_or_none(losses[sources == TokenSource.STUDENT]),
             loss_teacher_tokens=_mean_or_none(losses[sources == TokenSource.TEACHER]),
             covered_mass=float(torch.cat([position.covered_mass for position in positions]).mean()),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            num_tokens=num_tokens,
+            num_tokens=len(losses),
             num_micro_batches=len(micro_batches),
             seconds=time.perf_counter() - started_s,
         )
 
-    def position_losses(self, micro_batch: MicroBatch) -> PositionLosses:
-        """The loss of each new token, differentiable."""
+    def position_losses(self, micro_batch: MicroBatch, shares: Tensor) -> PositionLosses:
+        """The loss of each new token, and their sum with these shares [N], differentiable."""
         micro_batch = micro_batch.to(self.device)
+        output_layer = self.model.get_output_embeddings()
+        assert isinstance(output_layer, nn.Linear), type(output_layer)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             hidden_NH = hidden_states(self.model, micro_batch.input_ids, micro_batch.attention_mask).flatten(0, 1)[
                 micro_batch.hidden_rows
             ]
             return distillation_losses(
                 hidden_NH,
-                self.model.get_output_embeddings(),
-                micro_batch.teacher_ids,
-                micro_batch.teacher_logprobs,
+                output_layer,
+                Targets(
+                    token_ids=micro_batch.token_ids,
+                    teacher_ids=micro_batch.teacher_ids,
+                    teacher_logprobs=micro_batch.teacher_logprobs,
+                    weights=shares.to(self.device),
+                ),
                 self.config.loss,
                 self.config.positions_per_chunk,
             )
-
-    @torch.no_grad()
-    def logprobs_at(self, token_ids: Ids, ids: Ids) -> Floats:
-        """[n, k] nats. Row j holds the log-probs of ids[j] as token j + 1, given tokens 0 to j.
-
-        The same rows as an engine's ``score`` with start 1, computed as the loss computes them.
-        """
-        assert ids.ndim == 2, ids.shape
-        assert len(ids) == token_ids.size, (ids.shape, token_ids.shape)
-        input_ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(self.device)
-        wanted_nk = torch.from_numpy(ids.astype(np.int64)).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            hidden_nH = hidden_states(self.model, input_ids, torch.ones_like(input_ids))[0]
-            output_layer = self.model.get_output_embeddings()
-            chunk = self.config.positions_per_chunk
-            logprobs = [
-                at_least_float32(output_layer(hidden)).log_softmax(dim=-1).gather(1, wanted)
-                for hidden, wanted in zip(torch.split(hidden_nH, chunk), torch.split(wanted_nk, chunk), strict=True)
-            ]
-        return torch.cat(logprobs).cpu().numpy()
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer in Hugging Face format: whole under that name, or not there at all.
@@ -138,15 +130,22 @@ class Learner:
         self.model.save_pretrained(unfinished)
         self.tokenizer.save_pretrained(unfinished)
         for path in (*unfinished.rglob("*"), unfinished):
-            _fsync(path)
+            fsync(path)
         if folder.exists():
             shutil.rmtree(folder)
         unfinished.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
 
-    def _backward(self, micro_batch: MicroBatch, num_tokens: int) -> PositionLosses:
+    def _token_weights(self, micro_batch: MicroBatch) -> Tensor:
+        """[N] float64. How much each new token counts, by who wrote it."""
+        by_source = torch.zeros(len(TokenSource), dtype=torch.float64)
+        by_source[TokenSource.STUDENT] = self.config.student_token_weight
+        by_source[TokenSource.TEACHER] = self.config.teacher_token_weight
+        return by_source[micro_batch.sources.long()]
+
+    def _backward(self, micro_batch: MicroBatch, shares: Tensor) -> PositionLosses:
         """Add this micro-batch's share of the step's gradient. The losses come back detached, on the CPU."""
-        positions = self.position_losses(micro_batch)
+        positions = self.position_losses(micro_batch, shares)
         broken = (~positions.losses.isfinite()).nonzero().flatten().tolist()
         if broken:
             self.optimizer.zero_grad(set_to_none=True)
@@ -154,8 +153,12 @@ class Learner:
             raise FloatingPointError(
                 f"the loss is not finite at {len(broken)} of {len(micro_batch)} tokens, in {_listed(names)}"
             )
-        (positions.losses.sum() / num_tokens).backward()  # type: ignore[no-untyped-call]
-        return PositionLosses(losses=positions.losses.detach().cpu(), covered_mass=positions.covered_mass.cpu())
+        positions.total.backward()  # type: ignore[no-untyped-call]
+        return PositionLosses(
+            total=positions.total.detach().cpu(),
+            losses=positions.losses.cpu(),
+            covered_mass=positions.covered_mass.cpu(),
+        )
 
     def _clip(self, sequences: list[MixedSequence]) -> float:
         """Scale the gradient down to max_grad_norm; its norm before."""
@@ -222,14 +225,21 @@ def hidden_states(model: PreTrainedModel, input_ids_BS: Tensor, attention_mask_B
 @torch.no_grad()
 def refuse_changed_logits(model: PreTrainedModel, key: str = "models.student") -> None:
     """Raise UserError unless the model's logits are its output layer applied to its last hidden states, as the loss has
-    it: soft-capped, scaled or cut logits would be trained wrongly without a word.
+    it: soft-capped, scaled or cut logits would be trained wrongly without a word. The loss differentiates that layer
+    itself, so it must be a plain ``torch.nn.Linear``.
     """
+    output_layer = model.get_output_embeddings()
+    if not isinstance(output_layer, nn.Linear):
+        raise UserError(
+            f"{key}: the output layer of {type(model).__name__} is a {type(output_layer).__name__}, expected a "
+            "torch.nn.Linear"
+        )
     text_config = model.config.get_text_config()
     capped = [name for name in SOFTCAPS if getattr(text_config, name, None) is not None]
     input_ids_BS = (torch.arange(8, device=model.device) % text_config.vocab_size)[None]
     mask_BS = torch.ones_like(input_ids_BS)
     expected = model(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False).logits
-    logits = model.get_output_embeddings()(hidden_states(model, input_ids_BS, mask_BS))
+    logits = output_layer(hidden_states(model, input_ids_BS, mask_BS))
     same = logits.shape == expected.shape and torch.allclose(
         logits, expected, rtol=1e-3, atol=1e-3 * float(expected.std())
     )
@@ -270,11 +280,3 @@ def _listed(names: list[str], limit: int = 8) -> str:
     """The first few names, and how many more."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,24 +1,28 @@
-"""The distillation loss, position by position, on the teacher's k ids and one bucket for the rest. Pure functions.
+"""The distillation loss on the teacher's k ids and one bucket for the rest, a chunk of positions at a time.
 
 N = positions, C = positions of one chunk, H = hidden size, V = the student's (padded) vocabulary,
-k = the teacher's list, M = k + 1 buckets: the listed ids and the tail. Everything is in nats.
+k = the teacher's list, M = k + 1 buckets: the listed ids and the tail. Losses are in nats, but for TVD: a probability.
 
 The student's full logits are at hand, so its tail is exact and so is the divergence on these k + 1 buckets. It is a
 lower bound of the full-vocabulary one, and equal to it when k is the vocabulary (there is no tail then).
+
+With x the logits, s those of the listed ids and r the logsumexp of all others, the student's log-probs on the buckets
+are log_softmax([s, r]): every digit of a small tail is kept, and one pass over the vocabulary finds r. By the chain
+rule d loss / d x_v is d loss / d s for a listed id, and d loss / d r times exp(x_v - r) for any other. So a chunk's
+gradient is known as soon as its loss is, and is carried on to the hidden states and the output layer at once, as in
+Liger's fused linear cross-entropy (arXiv 2410.10989): logits are computed once, exist for one chunk only and are
+overwritten by their gradient.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from common.config import Divergence
+from common.config import CrossEntropy, Divergence, ForwardKL, Loss
 from common.divergence import divergence
-
-OutputLayer = Callable[[Tensor], Tensor]
-"""[C, H] hidden states -> [C, V] logits."""
 
 SMALLEST_TAIL = 1e-7
 """The teacher's tail is never taken to be less: below, 1 - sum(p) is float32 noise, and log 0 would make the reverse KL
@@ -26,10 +30,26 @@ infinite wherever the list happens to add up to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PositionLosses:
-    """What the loss knows of each position."""
+class Targets:
+    """What the student is trained towards at each position. No gradient flows into it."""
 
-    losses: Tensor  # [N] nats, differentiable
+    token_ids: Tensor  # [N] int64. The token as it was written
+    teacher_ids: Tensor  # [N, k] int64
+    teacher_logprobs: Tensor  # [N, k] nats
+    weights: Tensor  # [N] of each position's loss in the sum
+
+    def __post_init__(self) -> None:
+        assert self.teacher_ids.shape == self.teacher_logprobs.shape, self.teacher_ids.shape
+        for name in ("token_ids", "teacher_ids", "weights"):
+            assert len(getattr(self, name)) == len(self.token_ids), f"{name} must have {len(self.token_ids)} rows"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PositionLosses:
+    """What the loss knows of each position, and the sum that is to be differentiated."""
+
+    total: Tensor  # [] sum of weight x loss, differentiable once
+    losses: Tensor  # [N] nats, not weighted, no gradient
     covered_mass: Tensor  # [N] probability of the teacher on the listed ids that the student has, at most 1
 
     def __post_init__(self) -> None:
@@ -37,48 +57,40 @@ class PositionLosses:
 
 
 def distillation_losses(
-    hidden_NH: Tensor,
-    output_layer: OutputLayer,
-    teacher_ids_Nk: Tensor,
-    teacher_logprobs_Nk: Tensor,
-    kind: Divergence,
-    positions_per_chunk: int,
+    hidden_NH: Tensor, output_layer: nn.Linear, targets: Targets, kind: Loss, positions_per_chunk: int
 ) -> PositionLosses:
-    """Divergence of the student from the teacher at each position; not averaged.
+    """Loss of the student at each position, and their weighted sum.
 
-    Logits exist for one chunk of positions at a time, going forward and again, recomputed, going backward.
+    The gradient is made here, on the way forward, for weights that are therefore fixed: ``total`` may be scaled
+    afterwards, its parts may not, and the gradient can't be differentiated again. Under autocast the matrix products
+    are in its dtype; the softmax is in float32 or better, the sum over chunks in the parameter's own dtype.
     """
     assert positions_per_chunk >= 1, positions_per_chunk
-    chunks = [
-        checkpoint(
-            _chunk_losses,
-            hidden_CH,
-            output_layer,
-            ids_Ck,
-            logprobs_Ck,
-            kind,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for hidden_CH, ids_Ck, logprobs_Ck in zip(
-            torch.split(hidden_NH, positions_per_chunk),
-            torch.split(teacher_ids_Nk, positions_per_chunk),
-            torch.split(teacher_logprobs_Nk, positions_per_chunk),
-            strict=True,
-        )
-    ]
-    return PositionLosses(
-        losses=torch.cat([losses for losses, _ in chunks]), covered_mass=torch.cat([mass for _, mass in chunks])
+    device = hidden_NH.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+    loss_dtype = torch.promote_types(dtype, torch.float32)
+    log_p_NM = teacher_buckets(
+        targets.teacher_ids, targets.teacher_logprobs.to(loss_dtype), vocabulary_size=output_layer.out_features
     )
-
-
-def _chunk_losses(
-    hidden_CH: Tensor, output_layer: OutputLayer, teacher_ids_Ck: Tensor, teacher_logprobs_Ck: Tensor, kind: Divergence
-) -> tuple[Tensor, Tensor]:
-    logits_CV = at_least_float32(output_layer(hidden_CH))
-    log_p_CM = teacher_buckets(teacher_ids_Ck, teacher_logprobs_Ck.to(logits_CV.dtype), logits_CV.shape[-1])
-    log_q_CM = student_buckets(teacher_ids_Ck, logits_CV)
-    return divergence(log_p_CM, log_q_CM, kind), log_p_CM[:, :-1].exp().sum(dim=-1).clamp(max=1.0)
+    covered_mass_N = log_p_NM[:, :-1].exp().sum(dim=-1).clamp(max=1.0)
+    ids_Nk, divergence_kind = targets.teacher_ids, kind
+    if isinstance(kind, CrossEntropy):
+        # The forward KL from a distribution that has all its mass on the token.
+        ids_Nk, divergence_kind = targets.token_ids[:, None], ForwardKL()
+        log_p_NM = torch.zeros_like(log_p_NM[:, :2])
+        log_p_NM[:, 1] = -torch.inf
+    with torch.autocast(device, enabled=False):
+        total, losses_N = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden_NH.to(dtype),
+            output_layer.weight,
+            output_layer.bias,
+            ids_Nk,
+            log_p_NM,
+            targets.weights.to(loss_dtype),
+            divergence_kind,
+            positions_per_chunk,
+        )
+    return PositionLosses(total=total, losses=losses_N, covered_mass=covered_mass_N)
 
 
 def teacher_buckets(teacher_ids_Nk: Tensor, teacher_logprobs_Nk: Tensor, vocabulary_size: int) -> Tensor:
@@ -88,30 +100,10 @@ def teacher_buckets(teacher_ids_Nk: Tensor, teacher_logprobs_Nk: Tensor, vocabul
     Where the list holds the student's whole vocabulary the tail is empty: what is missing to 1 is rounding.
     """
     known_Nk = teacher_ids_Nk < vocabulary_size
+    has_tail_N1 = known_Nk.sum(dim=-1, keepdim=True) < vocabulary_size
     log_p_Nk = teacher_logprobs_Nk.where(known_Nk, -torch.inf)
     tail_N1 = (1.0 - log_p_Nk.double().exp().sum(dim=-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
-    log_tail_N1 = tail_N1.log().to(log_p_Nk.dtype).where(_has_tail(known_Nk, vocabulary_size), -torch.inf)
-    return torch.cat([log_p_Nk, log_tail_N1], dim=-1)
-
-
-def student_buckets(teacher_ids_Nk: Tensor, logits_NV: Tensor) -> Tensor:
-    """[N, M] the student's log-probs on the same buckets, by its full softmax.
-
-    The tail is the logsumexp of the logits with the listed ids masked out, less the logsumexp of all: 1 - sum(q) would
-    lose every digit of a small tail.
-    """
-    known_Nk = teacher_ids_Nk < logits_NV.shape[-1]
-    # Ids the student lacks point at one it has, listed first by the teacher, so that gather and scatter stay in range.
-    first_known_N1 = teacher_ids_Nk.gather(1, known_Nk.to(torch.uint8).argmax(dim=-1, keepdim=True))
-    ids_Nk = teacher_ids_Nk.where(known_Nk, first_known_N1)
-    log_z_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
-    log_q_Nk = (logits_NV.gather(1, ids_Nk) - log_z_N1).where(known_Nk, -torch.inf)
-
-    has_tail_N1 = _has_tail(known_Nk, logits_NV.shape[-1])
-    # A row without a tail is filled with 0, not -inf: the logsumexp of nothing has no gradient.
-    fill_N1 = torch.zeros_like(log_z_N1).masked_fill(has_tail_N1, -torch.inf)
-    log_rest_N1 = logits_NV.scatter(1, ids_Nk, fill_N1.expand_as(ids_Nk)).logsumexp(dim=-1, keepdim=True)
-    return torch.cat([log_q_Nk, (log_rest_N1 - log_z_N1).where(has_tail_N1, -torch.inf)], dim=-1)
+    return torch.cat([log_p_Nk, tail_N1.log().to(log_p_Nk.dtype).where(has_tail_N1, -torch.inf)], dim=-1)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -119,6 +111,91 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _has_tail(known_Nk: Tensor, vocabulary_size: int) -> Tensor:
-    """[N, 1] Whether the student has ids that the list does not hold."""
-    return known_Nk.sum(dim=-1, keepdim=True) < vocabulary_size
+class _ChunkedLoss(torch.autograd.Function):
+    """(hidden states, output layer) -> (sum of weight x divergence, divergences [N]), gradients made going forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        ids_Nk: Tensor,
+        log_p_NM: Tensor,
+        weights_N: Tensor,
+        kind: Divergence,
+        positions_per_chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = hidden_NH.dtype
+        compute_weight_VH = weight_VH.to(dtype)  # once, not once a chunk
+        compute_bias_V = None if bias_V is None else bias_V.to(dtype)
+        grads = [
+            torch.zeros_like(tensor) if tensor is not None and needs_grad else None
+            for tensor, needs_grad in zip((hidden_NH, weight_VH, bias_V), ctx.needs_input_grad, strict=False)
+        ]
+        grad_hidden_NH, grad_weight_VH, grad_bias_V = grads
+        losses_N = torch.empty_like(weights_N)
+        for first in range(0, len(hidden_NH), positions_per_chunk):
+            rows = slice(first, first + positions_per_chunk)
+            losses_N[rows], grad_logits_CV = _losses_and_gradient(
+                at_least_float32(nn.functional.linear(hidden_NH[rows], compute_weight_VH, compute_bias_V)),
+                ids_Nk[rows],
+                log_p_NM[rows],
+                weights_N[rows],
+                kind,
+            )
+            if grad_bias_V is not None:
+                grad_bias_V += grad_logits_CV.sum(dim=0).to(grad_bias_V.dtype)
+            grad_logits_CV = grad_logits_CV.to(dtype)
+            if grad_hidden_NH is not None:
+                grad_hidden_NH[rows] = grad_logits_CV @ compute_weight_VH
+            if grad_weight_VH is not None:
+                _add_product(grad_weight_VH, grad_logits_CV.T, hidden_NH[rows])
+            del grad_logits_CV  # or it would be there beside the next chunk's logits
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(losses_N)
+        return (weights_N * losses_N).sum(), losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # The usual factor is 1, and the output layer's gradient is too large to copy for nothing.
+        is_one = bool(grad_total == 1.0)
+        grads = [grad if grad is None or is_one else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *grads, None, None, None, None, None
+
+
+def _losses_and_gradient(
+    logits_CV: Tensor, ids_Ck: Tensor, log_p_CM: Tensor, weights_C: Tensor, kind: Divergence
+) -> tuple[Tensor, Tensor]:
+    """[C] losses, and [C, V] the gradient of their weighted sum, which takes the place of the logits."""
+    known_Ck = ids_Ck < logits_CV.shape[-1]
+    # Ids the student lacks point at one it has, listed first by the teacher, so that gather and scatter stay in range.
+    # A row that has none may point anywhere: all its mass is the tail's, and loss and gradient are 0.
+    first_known_C1 = ids_Ck.gather(1, known_Ck.to(torch.uint8).argmax(dim=-1, keepdim=True))
+    ids_Ck = ids_Ck.where(known_Ck, first_known_C1).clamp(max=logits_CV.shape[-1] - 1)
+    listed_Ck = logits_CV.gather(1, ids_Ck).where(known_Ck, -torch.inf)
+
+    rest_CV = logits_CV.scatter_(1, ids_Ck, -torch.inf)
+    largest_C1 = rest_CV.amax(dim=-1, keepdim=True)
+    largest_C1 = largest_C1.masked_fill(largest_C1 == -torch.inf, 0.0)  # the whole vocabulary is listed
+    rest_CV = rest_CV.sub_(largest_C1).exp_()
+    rest_sum_C1 = rest_CV.sum(dim=-1, keepdim=True)
+
+    scores_CM = torch.cat([listed_Ck, rest_sum_C1.log() + largest_C1], dim=-1)
+    with torch.enable_grad():
+        scores_CM.requires_grad_()
+        losses_C = divergence(log_p_CM, scores_CM.log_softmax(dim=-1), kind)
+        (grad_CM,) = torch.autograd.grad(losses_C, scores_CM, weights_C)
+
+    rest_factor_C1 = (grad_CM[:, -1:] / rest_sum_C1).masked_fill(rest_sum_C1 == 0.0, 0.0)
+    grad_logits_CV = rest_CV.mul_(rest_factor_C1).scatter_add_(1, ids_Ck, grad_CM[:, :-1].where(known_Ck, 0.0))
+    return losses_C.detach(), grad_logits_CV
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place; the sum in total's own dtype."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

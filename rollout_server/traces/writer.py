@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.files import fsync
 from common.sequence import MixedSequence, TokenSource, TopLogprobs
 from rollout_server.traces.schema import (
     SEQUENCES,
@@ -71,10 +72,10 @@ class TraceWriter:
         unfinished.mkdir()
         for name, table in tables.items():
             pq.write_table(table, unfinished / name, compression="zstd", write_page_checksum=True)
-            _fsync(unfinished / name)
-        _fsync(unfinished)
+            fsync(unfinished / name)
+        fsync(unfinished)
         unfinished.rename(segment)
-        _fsync(self._folder)
+        fsync(self._folder)
         for attempt in earlier:
             shutil.rmtree(self._folder / segment_name(step, attempt))
         return segment
@@ -181,11 +182,3 @@ def _lists(top_Nk: TopLogprobs, values_Nk: npt.NDArray[np.generic]) -> pa.ListAr
     offsets = np.concatenate([[0], np.cumsum(np.where(unknown_N, 0, top_Nk.k))]).astype(np.int32)
     values = pa.array(values_Nk[~unknown_N].reshape(-1))
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(unknown_N))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,11 +4,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import JSD, Divergence, ForwardKL, ReverseKL
+from common.config import JSD, TVD, Divergence, ForwardKL, ReverseKL, SkewedKL
 from common.divergence import divergence
 
-KINDS: list[Divergence] = [ForwardKL(), ReverseKL(), JSD(), JSD(beta=0.1), JSD(beta=0.9)]
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.type}-{getattr(kind, 'beta', '')}")
+KINDS: list[Divergence] = [
+    ForwardKL(),
+    ReverseKL(),
+    JSD(),
+    JSD(beta=0.1),
+    JSD(beta=0.9),
+    SkewedKL(),
+    SkewedKL(alpha=0.7),
+    TVD(),
+]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 
 @st.composite
@@ -33,6 +42,10 @@ def by_definition(p: np.ndarray, q: np.ndarray, kind: Divergence) -> float:
         case JSD(beta=beta):
             mixture = beta * p + (1 - beta) * q
             return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
+        case SkewedKL(alpha=alpha):
+            return kl(p, alpha * p + (1 - alpha) * q)
+        case TVD():
+            return 0.5 * float(np.abs(p - q).sum())
 
 
 @kinds
@@ -77,6 +90,29 @@ def test_jsd_at_one_half_does_not_tell_the_models_apart(pair):
     torch.testing.assert_close(there, back)
 
 
+@given(pair=distribution_pairs())
+def test_the_total_variation_distance_is_a_probability_and_symmetric(pair):
+    log_p, log_q = pair
+    value = float(divergence(log_p, log_q, TVD()))
+    assert value <= 1.0 + 1e-12
+    assert value == float(divergence(log_q, log_p, TVD()))
+
+
+@given(pair=distribution_pairs(), alpha=st.floats(0.01, 0.99))
+def test_skewed_kl_is_bounded_and_below_the_share_of_forward_kl_it_leaves_to_the_student(pair, alpha):
+    """KL is convex in its second argument: KL(p || a p + (1 - a) q) <= a KL(p || p) + (1 - a) KL(p || q)."""
+    log_p, log_q = pair
+    value = float(divergence(log_p, log_q, SkewedKL(alpha=alpha)))
+    assert value <= -np.log(alpha) + 1e-12
+    assert value <= (1 - alpha) * float(divergence(log_p, log_q, ForwardKL())) + 1e-12
+
+
+def test_distributions_that_share_nothing_are_as_far_apart_as_can_be():
+    log_p, log_q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
+    assert float(divergence(log_p, log_q, TVD())) == 1.0
+    assert float(divergence(log_p, log_q, SkewedKL(alpha=0.1))) == pytest.approx(np.log(10))
+
+
 def test_kl_tells_the_models_apart():
     log_p, log_q = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
     assert not torch.isclose(divergence(log_p, log_q, ForwardKL()), divergence(log_p, log_q, ReverseKL()))
@@ -86,7 +122,8 @@ def test_mass_of_the_teacher_where_the_student_has_none_diverges_without_bound()
     log_p, log_q = torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log()
     assert divergence(log_p, log_q, ForwardKL()) == torch.inf
     assert torch.isfinite(divergence(log_p, log_q, ReverseKL()))
-    assert torch.isfinite(divergence(log_p, log_q, JSD()))
+    for bounded in (JSD(), SkewedKL(), TVD()):
+        assert torch.isfinite(divergence(log_p, log_q, bounded))
 
 
 @kinds
@@ -99,6 +136,13 @@ def test_empty_buckets_give_no_nan_in_value_or_gradient(kind):
     for log in (log_p, log_q):
         assert log.grad is not None
         assert torch.isfinite(log.grad).all()
+
+
+@kinds
+def test_the_gradient_is_the_derivative_in_both_arguments(kind):
+    logits = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_p, log_q = (row.log_softmax(-1).requires_grad_() for row in logits)
+    assert torch.autograd.gradcheck(lambda p, q: divergence(p, q, kind), (log_p, log_q))
 
 
 @kinds
