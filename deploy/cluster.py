@@ -1,5 +1,6 @@
 """A run's actors on Ray: how they start, how they are wired, how they end. The only place that knows every actor."""
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -31,10 +32,10 @@ _STOP_TIMEOUT_S = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Student and teacher engine, started and checked, and the rollouts over them."""
+    """Student and teacher engines, started and checked, and the rollouts over them. Replicas of a role are alike."""
 
-    student: ActorHandle
-    teacher: ActorHandle
+    students: list[ActorHandle]
+    teachers: list[ActorHandle]
     student_facts: EngineFacts
     teacher_facts: EngineFacts
     rollouts: RemoteRollouts
@@ -51,20 +52,15 @@ class Cluster:
         self._actors: list[ActorHandle] = []
 
     async def start_pair(self, inputs: Inputs, folder: RunFolder) -> Pair:
-        """Start both engines side by side and the rollouts over them.
+        """Start all engines side by side and the rollouts over them.
 
         Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
         """
-        engines = self._config.engines
-        student, teacher = self._spawn(EngineActor, self._plan.student), self._spawn(EngineActor, self._plan.teacher)
-        calls = [
-            student.start.remote(self._engine_spec("student", inputs), inputs.self_test_prefix),
-            teacher.start.remote(self._engine_spec("teacher", inputs), inputs.self_test_prefix),
-        ]
-        student_facts, teacher_facts = [
-            await _answer(call, f"the {role} engine to start", engines.start_timeout_s)
-            for call, role in zip(calls, ("student", "teacher"), strict=True)
-        ]
+        students = [self._spawn(EngineActor, place) for place in self._plan.students]
+        teachers = [self._spawn(EngineActor, place) for place in self._plan.teachers]
+        student_facts, teacher_facts = await asyncio.gather(
+            self._start_engines(students, "student", inputs), self._start_engines(teachers, "teacher", inputs)
+        )
         spec = RolloutSpec(
             policy=self._config.policy,
             sampling=self._config.sampling,
@@ -73,18 +69,37 @@ class Cluster:
             top_logprobs=inputs.top_logprobs,
             stop_token_ids=inputs.stop_token_ids,
         )
-        addresses = [
-            EngineAddress(handle=handle, name=f"{role} engine", call_timeout_s=engines.call_timeout_s)
-            for handle, role in ((student, "student"), (teacher, "teacher"))
-        ]
-        rollouts = self._spawn(RolloutActor, self._plan.rollouts, spec, *addresses, self._config.models.student)
+        rollouts = self._spawn(
+            RolloutActor,
+            self._plan.rollouts,
+            spec,
+            self._addresses(students, "student engine"),
+            self._addresses(teachers, "teacher engine"),
+            self._config.models.student,
+        )
         return Pair(
-            student=student,
-            teacher=teacher,
+            students=students,
+            teachers=teachers,
             student_facts=student_facts,
             teacher_facts=teacher_facts,
             rollouts=RemoteRollouts(rollouts, timeout_s=self._config.trainer.step_timeout_s),
         )
+
+    async def _start_engines(
+        self, replicas: list[ActorHandle], role: Literal["student", "teacher"], inputs: Inputs
+    ) -> EngineFacts:
+        """All replicas of a role side by side; what they have in common."""
+        spec, timeout_s = self._engine_spec(role, inputs), self._config.engines.start_timeout_s
+        calls = [engine.start.remote(spec, inputs.self_test_prefix) for engine in replicas]
+        facts: list[EngineFacts] = [await _answer(call, f"a {role} engine to start", timeout_s) for call in calls]
+        return facts[0]
+
+    def _addresses(self, replicas: list[ActorHandle], name: str) -> list[EngineAddress]:
+        numbers = [""] if len(replicas) == 1 else [f" {number}" for number in range(len(replicas))]
+        return [
+            EngineAddress(handle=handle, name=f"{name}{number}", call_timeout_s=self._config.engines.call_timeout_s)
+            for handle, number in zip(replicas, numbers, strict=True)
+        ]
 
     def spawn_learner(self) -> ActorHandle:
         """Start the learner; it loads its model while the engines start."""
@@ -97,10 +112,10 @@ class Cluster:
         return self._spawn(LearnerActor, self._plan.learner, spec)
 
     async def connect_learner(self, learner: ActorHandle, pair: Pair) -> RemoteLearner:
-        """Open the weight transfer from the learner to the student engine."""
+        """Open the weight transfer from the learner to the student engines."""
         config = self._config
         transfer = TransferSpec(
-            students=[pair.student],
+            students=pair.students,
             backend=self._backend,
             workers_per_engine=config.engines.student.tensor_parallel_size,
             engine_dtype=pair.student_facts.dtype,

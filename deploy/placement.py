@@ -9,7 +9,7 @@ GPU seats follow Ray's interface and have not been run on a GPU.
 
 from dataclasses import dataclass
 
-from common.config import RunConfig
+from common.config import EngineSettings, RunConfig
 
 # Threads are set where they are used; Ray's CPUs only have to add up to less than the smallest machine has.
 CPUS_PER_ACTOR = 0.25
@@ -28,8 +28,8 @@ class SeatingPlan:
     """A run's bundles, in Ray's terms, and every actor's seat in them."""
 
     bundles: list[dict[str, float]]
-    student: Seat
-    teacher: Seat
+    students: list[Seat]
+    teachers: list[Seat]
     rollouts: Seat
     learner: Seat
 
@@ -44,13 +44,18 @@ def seat(config: RunConfig, *, use_gpus: bool) -> SeatingPlan:
         bundles.append({"CPU": CPUS_PER_ACTOR, **({"GPU": num_gpus} if num_gpus else {})})
         return Seat(bundle=len(bundles) - 1, num_gpus=num_gpus * share)
 
+    engines = config.engines
     shares_gpu = config.placement.learner == "student_gpu"
-    student = new_seat(config.engines.student.tensor_parallel_size, share=0.5 if shares_gpu else 1.0)
-    teacher = new_seat(config.engines.teacher.tensor_parallel_size)
+
+    def engine_seats(settings: EngineSettings, share: float = 1.0) -> list[Seat]:
+        return [new_seat(settings.tensor_parallel_size, share) for _ in range(settings.num_replicas)]
+
+    students = engine_seats(engines.student, share=0.5 if shares_gpu else 1.0)
+    teachers = engine_seats(engines.teacher)
     rollouts = new_seat(0)
     if shares_gpu:
-        learner = student
-        bundles[student.bundle]["CPU"] += CPUS_PER_ACTOR
+        learner = students[0]
+        bundles[learner.bundle]["CPU"] += CPUS_PER_ACTOR
     else:
         learner = new_seat(1)
-    return SeatingPlan(bundles=bundles, student=student, teacher=teacher, rollouts=rollouts, learner=learner)
+    return SeatingPlan(bundles=bundles, students=students, teachers=teachers, rollouts=rollouts, learner=learner)

@@ -19,6 +19,7 @@ from common.weights import WeightUpdate
 from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
 from rollout_server.engines.multiplex import StreamMultiplexer, WrittenBatch
 from rollout_server.engines.remote import RemoteEngine
+from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
 from rollout_server.selftest import check_engine
 
@@ -75,11 +76,13 @@ class EngineAddress:
 class RolloutActor:
     """The switching controller in a process of its own."""
 
-    def __init__(self, spec: RolloutSpec, student: EngineAddress, teacher: EngineAddress, tokenizer: str) -> None:
+    def __init__(
+        self, spec: RolloutSpec, students: list[EngineAddress], teachers: list[EngineAddress], tokenizer: str
+    ) -> None:
         set_up_logging()
         torch.set_num_threads(1)  # the verifier's arrays are small; more threads only wait for each other
         self._spec = spec
-        self._addresses = (student, teacher)
+        self._addresses = (students, teachers)
         self._tokenizer = tokenizer
         self._rollouts: Rollouts | None = None
 
@@ -91,15 +94,20 @@ class RolloutActor:
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         return await self._on_this_loop().evaluate(prompts)
 
-    async def probe(self, texts: Sequence[Ids]) -> list[TopLogprobs]:
+    async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         return await self._on_this_loop().probe(texts)
 
     def _on_this_loop(self) -> Rollouts:
         """Made at the first call: remote engines belong to the event loop the calls run on."""
         if self._rollouts is None:
             student, teacher = (
-                RemoteEngine(address.handle, name=address.name, call_timeout_s=address.call_timeout_s)
-                for address in self._addresses
+                ReplicatedEngine(
+                    [
+                        RemoteEngine(address.handle, name=address.name, call_timeout_s=address.call_timeout_s)
+                        for address in addresses
+                    ]
+                )
+                for addresses in self._addresses
             )
             decoder = AutoTokenizer.from_pretrained(self._tokenizer)
             self._rollouts = Rollouts(self._spec, student=student, teacher=teacher, decoder=decoder)
@@ -136,5 +144,5 @@ class RemoteRollouts:
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         return await within(self._timeout_s, self._handle.evaluate.remote(prompts), "the evaluation")
 
-    async def probe(self, texts: Sequence[Ids]) -> list[TopLogprobs]:
+    async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         return await within(self._timeout_s, self._handle.probe.remote(texts), "the probe's rows")

@@ -99,7 +99,7 @@ class SwitchingController:
         last_position = self._sampling.max_new_tokens if limit is None else min(limit, self._sampling.max_new_tokens)
         if len(draft) >= last_position:
             return True, None
-        reading = TeacherReading(self._teacher, draft.text)
+        reading = TeacherReading(self._teacher, draft.text, draft.prompt.sequence_id)
         request = self._write_request(draft, "student", max_tokens=last_position - len(draft))
         try:
             async with aclosing(self._student.stream(request)) as proposals:
@@ -178,4 +178,5 @@ class SwitchingController:
             seed=derive_seed(draft.prompt.seed, role, len(draft)),
             chunk_tokens=self._sampling.chunk_tokens,
             stop_token_ids=self._stop_token_ids,
+            sequence_id=draft.prompt.sequence_id,
         )

@@ -5,7 +5,7 @@ row of position j is the distribution of token j given tokens 0..j-1.
 """
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,10 @@ import numpy as np
 from common.config import EngineSettings
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate, WeightVersion
+
+
+class EngineCallError(RuntimeError):
+    """A call to an engine failed or took too long. Says which engine and what was waited for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -27,6 +31,7 @@ class WriteRequest:
     chunk_tokens: int  # hand over this many tokens at a time
     stop_token_ids: tuple[int, ...] = ()  # end after one of these, besides the model's own end-of-sequence token
     excluded_token_ids: tuple[int, ...] = ()  # never write these
+    sequence_id: str | None = None  # whose text this is; calls of one sequence find their prefix in one replica
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1, self.max_tokens
@@ -49,6 +54,9 @@ class Written:
     def __len__(self) -> int:
         return int(self.token_ids.size)
 
+    def __getitem__(self, rows: slice) -> "Written":
+        return replace(self, token_ids=self.token_ids[rows], logprobs=self.logprobs[rows], top=self.top[rows])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoreRequest:
@@ -56,6 +64,7 @@ class ScoreRequest:
 
     token_ids: Ids  # [n]
     start: int
+    sequence_id: str | None = None  # as in WriteRequest
 
     def __post_init__(self) -> None:
         assert 1 <= self.start <= self.token_ids.size, f"start must be in 1..{self.token_ids.size}, got {self.start}"

@@ -15,11 +15,12 @@ from rollout_server.engine import Engine, ScoreRequest, Written
 class TeacherReading:
     """Starts to read ``text`` at once, while the student writes its first chunk. Must be closed."""
 
-    def __init__(self, teacher: Engine, text: Ids) -> None:
+    def __init__(self, teacher: Engine, text: Ids, sequence_id: str | None = None) -> None:
         self._teacher = teacher
+        self._sequence_id = sequence_id
         self._text = text
         # [1 row] of the token to come; no rows once the student has finished.
-        first_read = teacher.score(ScoreRequest(token_ids=text, start=text.size))
+        first_read = teacher.score(ScoreRequest(token_ids=text, start=text.size, sequence_id=sequence_id))
         self._next: asyncio.Future[TopLogprobs] = asyncio.ensure_future(first_read)
 
     async def scores(self, proposal: Written) -> TopLogprobs:
@@ -30,7 +31,8 @@ class TeacherReading:
         rows = await self._next
         start = self._text.size + 1
         if start <= readable.size:
-            fresh = await self._teacher.score(ScoreRequest(token_ids=readable, start=start))
+            request = ScoreRequest(token_ids=readable, start=start, sequence_id=self._sequence_id)
+            fresh = await self._teacher.score(request)
             rows = TopLogprobs.concatenate([rows, fresh])
         self._text = text
         self._next = _known(rows[len(proposal) :])

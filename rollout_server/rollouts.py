@@ -14,6 +14,7 @@ from common.config import OnPolicy, Policy, Sampling, Trace
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from rollout_server.controller import SwitchingController
 from rollout_server.engine import Engine, ScoreRequest
+from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.traces.writer import TraceWriter
 
 
@@ -38,7 +39,7 @@ class RolloutSpec:
 class Rollouts:
     """Mixed sequences from one student and one teacher."""
 
-    def __init__(self, spec: RolloutSpec, *, student: Engine, teacher: Engine, decoder: Decoder) -> None:
+    def __init__(self, spec: RolloutSpec, *, student: ReplicatedEngine, teacher: Engine, decoder: Decoder) -> None:
         self._student = student
         self._writer: TraceWriter | None = None
         if spec.trace.enabled:
@@ -78,7 +79,7 @@ class Rollouts:
         """What the student writes on its own, greedily, with the teacher's view of it."""
         return [sequence async for sequence in self._student_alone.collect(prompts)]
 
-    async def probe(self, texts: Sequence[Ids]) -> list[TopLogprobs]:
-        """The student engine's rows for positions 1 to n of each text, for comparison with the learner's."""
+    async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
+        """Each student replica's rows for positions 1 to n of each text, for comparison with the learner's."""
         requests = [ScoreRequest(token_ids=text, start=1) for text in texts]
-        return list(await asyncio.gather(*map(self._student.score, requests)))
+        return [list(await asyncio.gather(*map(replica.score, requests))) for replica in self._student.replicas]

@@ -46,6 +46,12 @@ def make_sequence() -> MakeSequence:
     return _make_sequence
 
 
+@pytest.fixture(scope="session")
+def make_mixed_sequence() -> MakeSequence:
+    """The same, under a name that the learner's tests do not give to another builder."""
+    return _make_sequence
+
+
 def _make_sequence(
     *,
     prompt_id: str = "p0",

@@ -38,7 +38,7 @@ class Rollouts(Protocol):
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[Collected, None]: ...
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]: ...
-    async def probe(self, texts: Sequence[Ids]) -> list[TopLogprobs]: ...
+    async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]: ...
 
 
 class Learner(Protocol):
@@ -75,7 +75,7 @@ class RolloutReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """One weight sync: send and load, then the probe."""
+    """One weight sync: send and load, then the probe; that of the replica that differs most."""
 
     version: WeightVersion
     seconds: float
@@ -142,8 +142,9 @@ async def _synchronise(
     """Bring the learner's weights to the student engines and check that both now say the same."""
     started_s = time.perf_counter()
     await learner.sync(version)
-    probe = await learner.check_probe(probe_texts, await rollouts.probe(probe_texts))
-    return SyncReport(version=version, seconds=time.perf_counter() - started_s, probe=probe)
+    probes = [await learner.check_probe(probe_texts, rows) for rows in await rollouts.probe(probe_texts)]
+    worst = max(probes, key=lambda probe: probe.max_difference)
+    return SyncReport(version=version, seconds=time.perf_counter() - started_s, probe=worst)
 
 
 async def _evaluate(rollouts: Rollouts, held_out: HeldOut, *, step: int) -> Evaluated:

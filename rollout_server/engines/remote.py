@@ -18,16 +18,19 @@ from ray.exceptions import RayError
 from common.sequence import TopLogprobs
 from common.waiting import WaitedTooLong, within
 from common.weights import WeightUpdate
-from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written, write_whole
+from rollout_server.engine import (
+    EngineCallError,
+    ScoreRequest,
+    WriteRequest,
+    Written,
+    concatenate_written,
+    write_whole,
+)
 from rollout_server.engines.multiplex import WrittenBatch
 
 logger = logging.getLogger(__name__)
 
 _POLL_WAIT_S = 5.0  # an idle poll returns after this long, or half the time-out, and is sent again
-
-
-class EngineCallError(RuntimeError):
-    """A call to an engine failed or took too long. Says which engine and what was waited for."""
 
 
 @dataclass(slots=True)

@@ -21,12 +21,12 @@ import numpy.typing as npt
 from common.seeds import derive_seed
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written, write_whole
+from rollout_server.engine import EngineCallError, ScoreRequest, WriteRequest, Written, concatenate_written, write_whole
 
 _MAX_CACHED_ROWS = 4096
 
 
-class ScriptedError(RuntimeError):
+class ScriptedError(EngineCallError):
     """The failure a Fault asked for."""
 
 

@@ -141,7 +141,11 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path):
     fifo = tmp_path / "run.yaml"
     os.mkfifo(fifo)
     command = subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", "config", str(fifo)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "deploy.cli", "config", str(fifo)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # As in a terminal. Under a shell's `&` interrupts are ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with fifo.open("w"):  # opens once the command reads, and keeps it waiting
         command.send_signal(signal.SIGINT)

@@ -78,8 +78,8 @@ async def server(make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> 
                     top_logprobs=VOCABULARY_SIZE,
                     stop_token_ids=(EOS_ID,),
                 ),
-                EngineAddress(handle=student, name="student engine", call_timeout_s=60.0),
-                EngineAddress(handle=teacher, name="teacher engine", call_timeout_s=60.0),
+                [EngineAddress(handle=student, name="student engine", call_timeout_s=60.0)],
+                [EngineAddress(handle=teacher, name="teacher engine", call_timeout_s=60.0)],
                 str(demo_folder / "models" / "student"),
             )
         )
@@ -145,7 +145,7 @@ async def test_the_probe_reads_the_student_s_rows(
     server, models, held_out_prompts, true_rows, largest_difference
 ) -> None:
     texts = [prompt.token_ids for prompt in held_out_prompts[:4]]
-    for text, rows in zip(texts, await server.rollouts.probe(texts), strict=True):
+    for text, rows in zip(texts, (await server.rollouts.probe(texts))[0], strict=True):
         assert largest_difference(rows, true_rows(models.student, text)) < 1e-4
 
 

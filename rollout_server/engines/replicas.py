@@ -1,0 +1,106 @@
+"""Several engines with the same weights as one. Owns which replica a sequence's calls go to, and what if one dies.
+
+A sequence stays with the replica that holds its prefix; a new one goes to the replica with the fewest calls under way.
+A call that fails is made once more on another replica; a stream goes on there at the token after the last one handed
+over, because the same request gives the same tokens. A failed replica gets no new sequences while another is left.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import TypeVar
+
+from common.sequence import TopLogprobs
+from common.weights import WeightUpdate
+from rollout_server.engine import Engine, EngineCallError, ScoreRequest, WriteRequest, Written, write_whole
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_MAX_REMEMBERED = 65_536  # sequences whose replica is known; the longest unused is forgotten
+
+
+class ReplicatedEngine:
+    """Engine protocol over replicas of one role. Belongs to one event loop."""
+
+    def __init__(self, replicas: Sequence[Engine]) -> None:
+        assert replicas, "expected at least one replica"
+        self.replicas = tuple(replicas)
+        self._num_running = [0] * len(replicas)
+        self._failed: set[int] = set()
+        self._homes: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
+
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+        num_taken = 0
+        with self._at(self._home(request.sequence_id)) as replica:
+            try:
+                async with aclosing(self.replicas[replica].stream(request)) as pieces:
+                    async for written in pieces:
+                        num_taken += len(written)
+                        yield written
+                return
+            except EngineCallError as error:
+                other = self._move(request.sequence_id, replica, error)
+        with self._at(other) as replica:
+            async with aclosing(self.replicas[replica].stream(request)) as pieces:
+                async for written in pieces:
+                    if len(written) > num_taken:
+                        yield written[num_taken:]
+                    num_taken = max(0, num_taken - len(written))
+
+    async def generate(self, request: WriteRequest) -> Written:
+        return await write_whole(self, request)
+
+    async def score(self, request: ScoreRequest) -> TopLogprobs:
+        return await self._retried(request.sequence_id, lambda engine: engine.score(request))
+
+    async def load_weights(self, update: WeightUpdate) -> None:
+        for engine in self.replicas:
+            await engine.load_weights(update)
+
+    async def _retried(self, sequence_id: str | None, call: Callable[[Engine], Awaitable[T]]) -> T:
+        with self._at(self._home(sequence_id)) as replica:
+            try:
+                return await call(self.replicas[replica])
+            except EngineCallError as error:
+                other = self._move(sequence_id, replica, error)
+        with self._at(other) as replica:
+            return await call(self.replicas[replica])
+
+    def _home(self, sequence_id: str | None) -> int:
+        """The sequence's replica; for a new sequence the least loaded one that has not failed."""
+        alive = set(range(len(self.replicas))) - self._failed
+        if sequence_id is None:
+            return self._least_loaded(alive)
+        if sequence_id not in self._homes:
+            self._homes[sequence_id] = self._least_loaded(alive)
+        self._homes.move_to_end(sequence_id)
+        if len(self._homes) > _MAX_REMEMBERED:
+            self._homes.popitem(last=False)
+        return self._homes[sequence_id]
+
+    def _move(self, sequence_id: str | None, replica: int, error: EngineCallError) -> int:
+        """Give the sequence to another replica. Raises the error where there is none."""
+        self._failed.add(replica)
+        others = set(range(len(self.replicas))) - self._failed
+        if not others:
+            raise error
+        logger.warning("sequence_id=%s moves to another replica: %s", sequence_id, error)
+        other = self._least_loaded(others)
+        if sequence_id is not None:
+            self._homes[sequence_id] = other
+        return other
+
+    def _least_loaded(self, candidates: set[int]) -> int:
+        return min(candidates or range(len(self.replicas)), key=lambda replica: (self._num_running[replica], replica))
+
+    @contextmanager
+    def _at(self, replica: int) -> Iterator[int]:
+        """Count a call under way."""
+        self._num_running[replica] += 1
+        try:
+            yield replica
+        finally:
+            self._num_running[replica] -= 1
