@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
 
-.PHONY: help setup check format test demo demo-models lock clean
+.PHONY: help setup check format test bench demo demo-models lock clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -33,6 +33,9 @@ format: $(READY)  ## Mend what ruff can mend
 
 test: $(READY)  ## All tests, on real engines
 	$(BIN)/pytest $(ARGS)
+
+bench: $(READY)  ## Measure the rollouts; writes docs/benchmarks (under 15 minutes on a quiet machine)
+	$(BIN)/python -m tests.benchmarks.rollouts --quick $(ARGS)
 
 demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 	$(BIN)/adaswitch train deploy/configs/demo.yaml $(ARGS)
