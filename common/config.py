@@ -240,8 +240,9 @@ class Sampling(Part):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_new_tokens: Positive = 512
     """Student and teacher tokens together."""
-    chunk_tokens: Positive = 16
-    """Student tokens that are judged together. Changes speed and waste, never the result."""
+    chunk_tokens: Positive = 32
+    """Student tokens that are judged together. Changes speed and waste, never the result. Best a multiple of vLLM's
+    key-value block (16 on GPUs, 32 on processors): the teacher then computes no token twice."""
     max_in_flight: Positive = 256
     """Sequences one rollout actor works on at once."""
 

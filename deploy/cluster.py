@@ -194,6 +194,7 @@ async def joined(config: RunConfig) -> AsyncIterator[Cluster]:
 def _connect(address: str | None) -> None:
     """Join the cluster that is named, or start one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other process on the machine starve engines
     named = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         ray.init(

@@ -28,7 +28,7 @@ class WriteRequest:
     temperature: float  # 0 is greedy
     top_p: float
     seed: int
-    chunk_tokens: int  # hand over this many tokens at a time
+    chunk_tokens: int  # hand over about this many tokens at a time; where exactly to cut is the engine's
     stop_token_ids: tuple[int, ...] = ()  # end after one of these, besides the model's own end-of-sequence token
     excluded_token_ids: tuple[int, ...] = ()  # never write these
     sequence_id: str | None = None  # whose text this is; calls of one sequence find their prefix in one replica

@@ -80,14 +80,25 @@ class VLLMEngine:
         return int(self._llm.output_processor.get_num_unfinished_requests())
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+        """See the protocol. Pieces end where the whole text's length is a multiple of ``chunk_tokens``.
+
+        Whoever reads the text along then finds its cached blocks ending there too, and computes no token twice (where
+        ``chunk_tokens`` is a multiple of vLLM's block).
+        """
         params = self._write_params(request, RequestOutputKind.DELTA)
-        held: list[Written] = []  # vLLM sends the first token alone; it waits here for the rest of its chunk
+        held: list[Written] = []
+        num_wanted = request.chunk_tokens - request.prefix.size % request.chunk_tokens
         async with aclosing(self._llm.generate(_prompt(request.prefix), params, self._request_id())) as outputs:
             async for output in outputs:
                 held.append(self._written(output.outputs[0]))
-                if held[-1].finish_reason is not None or sum(map(len, held)) >= request.chunk_tokens:
+                num_held = sum(map(len, held))
+                if held[-1].finish_reason is not None:
                     yield concatenate_written(held)
-                    held = []
+                elif num_held >= num_wanted:
+                    written, end = concatenate_written(held), num_held - (num_held - num_wanted) % request.chunk_tokens
+                    yield written[:end]
+                    held = [written[end:]] if end < num_held else []
+                    num_wanted = request.chunk_tokens
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)
@@ -146,7 +157,7 @@ class VLLMEngine:
             logprobs=self._top_logprobs,
             flat_logprobs=True,
             detokenize=False,
-            stream_interval=request.chunk_tokens,
+            stream_interval=max(1, request.chunk_tokens // 4),  # a piece ends at most this many tokens late
             output_kind=output_kind,
         )
 

@@ -216,16 +216,21 @@ def whole_rows(known: TopLogprobs, wanted: TopLogprobs) -> tuple[np.ndarray, np.
     return rows, wanted.token_ids
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 64])
-async def test_pieces_are_at_least_a_chunk_long_and_only_the_last_has_a_finish_reason(
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 16, 64])
+async def test_pieces_end_where_the_text_is_a_multiple_of_the_chunk_and_only_the_last_has_a_finish_reason(
     chunk_tokens, engines, held_out_prompts
 ) -> None:
-    request = write_request(held_out_prompts[1].token_ids, chunk_tokens=chunk_tokens)
+    prefix = held_out_prompts[1].token_ids
+    request = write_request(prefix, chunk_tokens=chunk_tokens)
     pieces = [piece async for piece in engines.teacher.stream(request)]
-    assert all(len(piece) >= chunk_tokens for piece in pieces[:-1])
+    ends = prefix.size + np.cumsum([len(piece) for piece in pieces])
+    assert (ends[:-1] % chunk_tokens == 0).all()
+    assert len(pieces) >= 3 or chunk_tokens > 7
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
-    whole = await engines.teacher.generate(request)
-    assert np.array_equal(concatenate_written(pieces).token_ids, whole.token_ids)
+    whole = await engines.teacher.generate(write_request(prefix, chunk_tokens=128))
+    written = concatenate_written(pieces)
+    assert np.array_equal(written.token_ids, whole.token_ids)
+    assert np.allclose(written.top.logprobs, whole.top.logprobs, atol=1e-4)
 
 
 async def test_the_same_seed_writes_the_same_tokens_alone_and_in_a_crowd(engines, held_out_prompts) -> None:

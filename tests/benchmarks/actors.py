@@ -1,0 +1,154 @@
+"""The product's actors with instruments attached: what an engine really computed, CPU times, and offline batches.
+
+An engine runs on a core of its own, as it would on a GPU of its own: its processes inherit the binding of the actor
+that starts them.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from common.sequence import Ids
+from rollout_server.actors import EngineActor, RolloutActor
+from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """What vLLM's own engine process reported, dropped requests included."""
+
+    num_generated_tokens: int = 0
+    num_prefilled_tokens: int = 0
+    num_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CPUSeconds:
+    """Processor time of an engine since its start."""
+
+    model: float  # the process that computes
+    scheduler: float  # vLLM's engine process, where it is another one
+    front_end: float  # the actor: requests, streams, conversion
+
+    def __sub__(self, earlier: "CPUSeconds") -> "CPUSeconds":
+        return CPUSeconds(
+            model=self.model - earlier.model,
+            scheduler=self.scheduler - earlier.scheduler,
+            front_end=self.front_end - earlier.front_end,
+        )
+
+
+class MeasuredEngineActor(EngineActor):
+    """An engine that also runs offline batches and counts."""
+
+    async def start_on(self, core: int | None, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
+        """``start``, on one core. None for any."""
+        if core is not None:
+            for thread in Path("/proc/self/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {core})
+        facts = await self.start(spec, self_test_prefix)
+        self._counters = EngineCounters()
+        self._count_outputs()
+        return facts
+
+    async def reset(self) -> None:
+        """Forget every cached prefix and all counts."""
+        while not await self._engine._llm.reset_prefix_cache():
+            await asyncio.sleep(0.05)
+        self._counters = EngineCounters()
+
+    async def counters(self) -> EngineCounters:
+        return self._counters
+
+    async def cpu_seconds(self) -> CPUSeconds:
+        by_kind = {"Worker": 0.0, "EngineCore": 0.0}
+        for process in psutil.Process().children(recursive=True):
+            kind = "Worker" if "Worker" in " ".join(process.cmdline()) else "EngineCore"
+            by_kind[kind] += _cpu_seconds(process)
+        if by_kind["Worker"] == 0.0:
+            by_kind = {"Worker": by_kind["EngineCore"], "EngineCore": 0.0}
+        return CPUSeconds(
+            model=by_kind["Worker"], scheduler=by_kind["EngineCore"], front_end=_cpu_seconds(psutil.Process())
+        )
+
+    async def write_batch(self, requests: Sequence[WriteRequest]) -> float:
+        """Seconds for all requests as one offline batch, each written to its whole length."""
+        from vllm.sampling_params import RequestOutputKind
+
+        calls = []
+        for request in requests:
+            params = self._engine._write_params(request, RequestOutputKind.FINAL_ONLY)
+            params.stop_token_ids, params.ignore_eos = [], True
+            calls.append((request.prefix, params))
+        return await self._run_batch(calls)
+
+    async def read_batch(self, requests: Sequence[ScoreRequest]) -> float:
+        """Seconds for all reads as one offline batch: log-probs of the rows after the cached prefix."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        k = self._engine.facts.top_logprobs
+        calls = [
+            (
+                request.token_ids,
+                SamplingParams(
+                    temperature=0.0,
+                    max_tokens=1,
+                    logprobs=k,
+                    prompt_logprobs=k if request.num_rows > 1 else None,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    skip_reading_prefix_cache=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+            for request in requests
+        ]
+        return await self._run_batch(calls)
+
+    async def _run_batch(self, calls: Sequence[tuple[Ids, Any]]) -> float:
+        from vllm.inputs import TokensPrompt
+
+        async def run(text: Ids, params: Any) -> None:
+            prompt = TokensPrompt(prompt_token_ids=text.tolist())
+            async with aclosing(self._engine._llm.generate(prompt, params, self._engine._request_id())) as outputs:
+                async for _ in outputs:
+                    pass
+
+        started_s = time.perf_counter()
+        await asyncio.gather(*(run(text, params) for text, params in calls))
+        return time.perf_counter() - started_s
+
+    def _count_outputs(self) -> None:
+        """Look at every message of vLLM's engine process as it arrives, those for ended requests too."""
+        processor = self._engine._llm.output_processor
+        process_outputs = processor.process_outputs
+
+        def counting(outputs: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+            for output in outputs:
+                self._counters.num_generated_tokens += len(output.new_token_ids)
+                if output.prefill_stats is not None:
+                    self._counters.num_prefilled_tokens += output.prefill_stats.num_computed_tokens
+                    self._counters.num_requests += 1
+            return process_outputs(outputs, *arguments, **options)
+
+        processor.process_outputs = counting
+
+
+class MeasuredRolloutActor(RolloutActor):
+    """The controller, with its processor time."""
+
+    async def cpu_seconds(self) -> float:
+        return time.process_time()
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)

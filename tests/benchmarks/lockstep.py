@@ -1,0 +1,62 @@
+"""The slow way, to measure speed-ups against: both Hugging Face models step over the same texts, token by token.
+
+Full-vocabulary divergences, the same policies. What it writes is checked elsewhere
+(``tests/rollout_server/test_lockstep.py``); here only its time counts.
+
+B = sequences, V = vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from common.config import Policy
+from common.divergence import divergence
+from common.sequence import Prompt
+from rollout_server.policies import ScoredPositions, divergence_of, make_policy
+from tests.benchmarks.pairs import PairOfModels
+
+
+@torch.inference_mode()
+def lockstep_seconds_per_token(
+    pair: PairOfModels, policy_settings: Policy, prompts: Sequence[Prompt], num_steps: int
+) -> float:
+    """Wall time of ``num_steps`` steps of all prompts (of one length) at once, by token; on all cores."""
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (pair.student, pair.teacher)
+    )
+    policy, kind = make_policy(policy_settings), divergence_of(policy_settings)
+    num_prompts, limits = len(prompts), [policy.exploration_limit(prompt.seed) for prompt in prompts]
+    divergences = np.full((num_prompts, num_steps), np.nan, np.float32)
+    ranks = np.full((num_prompts, num_steps), -1, np.int32)
+    guided_until = np.zeros(num_prompts, int)  # the first position the student may propose for again
+    student_cache, teacher_cache = DynamicCache(), DynamicCache()
+    unread = torch.from_numpy(np.stack([prompt.token_ids for prompt in prompts])).long()
+    started_s = time.perf_counter()
+    for position in range(num_steps):
+        log_q_BV, log_p_BV = (
+            model(input_ids=unread, past_key_values=cache, use_cache=True).logits[:, -1].log_softmax(-1)
+            for model, cache in ((student, student_cache), (teacher, teacher_cache))
+        )
+        proposed, taken = (torch.multinomial(log_BV.exp(), 1)[:, 0] for log_BV in (log_q_BV, log_p_BV))
+        divergences[:, position] = divergence(log_p_BV, log_q_BV, kind).numpy()
+        ranks[:, position] = (log_p_BV > log_p_BV.gather(1, proposed[:, None])).sum(1).numpy()
+        for row in range(num_prompts):
+            if position < guided_until[row]:
+                divergences[row, position] = np.nan
+                continue
+            seen = ScoredPositions(
+                first=position,
+                divergences=divergences[row, : position + 1],
+                student_ranks=ranks[row, : position + 1],
+            )
+            limit = limits[row]
+            if policy.decide(seen).switch is not None or (limit is not None and position >= limit):
+                guided_until[row] = position + (policy.guidance_tokens or num_steps)
+        is_guided = torch.from_numpy(position < guided_until)
+        unread = taken.where(is_guided, proposed)[:, None]
+    return (time.perf_counter() - started_s) / (num_prompts * num_steps)

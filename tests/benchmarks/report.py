@@ -1,0 +1,166 @@
+"""Results as files: rollouts.json (a fixed schema), rollouts_details.json (everything measured), README.md's table."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.work import OfflineTimes, predicted_overhead
+
+_BEGIN, _END = "<!-- rollouts: begin (written by make bench) -->", "<!-- rollouts: end -->"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyResult:
+    """One policy on one pair: medians over the repetitions. Shares are fractions."""
+
+    pair: str
+    policy: str
+    settings: dict[str, Any]
+    in_flight: int
+    sequences: int
+    max_new_tokens: int
+    chunk_tokens: int
+    tokens: int
+    teacher_share: float  # of the tokens
+    first_switch_deciles: list[float]  # positions, over the sequences that switched
+    switched: float  # share of the sequences
+    wall_s: float
+    walls_s: list[float]
+    offline: OfflineTimes
+    efficiency_serial: float
+    efficiency_parallel: float
+    plain_efficiency_serial: float  # against reads with log-probs at the prompt too
+    plain_efficiency_parallel: float
+    lockstep_s_per_token: float
+    wasted_student_tokens: float  # of all tokens the student engine wrote
+    recomputed_teacher_tokens: float  # of the tokens the teacher had to read
+    controller_us_per_token: float
+    cpu_shares: dict[str, float]  # processor time of each process over the wall time
+    teacher_requests: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.wall_s
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return (self.pair, self.policy, self.in_flight, self.max_new_tokens)
+
+    def overhead(self, on_policy: "PolicyResult | None") -> float | None:
+        """Time a token over on-policy's."""
+        return None if on_policy is None else on_policy.tokens_per_s / self.tokens_per_s
+
+
+def write(folder: Path, results: Sequence[PolicyResult]) -> None:
+    """Replace the rows measured now, keep the others and the capacity table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    details_file, summary_file = folder / "rollouts_details.json", folder / "rollouts.json"
+    known = {_key(row): row for row in _read(details_file).get("results", [])}
+    for result in results:
+        row = _details(result, results)
+        known[_key(row)] = row
+    rows = [known[key] for key in sorted(known)]
+    _dump(details_file, {"results": rows})
+    _dump(
+        summary_file,
+        {
+            "results": [{name: row[name] for name in _SUMMARY} for row in rows],
+            "capacity": _read(summary_file).get("capacity", []),
+        },
+    )
+    _replace_table(folder / "README.md", _table(rows))
+
+
+def table(results: Sequence[PolicyResult]) -> str:
+    """For the terminal and the page."""
+    return _table([_details(result, results) for result in results])
+
+
+_SUMMARY = (
+    "pair",
+    "policy",
+    "in_flight",
+    "sequences",
+    "tokens",
+    "wall_s",
+    "tokens_per_s",
+    "efficiency_serial",
+    "efficiency_parallel",
+    "overhead_vs_on_policy",
+    "speedup_vs_lockstep",
+    "wasted_student_tokens",
+    "recomputed_teacher_tokens",
+    "controller_us_per_token",
+)
+
+
+def _details(result: PolicyResult, results: Sequence[PolicyResult]) -> dict[str, Any]:
+    by_policy = {other.policy: other for other in results}
+    on_policy, off_policy = by_policy.get("on_policy"), by_policy.get("off_policy")
+    row = asdict(result)
+    row["tokens_per_s"] = result.tokens_per_s
+    row["overhead_vs_on_policy"] = result.overhead(on_policy)
+    row["speedup_vs_lockstep"] = result.lockstep_s_per_token * result.tokens_per_s
+    row["bound_serial_s"], row["bound_parallel_s"] = result.offline.serial_s, result.offline.parallel_s
+    row["predicted_overhead_serial"] = row["predicted_overhead_parallel"] = None
+    if on_policy is not None and off_policy is not None:
+        on_policy_bound = _per_token(on_policy)
+        predicted = predicted_overhead(on_policy_bound, _per_token(off_policy), result.teacher_share)
+        row["predicted_overhead_serial"], row["predicted_overhead_parallel"] = predicted
+    rounded: dict[str, Any] = _rounded(row)
+    return rounded
+
+
+def _per_token(result: PolicyResult) -> OfflineTimes:
+    return OfflineTimes(**{name: seconds / result.tokens for name, seconds in asdict(result.offline).items()})
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int, int]:
+    return (row["pair"], row["policy"], row["in_flight"], row["max_new_tokens"])
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    head = (
+        "| pair | policy | in flight | new tokens | tok/s | of serial bound | of parallel bound | overhead "
+        "| predicted | over lockstep | wasted | recomputed | controller us/token |\n"
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    lines = [
+        f"| {row['pair']} | `{row['policy']}` | {row['in_flight']} | {row['max_new_tokens']} "
+        f"| {row['tokens_per_s']:.0f} | {row['efficiency_serial']:.2f} | {row['efficiency_parallel']:.2f} "
+        f"| {_or_dash(row['overhead_vs_on_policy'])} | {_or_dash(row['predicted_overhead_parallel'])} "
+        f"| {row['speedup_vs_lockstep']:.1f} | {row['wasted_student_tokens']:.3f} "
+        f"| {row['recomputed_teacher_tokens']:.3f} | {row['controller_us_per_token']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _replace_table(page: Path, rows: str) -> None:
+    text = page.read_text() if page.exists() else f"# Benchmarks\n\n{_BEGIN}\n{_END}\n"
+    before, _, rest = text.partition(_BEGIN)
+    page.write_text(f"{before}{_BEGIN}\n{rows}\n{_END}{rest.partition(_END)[2]}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return content
+
+
+def _dump(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits are more than repeat."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

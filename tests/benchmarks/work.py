@@ -1,0 +1,119 @@
+"""How much work a set of mixed sequences is, and how long it must take at least. Pure.
+
+Bounds and cost model compare with the same tokens: as many by the student, as many read and written by the teacher.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.config import Sampling
+from common.seeds import derive_seed
+from common.sequence import MixedSequence, TokenSource
+from rollout_server.engine import ScoreRequest, WriteRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batches:
+    """The work of some sequences as offline batches."""
+
+    student_writes: list[WriteRequest]
+    teacher_prompts: list[ScoreRequest]  # bare prompts, so that the reads need no rows of theirs
+    teacher_reads: list[ScoreRequest]  # prompt and the student's tokens, with log-probs after the prompt
+    teacher_plain_reads: list[ScoreRequest]  # the same with log-probs everywhere, as one request a sequence would do it
+    teacher_writes: list[WriteRequest]
+
+
+def offline_batches(sequences: Sequence[MixedSequence], sampling: Sampling) -> Batches:
+    """A sequence that the teacher interrupts counts as one that the student begins and the teacher ends."""
+    batches = Batches(
+        student_writes=[], teacher_prompts=[], teacher_reads=[], teacher_plain_reads=[], teacher_writes=[]
+    )
+    for sequence in sorted(sequences, key=lambda sequence: sequence.sequence_id):
+        prompt, num_guided = sequence.prompt.token_ids, sequence.num_teacher_tokens
+        num_explored = len(sequence) - num_guided
+        text = np.concatenate([prompt, sequence.token_ids[:num_explored]])
+        if num_explored:
+            batches.teacher_prompts.append(_read(sequence, prompt, start=prompt.size))
+            batches.student_writes.append(_write(prompt, num_explored, sequence, sampling))
+            # The last token of a whole text is read by nobody.
+            readable = text if num_guided else text[:-1]
+            if readable.size > prompt.size:
+                batches.teacher_reads.append(_read(sequence, readable, start=prompt.size + 1))
+            batches.teacher_plain_reads.append(_read(sequence, readable, start=1))
+        if num_guided:
+            batches.teacher_writes.append(_write(text, num_guided, sequence, sampling))
+    return batches
+
+
+def _read(sequence: MixedSequence, text: np.ndarray, *, start: int) -> ScoreRequest:
+    return ScoreRequest(token_ids=text, start=start, sequence_id=sequence.sequence_id)
+
+
+def _write(prefix: np.ndarray, num_tokens: int, sequence: MixedSequence, sampling: Sampling) -> WriteRequest:
+    return WriteRequest(
+        prefix=prefix,
+        max_tokens=num_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=derive_seed(sequence.prompt.seed, "offline", num_tokens),
+        chunk_tokens=num_tokens,
+        sequence_id=sequence.sequence_id,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineTimes:
+    """Seconds of each offline batch, alone on the machine."""
+
+    student_s: float
+    teacher_prompt_s: float
+    teacher_read_s: float  # what the student wrote, the prompts being cached
+    teacher_plain_read_s: float  # both
+    teacher_write_s: float  # what was read being cached; with the prompt where nothing was
+
+    @property
+    def teacher_s(self) -> float:
+        return self.teacher_prompt_s + self.teacher_read_s + self.teacher_write_s
+
+    @property
+    def serial_s(self) -> float:
+        return self.student_s + self.teacher_s
+
+    @property
+    def parallel_s(self) -> float:
+        """The busier engine's share."""
+        return max(self.student_s, self.teacher_s)
+
+    @property
+    def plain_serial_s(self) -> float:
+        return self.student_s + self.teacher_plain_read_s + self.teacher_write_s
+
+    @property
+    def plain_parallel_s(self) -> float:
+        return max(self.student_s, self.teacher_plain_read_s + self.teacher_write_s)
+
+
+def num_tokens_teacher_must_read(sequence: MixedSequence) -> int:
+    """Prompt and all tokens but the last, less those that the teacher's own writing left in its cache.
+
+    Of a guided run, the last token is not in the cache yet when the run ends.
+    """
+    is_guided = sequence.sources == TokenSource.TEACHER
+    num_runs = int(is_guided[:1].sum() + (np.diff(is_guided.astype(np.int8)) == 1).sum())
+    num_left_in_cache = int(is_guided.sum()) - num_runs
+    return int(sequence.prompt.token_ids.size) + len(sequence) - 1 - num_left_in_cache
+
+
+def predicted_overhead(on_policy: OfflineTimes, off_policy: OfflineTimes, teacher_share: float) -> tuple[float, float]:
+    """Cost over on-policy at the same token count, from unit costs alone: (engines one after another, side by side).
+
+    With w the teacher's share of the tokens: the student writes 1 - w of them; the teacher reads every prompt and 1 - w
+    of the tokens, and writes w.
+    """
+    explored = 1.0 - teacher_share
+    student_s = explored * on_policy.student_s
+    write_s = off_policy.teacher_write_s - on_policy.teacher_prompt_s  # which off-policy writing includes
+    teacher_s = on_policy.teacher_prompt_s + explored * on_policy.teacher_read_s + teacher_share * write_s
+    return (student_s + teacher_s) / on_policy.serial_s, max(student_s, teacher_s) / on_policy.parallel_s
