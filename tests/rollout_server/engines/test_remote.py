@@ -127,6 +127,7 @@ async def test_the_controller_writes_the_same_sequences_over_remote_engines(remo
             policy=AdaSwitch(window=3),
             sampling=Sampling(max_new_tokens=30, chunk_tokens=4),
             top_logprobs=K,
+            stop_token_ids=(SCRIPT.eos_token_id,),
         )
         async with aclosing(controller.collect(prompts)) as finished:
             return {seq.prompt.prompt_id: [*seq.token_ids.tolist(), -1, *seq.switches] async for seq in finished}
