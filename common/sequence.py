@@ -16,10 +16,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class TokenSource(IntEnum):
-    """Who wrote a token."""
+    """Who wrote a token. The names are stored in traces."""
 
     STUDENT = 0
     TEACHER = 1
+    DATASET = 2  # part of a given answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +33,7 @@ class Prompt:
     epoch: int = 0
     sample_index: int = 0
     answer: str | None = None
+    answer_token_ids: Ids | None = None  # [T] the given answer to its end, where the policy takes given answers
 
     def __post_init__(self) -> None:
         assert self.token_ids.ndim == 1, f"token_ids must be [P], got shape {self.token_ids.shape}"
@@ -92,7 +94,10 @@ class TopLogprobs:
 
     def logprob_of(self, token_ids: Ids) -> Floats:
         """[n] nats. Log-prob of each given token, NaN where its row's list does not hold it."""
-        ranks = self.rank_of(token_ids)
+        return self.logprob_at(self.rank_of(token_ids))
+
+    def logprob_at(self, ranks: Ids) -> Floats:
+        """[n] nats. Log-prob of the token at a place of each row's list, NaN at k and beyond."""
         listed = np.take_along_axis(self.logprobs, np.minimum(ranks, self.k - 1)[:, None], axis=1)[:, 0]
         return np.where(ranks < self.k, listed, np.nan).astype(np.float32)
 
@@ -104,7 +109,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedSequence:
-    """What student and teacher wrote together for one prompt. All arrays are [T]-aligned.
+    """What student and teacher wrote together for one prompt, or the answer it came with. All arrays are [T]-aligned.
 
     Values that do not exist are NaN: the divergence where the student did not propose, the threshold where the policy
     has none in nats (or the moving average is not filled yet), the student's log-prob of a token it did not write,
@@ -144,6 +149,10 @@ class MixedSequence:
     @property
     def sequence_id(self) -> str:
         return self.prompt.sequence_id
+
+    @property
+    def num_student_tokens(self) -> int:
+        return int((self.sources == TokenSource.STUDENT).sum())
 
     @property
     def num_teacher_tokens(self) -> int:

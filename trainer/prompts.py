@@ -26,10 +26,19 @@ from common.config import Data
 from common.errors import UserError
 from common.seeds import derive_seed
 from common.sequence import Prompt
+from trainer.answers import AnswerReader
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EXPECTED_PATH = "expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub data set"
 MAX_PROMPT_ID_LENGTH = 128
+FEATURES = Features(
+    {
+        "prompt_id": Value("string"),
+        "token_ids": List(Value("int32")),
+        "answer": Value("string"),
+        "answer_token_ids": List(Value("int32")),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +57,8 @@ class PromptStream:
     """Prompts without end, epoch after epoch. Mutable in one thing: its cursor.
 
     ``key`` is the place of ``config`` in the tree and heads every error. ``max_prompt_tokens`` is what the context
-    leaves for a prompt. Raises UserError for anything in the rows that can't become a prompt.
+    leaves for a prompt; ``answers`` is there where answers are trained on. Raises UserError for anything in the rows
+    that can't become a prompt, or an answer.
     """
 
     def __init__(
@@ -60,9 +70,13 @@ class PromptStream:
         max_prompt_tokens: int,
         samples_per_prompt: int = 1,
         cursor: PromptCursor | None = None,
+        answers: AnswerReader | None = None,
         key: str = "data",
     ) -> None:
-        self._rows = _tokenised_rows(config, tokenizer, max_prompt_tokens, key)
+        reader = _RowReader(
+            config=config, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, answers=answers, key=key
+        )
+        self._rows = _tokenised_rows(config, reader, key)
         self._seed = seed
         self._shuffle = config.shuffle
         self._samples_per_prompt = samples_per_prompt
@@ -116,9 +130,10 @@ class PromptStream:
                 epoch=epoch,
                 sample_index=sample_index,
                 answer=answer,
+                answer_token_ids=None if answer_token_ids is None else np.asarray(answer_token_ids, np.int32),
             )
-            for prompt_id, token_ids, answer in zip(
-                columns["prompt_id"], columns["token_ids"], columns["answer"], strict=True
+            for prompt_id, token_ids, answer, answer_token_ids in zip(
+                *(columns[name] for name in FEATURES), strict=True
             )
             for sample_index in range(self._samples_per_prompt)
         ]
@@ -132,8 +147,8 @@ def prompt_seed(run_seed: int, epoch: int, prompt_id: str, sample_index: int) ->
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def _tokenised_rows(config: Data, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, key: str) -> Dataset:
-    """The data set reduced to prompt_id, token_ids and answer, every row checked."""
+def _tokenised_rows(config: Data, reader: "_RowReader", key: str) -> Dataset:
+    """The data set reduced to FEATURES, every row checked."""
     rows = _load(config, key)
     fields = {"prompt_field": config.prompt_field, "answer_field": config.answer_field, "id_field": config.id_field}
     for knob, column in fields.items():
@@ -144,11 +159,11 @@ def _tokenised_rows(config: Data, tokenizer: PreTrainedTokenizerBase, max_prompt
     if config.max_prompts is not None:
         rows = rows.select(range(min(config.max_prompts, len(rows))))
     tokenised = rows.map(
-        _RowReader(config=config, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, key=key),
+        reader,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=Features({"prompt_id": Value("string"), "token_ids": List(Value("int32")), "answer": Value("string")}),
+        features=FEATURES,
         desc=f"Tokenising {key}",
     )
     if config.id_field is not None:
@@ -214,6 +229,7 @@ class _RowReader:
     config: Data
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
+    answers: AnswerReader | None
     key: str
 
     def __call__(self, batch: dict[str, list[Any]], row_numbers: list[int]) -> dict[str, list[Any]]:
@@ -228,6 +244,7 @@ class _RowReader:
             "prompt_id": [self._prompt_id(value, row) for value, row in zip(ids, row_numbers, strict=True)],
             "token_ids": self._token_ids(prompts, row_numbers),
             "answer": [None if answer is None else str(answer) for answer in answers],
+            "answer_token_ids": self.answers(prompts, answers, row_numbers) if self.answers else [None] * len(prompts),
         }
 
     def _token_ids(self, prompts: list[Any], row_numbers: list[int]) -> list[list[int]]:

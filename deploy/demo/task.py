@@ -110,8 +110,13 @@ def grade(completion: str, problem: Problem) -> bool:
 
 
 def write_prompts(path: Path, problems: Iterable[Problem]) -> None:
-    """One JSON object a line: `prompt`, and as `answer` the result digit, which is what evaluation compares."""
-    lines = (json.dumps({"prompt": problem.prompt, "answer": problem.result}) for problem in problems)
+    """One JSON object a line: `prompt`, as `answer` the result digit, which is what evaluation compares, and as
+    `solution` the whole worked answer, for training on given answers.
+    """
+    lines = (
+        json.dumps({"prompt": problem.prompt, "answer": problem.result, "solution": problem.answer})
+        for problem in problems
+    )
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

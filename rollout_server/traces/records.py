@@ -43,7 +43,7 @@ class TokenRecord:
     position: int
     token_id: int
     text: str
-    source: Literal["student", "teacher"]
+    source: Literal["student", "teacher", "dataset"]
     is_switch: bool
     divergence: float | None
     threshold: float | None

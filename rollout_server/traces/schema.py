@@ -70,7 +70,7 @@ TOKENS = _schema(
     ("position", pa.int32(), False, "place among the new tokens, from 0"),
     ("token_id", pa.int32(), False, "id in the vocabulary"),
     ("text", _NAME, False, "the token alone; a piece of a byte-level vocabulary may be part of a character"),
-    ("source", _NAME, False, "who wrote it: student or teacher"),
+    ("source", _NAME, False, "who wrote it: student or teacher; dataset for a token of a given answer"),
     ("is_switch", pa.bool_(), False, "the teacher takes over here"),
     ("divergence", pa.float32(), True, "nats; null where the student did not propose"),
     ("threshold", pa.float32(), True, "nats; null where the policy has none"),

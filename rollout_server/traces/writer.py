@@ -103,7 +103,7 @@ class TraceWriter:
             "answer": prompt.answer,
             "finish_reason": sequence.finish_reason,
             "num_tokens": len(sequence),
-            "num_student_tokens": len(sequence) - sequence.num_teacher_tokens,
+            "num_student_tokens": sequence.num_student_tokens,
             "num_teacher_tokens": sequence.num_teacher_tokens,
             "num_switches": sequence.switches.size,
             "first_switch": sequence.first_switch,

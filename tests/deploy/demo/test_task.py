@@ -126,3 +126,4 @@ def test_no_shipped_prompt_occurs_twice() -> None:
 def test_the_shipped_answer_is_the_result_digit() -> None:
     for line in shipped("held_out.jsonl"):
         assert line["answer"] == str(nested_value(line["prompt"]))
+        assert line["solution"].rpartition(";")[2] == line["answer"]
