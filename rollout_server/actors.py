@@ -6,6 +6,7 @@ What they do is in ``engines/`` and ``rollouts``. vLLM is imported by the proces
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -16,23 +17,25 @@ from common.logs import set_up_logging
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import within
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
-from rollout_server.engines.multiplex import StreamMultiplexer, WrittenBatch
+from rollout_server.engine import EngineFacts, EngineSpec, WriteRequest
+from rollout_server.engines.imitated import ImitatedEngine
+from rollout_server.engines.multiplex import ReadBatch, RowsBatch, StreamMultiplexer, WrittenBatch
 from rollout_server.engines.remote import RemoteEngine
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
 from rollout_server.selftest import check_engine
 
+if TYPE_CHECKING:
+    from rollout_server.engines.vllm import VLLMEngine
+
 
 class EngineActor:
-    """One vLLM engine in a process of its own. ``start`` comes first."""
+    """One engine in a process of its own: vLLM's, or an imitated one. ``start`` comes first."""
 
     async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
         """Load the model and check the engine's numbers. Raises UserError when they don't mean what they must."""
         set_up_logging()
-        from rollout_server.engines.vllm import VLLMEngine
-
-        self._engine = VLLMEngine.start(spec)
+        self._engine = _start_engine(spec)
         self._streams = StreamMultiplexer(self._engine)
         facts = self._engine.facts
         await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
@@ -41,13 +44,16 @@ class EngineActor:
     async def open_streams(self, client_id: str, requests: dict[int, WriteRequest]) -> None:
         self._streams.open(client_id, requests)
 
+    async def resume_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
+        self._streams.resume(client_id, stream_ids)
+
     async def poll(self, client_id: str, wait_s: float) -> WrittenBatch:
         return await self._streams.poll(client_id, wait_s)
 
     async def close_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
         await self._streams.close(client_id, stream_ids)
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TopLogprobs | str]:
+    async def score(self, requests: ReadBatch) -> RowsBatch:
         return await self._streams.score(requests)
 
     async def init_weight_transfer(self, transfer_info: Mapping[str, object]) -> None:
@@ -62,6 +68,14 @@ class EngineActor:
     async def shutdown(self) -> None:
         """End vLLM's own processes, which would outlive this one."""
         self._engine.shutdown()
+
+
+def _start_engine(spec: EngineSpec) -> "VLLMEngine | ImitatedEngine":
+    if spec.imitate is not None:
+        return ImitatedEngine.start(spec)
+    from rollout_server.engines.vllm import VLLMEngine
+
+    return VLLMEngine.start(spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

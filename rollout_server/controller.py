@@ -2,7 +2,7 @@
 
     student  --stream-->  proposal  --teacher score-->  scores  --verifier-->  divergences  --policy-->  keep | switch
                              ^                                                                  |           |
-                             +---------------------- the student never stopped ----------------+           v
+                             +------------------------- the student goes on -------------------+           v
                                                                             teacher generates from its cached prefix
 
 Owns the order of these steps for one sequence, and how many sequences run at once. Knows nothing of Ray, vLLM, or which
@@ -22,9 +22,11 @@ from common.sequence import MixedSequence, Prompt, TopLogprobs
 from rollout_server.draft import Draft, Judged
 from rollout_server.drawing import can_draw, draw_place
 from rollout_server.engine import Engine, WriteRequest, Written
+from rollout_server.given import read_answer
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
-from rollout_server.verifier import compare
+from rollout_server.schedule import pauses_before_one_switch, pauses_between_switches
+from rollout_server.verdicts import Verdicts
 
 
 class RolloutError(RuntimeError):
@@ -51,7 +53,7 @@ class SwitchingController:
         self._teacher = teacher
         self._policy_name = policy.type
         self._policy = make_policy(policy)
-        self._divergence = divergence_of(policy)
+        self._verdicts = Verdicts(divergence_of(policy))
         self._sampling = sampling
         self._top_logprobs = top_logprobs
         self._stop_token_ids = stop_token_ids
@@ -82,7 +84,9 @@ class SwitchingController:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def generate(self, prompt: Prompt) -> MixedSequence:
-        """Student and teacher write one sequence together."""
+        """Student and teacher write one sequence together, or the teacher reads the answer that was given."""
+        if self._policy.takes_given_answer(prompt.seed):
+            return await read_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
         draft = Draft(prompt, self._top_logprobs)
         while draft.finish_reason is None:
             teacher_takes_over, refused = await self._explore(draft)
@@ -99,12 +103,16 @@ class SwitchingController:
         last_position = self._sampling.max_new_tokens if limit is None else min(limit, self._sampling.max_new_tokens)
         if len(draft) >= last_position:
             return True, None
-        reading = TeacherReading(self._teacher, draft.text, draft.prompt.sequence_id)
-        request = self._write_request(draft, "student", max_tokens=last_position - len(draft))
+        # After guidance the teacher has the text in its cache: it is read with the first proposal.
+        reading = TeacherReading(self._teacher, draft.text, draft.prompt.sequence_id, ahead=not draft.num_switches)
+        max_tokens = last_position - len(draft)
+        request = self._write_request(draft, "student", max_tokens=max_tokens)
+        request = replace(request, pause_after=self._pauses(draft, max_tokens))
         try:
             async with aclosing(self._student.stream(request)) as proposals:
                 async for proposal in proposals:
-                    judged, switch = self._judge(draft, proposal, await reading.scores(proposal))
+                    scores = await reading.scores(proposal, is_last=proposal.finish_reason is not None)
+                    judged, switch = await self._judge(draft, proposal, scores)
                     if switch is not None:
                         draft.keep(judged[:switch])
                         draft.num_wasted_tokens += len(judged) - switch
@@ -117,9 +125,25 @@ class SwitchingController:
         draft.finish_reason = proposal.finish_reason
         return False, None
 
-    def _judge(self, draft: Draft, proposal: Written, scores: TopLogprobs) -> tuple[Judged, int | None]:
+    def _pauses(self, draft: Draft, max_tokens: int) -> tuple[int, ...]:
+        """After how many tokens the student waits for the verdict; never where no verdict can stop it."""
+        block_tokens = self._sampling.chunk_tokens
+        if self._policy.first_switch is None:
+            return ()
+        if self._policy.guidance_tokens is not None:
+            return pauses_between_switches(
+                position=len(draft), num_switches=draft.num_switches, max_tokens=max_tokens, block_tokens=block_tokens
+            )
+        return pauses_before_one_switch(
+            num_text_tokens=draft.prompt.token_ids.size + len(draft),
+            first_switch=self._policy.first_switch - len(draft),
+            max_tokens=max_tokens,
+            block_tokens=block_tokens,
+        )
+
+    async def _judge(self, draft: Draft, proposal: Written, scores: TopLogprobs) -> tuple[Judged, int | None]:
         """What verifier and policy say of a proposal, and the index in it that the teacher takes, if any."""
-        divergences = compare(scores, proposal.top, self._divergence).divergences
+        divergences = await self._verdicts.divergences(scores, proposal.top)
         student_ranks = scores.rank_of(proposal.token_ids)
         decision = self._policy.decide(
             ScoredPositions(

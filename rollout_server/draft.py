@@ -84,7 +84,7 @@ class Draft:
             thresholds=judged.thresholds,
             student_ranks=judged.student_ranks,
             student_logprobs=judged.student_logprobs,
-            teacher_logprobs=judged.teacher_top.logprob_of(judged.token_ids),
+            teacher_logprobs=judged.teacher_top.logprob_at(judged.student_ranks),
             weight_versions=np.full(len(judged), judged.weight_version, np.int32),
         )
 

@@ -6,6 +6,7 @@ row of position j is the distribution of token j given tokens 0..j-1.
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from common.config import EngineSettings
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate, WeightVersion
+from rollout_server.engines.imitation import AcceleratorSpeeds
 
 
 class EngineCallError(RuntimeError):
@@ -32,10 +34,14 @@ class WriteRequest:
     stop_token_ids: tuple[int, ...] = ()  # end after one of these, besides the model's own end-of-sequence token
     excluded_token_ids: tuple[int, ...] = ()  # never write these
     sequence_id: str | None = None  # whose text this is; calls of one sequence find their prefix in one replica
+    # After so many tokens hand over what is there, and write no more until the reader comes back. Changes no token.
+    pause_after: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1, self.max_tokens
         assert self.chunk_tokens >= 1, self.chunk_tokens
+        ends = (0, *self.pause_after, self.max_tokens)
+        assert all(end < after for end, after in pairwise(ends)), f"pauses must ascend within {ends}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,6 +90,7 @@ class EngineSpec:
     top_logprobs: int
     trust_remote_code: bool = False
     weight_transfer_backend: str | None = None  # None for an engine whose weights never change
+    imitate: AcceleratorSpeeds | None = None  # no model, only the time it would take: for capacity planning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +108,8 @@ class Engine(Protocol):
     def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
         """Yield what has been written since the last yield, until it has a finish_reason.
 
-        Closing the generator ends the request in the engine.
+        The engine writes on meanwhile, but for the request's pauses: there it waits for the next ``anext``. Closing the
+        generator ends the request in the engine.
         """
         ...
 

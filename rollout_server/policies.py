@@ -15,6 +15,7 @@ from common.config import (
     JSD,
     SKD,
     AdaSwitch,
+    Dataset,
     Decay,
     Divergence,
     Fixed,
@@ -59,6 +60,15 @@ class SwitchPolicy(Protocol):
         """How many tokens the teacher writes at a switch; None for all the rest."""
         ...
 
+    @property
+    def first_switch(self) -> int | None:
+        """The first position at which the student's own tokens may make it switch; None when they never do."""
+        ...
+
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        """Whether the prompt's own answer is the sequence, and nobody writes."""
+        ...
+
     def exploration_limit(self, sequence_seed: int) -> int | None:
         """Position at which the teacher takes over without looking at the student's tokens; None for nowhere."""
         ...
@@ -68,6 +78,11 @@ class SwitchPolicy(Protocol):
 
 class _Watching:
     """A policy that decides by what the student proposes."""
+
+    first_switch = 0
+
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        return False
 
     def exploration_limit(self, sequence_seed: int) -> None:
         return None
@@ -80,6 +95,7 @@ class AdaSwitchPolicy(_Watching):
 
     def __init__(self, settings: AdaSwitch) -> None:
         self._settings = settings
+        self.first_switch = settings.first_position
 
     def decide(self, scored: ScoredPositions) -> Decision:
         settings = self._settings
@@ -138,6 +154,10 @@ class _Blind:
     """A policy that knows beforehand where the teacher takes over, and to the end."""
 
     guidance_tokens = None
+    first_switch = None
+
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        return False
 
     def decide(self, scored: ScoredPositions) -> Decision:
         return Decision(thresholds=_no_thresholds(scored), switch=None)
@@ -153,15 +173,31 @@ class FixedPolicy(_Blind):
         return self._position
 
 
+class DatasetPolicy(FixedPolicy):
+    """The given answer, always."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        return True
+
+
 class MixturePolicy(_Blind):
-    """GKD (arXiv 2306.13649): position 0 with probability 1 - lambda, else never."""
+    """GKD (arXiv 2306.13649): with probability 1 - lambda the teacher from position 0, or the given answer."""
 
     def __init__(self, settings: Mixture) -> None:
         self._settings = settings
 
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        return self._settings.rest == "dataset" and not self._is_students(sequence_seed)
+
     def exploration_limit(self, sequence_seed: int) -> int | None:
+        return None if self._is_students(sequence_seed) else 0
+
+    def _is_students(self, sequence_seed: int) -> bool:
         draw = derive_seed(sequence_seed, "mixture") / 2**63
-        return None if draw < self._settings.student_share else 0
+        return draw < self._settings.student_share
 
 
 _POLICIES: dict[type, Callable[[Any], SwitchPolicy]] = {
@@ -171,6 +207,7 @@ _POLICIES: dict[type, Callable[[Any], SwitchPolicy]] = {
     Relay: RelayPolicy,
     OnPolicy: lambda _: FixedPolicy(None),
     OffPolicy: lambda _: FixedPolicy(0),
+    Dataset: lambda _: DatasetPolicy(),
     Mixture: MixturePolicy,
     Fixed: lambda settings: FixedPolicy(settings.position),
 }

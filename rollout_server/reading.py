@@ -13,38 +13,43 @@ from rollout_server.engine import Engine, ScoreRequest, Written
 
 
 class TeacherReading:
-    """Starts to read ``text`` at once, while the student writes its first chunk. Must be closed."""
+    """Reads after ``text``; with ``ahead``, the text itself at once, while the student writes its first proposal.
 
-    def __init__(self, teacher: Engine, text: Ids, sequence_id: str | None = None) -> None:
+    Reading ahead spares the log-probs of a long text that is in no cache yet. Must be closed.
+    """
+
+    def __init__(self, teacher: Engine, text: Ids, sequence_id: str | None = None, *, ahead: bool = True) -> None:
         self._teacher = teacher
         self._sequence_id = sequence_id
         self._text = text
-        # [1 row] of the token to come; no rows once the student has finished.
-        first_read = teacher.score(ScoreRequest(token_ids=text, start=text.size, sequence_id=sequence_id))
-        self._next: asyncio.Future[TopLogprobs] = asyncio.ensure_future(first_read)
+        self._next: TopLogprobs | None = None  # [1 row] of the token to come
+        self._first_read: asyncio.Future[TopLogprobs] | None = None
+        if ahead:
+            self._first_read = asyncio.ensure_future(self._read(text, start=text.size))
 
-    async def scores(self, proposal: Written) -> TopLogprobs:
-        """[len(proposal), k] The teacher's row at each position of the next consecutive piece of student text."""
+    async def scores(self, proposal: Written, *, is_last: bool) -> TopLogprobs:
+        """[len(proposal), k] The teacher's row at each position of the next consecutive piece of student text.
+
+        ``is_last``: after it no other token is to come, and its row, which might lie beyond the context, is not read.
+        """
         text = np.concatenate([self._text, proposal.token_ids])
-        # After the last token no other is to come, and its row might lie beyond the context.
-        readable = text if proposal.finish_reason is None else text[:-1]
-        rows = await self._next
-        start = self._text.size + 1
+        readable = text[:-1] if is_last else text
+        if self._first_read is not None:
+            self._next, self._first_read = await self._first_read, None
+        rows = [] if self._next is None else [self._next]
+        start = self._text.size + len(rows)
         if start <= readable.size:
-            request = ScoreRequest(token_ids=readable, start=start, sequence_id=self._sequence_id)
-            fresh = await self._teacher.score(request)
-            rows = TopLogprobs.concatenate([rows, fresh])
+            rows.append(await self._read(readable, start=start))
+        known = TopLogprobs.concatenate(rows)
         self._text = text
-        self._next = _known(rows[len(proposal) :])
-        return rows[: len(proposal)]
+        self._next = None if is_last else known[len(proposal) :]
+        return known[: len(proposal)]
 
     async def close(self) -> None:
-        """End a read that is still under way."""
-        self._next.cancel()
-        await asyncio.gather(self._next, return_exceptions=True)
+        """End a read ahead that is still under way."""
+        if self._first_read is not None:
+            self._first_read.cancel()
+            await asyncio.gather(self._first_read, return_exceptions=True)
 
-
-def _known(rows: TopLogprobs) -> asyncio.Future[TopLogprobs]:
-    future: asyncio.Future[TopLogprobs] = asyncio.get_running_loop().create_future()
-    future.set_result(rows)
-    return future
+    async def _read(self, text: Ids, *, start: int) -> TopLogprobs:
+        return await self._teacher.score(ScoreRequest(token_ids=text, start=start, sequence_id=self._sequence_id))

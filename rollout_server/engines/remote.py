@@ -1,7 +1,7 @@
 """An engine behind a Ray actor, as the controller sees it. The half that lives beside the controller.
 
-Opens, closes and scores asked for in one turn of the event loop travel as one call each; one poll at a time brings back
-what all streams wrote (``multiplex`` is the other half). Every wait has a time-out.
+Opens, resumes, closes and scores asked for in one turn of the event loop travel as one call each; one poll at a time
+brings back what all streams wrote (``multiplex`` is the other half). Every wait has a time-out.
 """
 
 import asyncio
@@ -26,9 +26,13 @@ from rollout_server.engine import (
     concatenate_written,
     write_whole,
 )
-from rollout_server.engines.multiplex import WrittenBatch
+from rollout_server.engines.multiplex import ReadBatch, RowsBatch, WrittenBatch
 
 logger = logging.getLogger(__name__)
+
+_SPACING_S = 0.005
+"""At least this long between two sendings to one engine, or two polls of it; the first is not delayed. Without it every
+poll of each student would send a few scores to each teacher: messages would grow with the square of the engines."""
 
 _POLL_WAIT_S = 5.0  # an idle poll returns after this long, or half the time-out, and is sent again
 
@@ -54,9 +58,11 @@ class RemoteEngine:
         self._stream_numbers = count()
         self._inboxes: dict[int, _Inbox] = {}
         self._to_open: dict[int, WriteRequest] = {}
+        self._to_resume: list[int] = []
         self._to_close: list[int] = []
         self._to_score: list[tuple[ScoreRequest, asyncio.Future[TopLogprobs]]] = []
         self._flushing = False
+        self._next_flush_s = 0.0  # on the event loop's clock
         self._polling: asyncio.Task[None] | None = None
         self._sends: set[asyncio.Task[None]] = set()
 
@@ -66,7 +72,7 @@ class RemoteEngine:
         self._to_open[stream_id] = request
         self._flush_soon()
         try:
-            finish_reason = None
+            finish_reason, num_taken = None, 0
             while finish_reason is None:
                 await self._within(inbox.news.wait(), "the next tokens of a stream")
                 inbox.news.clear()
@@ -75,6 +81,10 @@ class RemoteEngine:
                 written, inbox.pieces = concatenate_written(inbox.pieces), []
                 finish_reason = written.finish_reason
                 yield written
+                num_taken += len(written)
+                if num_taken in request.pause_after:
+                    self._to_resume.append(stream_id)
+                    self._flush_soon()
         finally:
             del self._inboxes[stream_id]
             if finish_reason is None:
@@ -102,14 +112,16 @@ class RemoteEngine:
                 await asyncio.wait(set(self._sends))
 
     def _flush_soon(self) -> None:
-        """Send what has gathered when this turn of the event loop is over."""
+        """Send what has gathered when this turn of the event loop is over, or some time after the last sending."""
         if not self._flushing:
             self._flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_at(self._next_flush_s, self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
+        self._next_flush_s = asyncio.get_running_loop().time() + _SPACING_S
         opens, self._to_open = self._to_open, {}
+        resumes, self._to_resume = self._to_resume, []
         closes, self._to_close = self._to_close, []
         scores, self._to_score = self._to_score, []
         # A stream dropped before it was sent is never opened.
@@ -117,6 +129,8 @@ class RemoteEngine:
         closes = [stream_id for stream_id in closes if stream_id not in unsent]
         if opens:
             self._send(self._open(opens))
+        if resumes:
+            self._send(self._resume(resumes))
         if closes:
             self._send(self._close(closes))
         if scores:
@@ -136,6 +150,12 @@ class RemoteEngine:
         if self._polling is None or self._polling.done():
             self._polling = asyncio.ensure_future(self._poll())
 
+    async def _resume(self, stream_ids: list[int]) -> None:
+        try:
+            await self._within(self._handle.resume_streams.remote(self._client_id, stream_ids), "resuming streams")
+        except EngineCallError as error:
+            self._fail(stream_ids, str(error))
+
     async def _close(self, stream_ids: list[int]) -> None:
         try:
             await self._within(self._handle.close_streams.remote(self._client_id, stream_ids), "closing streams")
@@ -144,9 +164,9 @@ class RemoteEngine:
 
     async def _score(self, asked: list[tuple[ScoreRequest, asyncio.Future[TopLogprobs]]]) -> None:
         try:
-            call = self._handle.score.remote([request for request, _ in asked])
-            results: list[TopLogprobs | str] = await self._within(call, f"{len(asked)} scores")
-            results = [f"{self._name}: {rows}" if isinstance(rows, str) else rows for rows in results]
+            call = self._handle.score.remote(ReadBatch.pack([request for request, _ in asked]))
+            batch: RowsBatch = await self._within(call, f"{len(asked)} scores")
+            results = [f"{self._name}: {rows}" if isinstance(rows, str) else rows for rows in batch.unpack()]
         except EngineCallError as error:
             results = [str(error)] * len(asked)
         for (_, rows), result in zip(asked, results, strict=True):
@@ -159,7 +179,11 @@ class RemoteEngine:
 
     async def _poll(self) -> None:
         """Consumes the actor's batches; produces into the inboxes; stops when no stream is open."""
+        clock = asyncio.get_running_loop().time
+        next_poll_s = clock()
         while self._inboxes:
+            await asyncio.sleep(max(0.0, next_poll_s - clock()))
+            next_poll_s = clock() + _SPACING_S
             try:
                 batch: WrittenBatch = await self._within(
                     self._handle.poll.remote(self._client_id, self._poll_wait_s), "a poll"

@@ -156,11 +156,11 @@ class ScriptedEngine:
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
         pieces: list[Written] = []
-        news = asyncio.Event()
+        news, wanted = asyncio.Event(), asyncio.Event()
         with self._call("write") as number:
-            writing = asyncio.create_task(self._write(request, number, pieces, news))
+            writing = asyncio.create_task(self._write(request, number, pieces, news, wanted))
             try:
-                finish_reason = None
+                finish_reason, num_taken = None, 0
                 while finish_reason is None:
                     await news.wait()
                     news.clear()
@@ -170,6 +170,9 @@ class ScriptedEngine:
                     pieces.clear()
                     finish_reason = written.finish_reason
                     yield written
+                    num_taken += len(written)
+                    if num_taken in request.pause_after:
+                        wanted.set()
             finally:
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
@@ -211,8 +214,12 @@ class ScriptedEngine:
                 await asyncio.Event().wait()
             raise ScriptedError(f"{kind} {number} fails, as scripted")
 
-    async def _write(self, request: WriteRequest, number: int, pieces: list[Written], news: asyncio.Event) -> None:
-        """Consumes nothing; produces pieces, taken or not; waits for the delay; stops at the end or when cancelled."""
+    async def _write(
+        self, request: WriteRequest, number: int, pieces: list[Written], news: asyncio.Event, wanted: asyncio.Event
+    ) -> None:
+        """Consumes the reader's wish to go on after a pause; produces pieces, taken or not; waits for the delay and at
+        pauses; stops at the end or when cancelled.
+        """
         try:
             await self._start("write", number, request.prefix.size + request.max_tokens)
             text, rng = request.prefix, np.random.default_rng(request.seed)
@@ -225,6 +232,9 @@ class ScriptedEngine:
                 self.num_written_tokens += len(piece)
                 pieces.append(piece)
                 news.set()
+                if text.size - request.prefix.size in request.pause_after:
+                    await wanted.wait()
+                    wanted.clear()
         finally:
             news.set()
 
@@ -233,7 +243,9 @@ class ScriptedEngine:
         rows: list[Floats] = []
         token_ids: list[int] = []
         finish_reason: FinishReason | None = None
-        while finish_reason is None and len(rows) < request.chunk_tokens:
+        num_written = text.size - request.prefix.size
+        to_pause = min((end - num_written for end in request.pause_after if end > num_written), default=math.inf)
+        while finish_reason is None and len(rows) < min(request.chunk_tokens, to_pause):
             rows.append(self._script.next_logprobs(text))
             token_ids.append(_choose(rows[-1], request, rng))
             text = np.append(text, np.int32(token_ids[-1]))

@@ -6,9 +6,11 @@ detokenisation), and the conversion of its rows to numpy. Knows nothing of Ray, 
 n = tokens, k = length of a top list. A flat row of vLLM holds k + 1 entries: the token itself, then the k best.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Self
 
@@ -17,6 +19,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import StreamingInput
 from vllm.inputs import TokensPrompt
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -85,6 +88,11 @@ class VLLMEngine:
         Whoever reads the text along then finds its cached blocks ending there too, and computes no token twice (where
         ``chunk_tokens`` is a multiple of vLLM's block).
         """
+        if request.pause_after:
+            async with aclosing(self._stream_in_turns(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
         params = self._write_params(request, RequestOutputKind.DELTA)
         held: list[Written] = []
         num_wanted = request.chunk_tokens - request.prefix.size % request.chunk_tokens
@@ -99,6 +107,41 @@ class VLLMEngine:
                     yield written[:end]
                     held = [written[end:]] if end < num_held else []
                     num_wanted = request.chunk_tokens
+
+    async def _stream_in_turns(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+        """A stream with pauses: one session of vLLM, a turn from pause to pause.
+
+        Between turns the session keeps its cache and its random state and gives up its place in the batch. Its next
+        turn begins with the last token of the one before, which vLLM has sampled but not yet read.
+        """
+        turns: asyncio.Queue[StreamingInput] = asyncio.Queue(1)
+
+        async def inputs() -> AsyncGenerator[StreamingInput, None]:
+            while True:
+                yield await turns.get()
+
+        def turn(prompt: Ids, num_tokens: int) -> StreamingInput:
+            params = self._write_params(
+                replace(request, max_tokens=num_tokens, pause_after=()), RequestOutputKind.DELTA
+            )
+            return StreamingInput(prompt=_prompt(prompt), sampling_params=params)
+
+        params = self._write_params(request, RequestOutputKind.DELTA)
+        turns.put_nowait(turn(request.prefix, request.pause_after[0]))
+        num_written = 0
+        async with aclosing(self._llm.generate(inputs(), params, self._request_id())) as outputs:
+            for end in (*request.pause_after, request.max_tokens):
+                held: list[Written] = []
+                while num_written < end and not (held and held[-1].finish_reason == "stop"):
+                    held.append(self._written((await anext(outputs)).outputs[0]))
+                    num_written += len(held[-1])
+                written = concatenate_written(held)
+                if written.finish_reason == "stop" or end == request.max_tokens:
+                    yield written
+                    return
+                yield replace(written, finish_reason=None)
+                following = next(e for e in (*request.pause_after, request.max_tokens) if e > end)
+                turns.put_nowait(turn(written.token_ids[-1:], following - end))
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)

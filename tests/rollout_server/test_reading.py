@@ -29,7 +29,9 @@ async def read(teacher: ScriptedEngine, lengths: list[int], finish_reason: Finis
     reading = TeacherReading(teacher, TEXT)
     ends = np.cumsum(lengths).tolist()
     rows = [
-        await reading.scores(proposal(PROPOSED[end - length : end], finish_reason if end == ends[-1] else None))
+        await reading.scores(
+            proposal(PROPOSED[end - length : end], finish_reason if end == ends[-1] else None), is_last=end == ends[-1]
+        )
         for length, end in zip(lengths, ends, strict=True)
     ]
     await reading.close()
@@ -77,7 +79,7 @@ async def test_a_read_that_fails_fails_where_its_rows_are_needed(number: int) ->
     teacher = ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=number))
     reading = TeacherReading(teacher, TEXT)
     with pytest.raises(ScriptedError, match=f"score {number} fails"):
-        await reading.scores(proposal(PROPOSED))
+        await reading.scores(proposal(PROPOSED), is_last=True)
     await reading.close()
 
 

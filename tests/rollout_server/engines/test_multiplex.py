@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.sequence import TopLogprobs
 from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written
-from rollout_server.engines.multiplex import StreamMultiplexer, WrittenBatch
+from rollout_server.engines.multiplex import ReadBatch, StreamMultiplexer, WrittenBatch
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 
 SCRIPT = HashedScript(vocabulary_size=32, seed=1, eos_probability=0.01)
@@ -45,6 +45,20 @@ def test_what_is_packed_is_unpacked(moved: list[tuple[int, Written]]) -> None:
         np.testing.assert_array_equal(mine.top.token_ids, theirs.top.token_ids)
         np.testing.assert_array_equal(mine.top.logprobs, theirs.top.logprobs)
         assert (mine.weight_version, mine.finish_reason) == (theirs.weight_version, theirs.finish_reason)
+
+
+async def test_scores_come_back_as_they_were_asked_for() -> None:
+    engine = ScriptedEngine(SCRIPT, top_logprobs=K)
+    requests = [
+        ScoreRequest(token_ids=np.arange(n, n + 6, dtype=np.int32)[: 3 + n], start=start, sequence_id=str(n))
+        for n, start in enumerate((1, 4, 2))
+    ]
+    rows = (await StreamMultiplexer(engine).score(ReadBatch.pack(requests))).unpack()
+    for mine, request in zip(rows, requests, strict=True):
+        theirs = await engine.score(request)
+        assert isinstance(mine, TopLogprobs)
+        np.testing.assert_array_equal(mine.token_ids, theirs.token_ids)
+        np.testing.assert_array_equal(mine.logprobs, theirs.logprobs)
 
 
 async def drain(streams: StreamMultiplexer, client_id: str, num_streams: int) -> dict[int, Written]:
@@ -122,7 +136,8 @@ async def test_a_failed_stream_is_reported_and_leaves_the_others_alone(caplog: p
 
 async def test_a_failed_score_stands_in_its_place() -> None:
     streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=2)))
-    first, second, third = await streams.score([ScoreRequest(token_ids=REQUEST.prefix, start=1)] * 3)
+    requests = [ScoreRequest(token_ids=REQUEST.prefix, start=1)] * 3
+    first, second, third = (await streams.score(ReadBatch.pack(requests))).unpack()
     assert second == "ScriptedError: score 2 fails, as scripted"
     assert isinstance(first, TopLogprobs)
     assert isinstance(third, TopLogprobs)

@@ -18,7 +18,7 @@ from common.sequence import Prompt, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.controller import SwitchingController
 from rollout_server.engine import ScoreRequest, WriteRequest, Written
-from rollout_server.engines.multiplex import StreamMultiplexer, WrittenBatch
+from rollout_server.engines.multiplex import ReadBatch, RowsBatch, StreamMultiplexer, WrittenBatch
 from rollout_server.engines.remote import EngineCallError, RemoteEngine
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 
@@ -52,11 +52,15 @@ def make_actor_class() -> type:
             self._num_calls["poll"] += 1
             return await self._streams.poll(client_id, wait_s)
 
+        async def resume_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
+            self._num_calls["resume_streams"] += 1
+            self._streams.resume(client_id, stream_ids)
+
         async def close_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
             self._num_calls["close_streams"] += 1
             await self._streams.close(client_id, stream_ids)
 
-        async def score(self, requests: Sequence[ScoreRequest]) -> list[TopLogprobs | str]:
+        async def score(self, requests: ReadBatch) -> RowsBatch:
             self._num_calls["score"] += 1
             return await self._streams.score(requests)
 

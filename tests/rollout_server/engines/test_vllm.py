@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,6 +232,40 @@ async def test_pieces_end_where_the_text_is_a_multiple_of_the_chunk_and_only_the
     written = concatenate_written(pieces)
     assert np.array_equal(written.token_ids, whole.token_ids)
     assert np.allclose(written.top.logprobs, whole.top.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("pause_after", [(1,), (4, 9), tuple(range(1, 24)), (20,)])
+async def test_pauses_change_no_token_and_hand_over_what_is_written(
+    temperature, pause_after, engines, held_out_prompts
+) -> None:
+    engine = engines.student
+    request = write_request(
+        held_out_prompts[0].token_ids, max_tokens=24, temperature=temperature, seed=11, chunk_tokens=32
+    )
+    whole = await engine.generate(request)
+    others = [engine.generate(write_request(prompt.token_ids, seed=1)) for prompt in held_out_prompts[1:8]]
+    crowd = asyncio.gather(*others)
+    async with aclosing(engine.stream(replace(request, pause_after=pause_after))) as stream:
+        pieces = [piece async for piece in stream]
+    await crowd
+    ends = [end for end in (*pause_after, 24) if end < len(whole)]
+    assert np.cumsum([len(piece) for piece in pieces]).tolist() == [*ends, len(whole)]
+    paused = concatenate_written(pieces)
+    assert paused.finish_reason == whole.finish_reason
+    assert {piece.finish_reason for piece in pieces[:-1]} <= {None}
+    np.testing.assert_array_equal(paused.token_ids, whole.token_ids)
+    np.testing.assert_allclose(paused.logprobs, whole.logprobs, atol=TOLERANCE)
+
+
+async def test_a_paused_stream_writes_nothing_until_it_is_asked_and_ends_when_closed(engines, held_out_prompts) -> None:
+    engine = engines.teacher
+    request = replace(write_request(held_out_prompts[0].token_ids), pause_after=(2,))
+    async with aclosing(engine.stream(request)) as stream:
+        assert len(await anext(stream)) == 2
+        assert engine.num_running == 1
+    while engine.num_running:
+        await asyncio.sleep(0.01)
 
 
 async def test_the_same_seed_writes_the_same_tokens_alone_and_in_a_crowd(engines, held_out_prompts) -> None:
