@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -23,11 +23,13 @@ from deploy.run_folder import RunFolder
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec
 from rollout_server.rollouts import RolloutSpec
-from trainer.actors import LearnerActor, LearnerSpec, RemoteLearner, TransferSpec
+from trainer.actors import LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
 
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 15.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,14 @@ class Pair:
     student_facts: EngineFacts
     teacher_facts: EngineFacts
     rollouts: RemoteRollouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpawnedLearner:
+    """The learner on its way."""
+
+    ranks: list[ActorHandle]
+    started: list[Any]  # each rank's answer to ``start``, to be awaited
 
 
 class Cluster:
@@ -101,19 +111,23 @@ class Cluster:
             for handle, number in zip(replicas, numbers, strict=True)
         ]
 
-    def spawn_learner(self) -> ActorHandle:
-        """Start the learner; it loads its model while the engines start."""
+    def spawn_learner(self) -> SpawnedLearner:
+        """Start the learner's ranks; they meet and load the model while the engines start."""
         spec = LearnerSpec(
             student=self._config.models.student,
             trainer=self._config.trainer,
             seed=self._config.seed,
             trust_remote_code=self._config.engines.trust_remote_code,
         )
-        return self._spawn(LearnerActor, self._plan.learner, spec)
+        ranks = [self._spawn(LearnerActor, place, rank, spec) for rank, place in enumerate(self._plan.learner)]
+        meeting_point = ranks[0].meeting_point.remote()
+        return SpawnedLearner(ranks=ranks, started=[rank.start.remote(meeting_point) for rank in ranks])
 
-    async def connect_learner(self, learner: ActorHandle, pair: Pair) -> RemoteLearner:
-        """Open the weight transfer from the learner to the student engines."""
+    async def connect_learner(self, learner: SpawnedLearner, pair: Pair) -> RemoteLearner:
+        """Open the weight transfer from the learner, once all of it is there, to the student engines."""
         config = self._config
+        timeout_s = config.engines.start_timeout_s
+        await _unwrapped(every_rank(learner.started, "the learner to start", timeout_s=timeout_s))
         transfer = TransferSpec(
             students=pair.students,
             backend=self._backend,
@@ -122,9 +136,10 @@ class Cluster:
             timeout_s=config.sync.timeout_s,
             probe_tolerance=self._probe_tolerance(pair.student_facts),
         )
-        await _answer(learner.connect.remote(transfer), "the learner to start", config.engines.start_timeout_s)
+        connected = [rank.connect.remote(transfer) for rank in learner.ranks]
+        await _unwrapped(every_rank(connected, "the weight transfer to open", timeout_s=timeout_s))
         return RemoteLearner(
-            learner, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
+            learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
         )
 
     async def stop(self) -> None:
@@ -227,8 +242,12 @@ async def _reserve(config: RunConfig, plan: SeatingPlan) -> PlacementGroup:
 
 async def _answer(call: Any, what: str, timeout_s: float) -> Any:
     """An actor's answer. What the user can change comes back as the UserError it was."""
+    return await _unwrapped(within(timeout_s, call, what))
+
+
+async def _unwrapped(answer: Awaitable[T]) -> T:
     try:
-        return await within(timeout_s, call, what)
+        return await answer
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error

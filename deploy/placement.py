@@ -2,7 +2,7 @@
 
     one bundle per engine    its GPUs
     one for the rollouts     no GPU
-    one for the learner      one GPU; or none of its own: then it sits with the student engine
+    one per learner rank     one GPU; or none of its own: then the only rank sits with the student engine
 
 GPU seats follow Ray's interface and have not been run on a GPU.
 """
@@ -31,7 +31,7 @@ class SeatingPlan:
     students: list[Seat]
     teachers: list[Seat]
     rollouts: Seat
-    learner: Seat
+    learner: list[Seat]  # one per rank
 
 
 def seat(config: RunConfig, *, use_gpus: bool) -> SeatingPlan:
@@ -54,8 +54,8 @@ def seat(config: RunConfig, *, use_gpus: bool) -> SeatingPlan:
     teachers = engine_seats(engines.teacher)
     rollouts = new_seat(0)
     if shares_gpu:
-        learner = students[0]
-        bundles[learner.bundle]["CPU"] += CPUS_PER_ACTOR
+        learner = students[:1]
+        bundles[students[0].bundle]["CPU"] += CPUS_PER_ACTOR
     else:
-        learner = new_seat(1)
+        learner = [new_seat(1) for _ in range(config.trainer.num_ranks)]
     return SeatingPlan(bundles=bundles, students=students, teachers=teachers, rollouts=rollouts, learner=learner)

@@ -1,20 +1,24 @@
-"""Ray shell around the learner, and what the driver holds of it. No logic: it is in ``learner`` and ``weight_sender``.
+"""Ray shell around the learner's ranks, and what the driver holds of them. No logic: it is in ``learner``, ``ranks``
+and ``weight_sender``.
 
-vLLM's trainer half and torch are imported by the learner's process, not by this module.
+vLLM's trainer half and torch are imported by the learner's processes, not by this module.
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import socket
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from common.config import Trainer
 from common.logs import set_up_logging
 from common.sequence import Ids, MixedSequence, TopLogprobs
-from common.waiting import within
+from common.waiting import WaitedTooLong
 from common.weights import WeightUpdate, WeightVersion
 
 if TYPE_CHECKING:
@@ -23,10 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_GRACE_S = 5.0  # after one rank's error, for others to say why: the first to notice is seldom the cause
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerSpec:
-    """What the learner is told."""
+    """What every rank of the learner is told."""
 
     student: str  # folder or hub name
     trainer: Trainer
@@ -46,15 +52,40 @@ class TransferSpec:
     probe_tolerance: float  # nats
 
 
+class LearnerRankDied(RuntimeError):
+    """A rank of the learner is gone, and with it its part of model and optimizer. Stops the run."""
+
+
 class LearnerActor:
-    """The learner in a process of its own. ``connect`` comes before the first ``sync``."""
+    """One rank of the learner in a process of its own. ``start`` comes first; ``connect`` before the first ``sync``.
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    All ranks get the same calls in the same order, but for ``meeting_point``, which is rank 0's.
+    """
+
+    def __init__(self, rank: int, spec: LearnerSpec) -> None:
         set_up_logging()
-        from trainer.learner import Learner
-
+        self._rank = rank
+        self._spec = spec
         self._timeout_s = spec.trainer.step_timeout_s
-        self._learner = Learner(spec.student, spec.trainer, seed=spec.seed, trust_remote_code=spec.trust_remote_code)
+
+    def meeting_point(self) -> str:
+        """``host:port`` where rank 0 will wait for the others."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def start(self, meeting_point: str) -> None:
+        """Meet the other ranks and load the model, or this rank's part of it."""
+        from trainer.learner import Learner, learner_device
+        from trainer.ranks import join
+
+        spec = self._spec
+        ranks = join(
+            self._rank, spec.trainer.num_ranks, meeting_point, learner_device(), timeout_s=spec.trainer.step_timeout_s
+        )
+        self._learner = Learner(
+            spec.student, spec.trainer, seed=spec.seed, trust_remote_code=spec.trust_remote_code, ranks=ranks
+        )
 
     def connect(self, spec: TransferSpec) -> None:
         """Open the weight transfer to all student engines."""
@@ -79,7 +110,7 @@ class LearnerActor:
             rendezvous = Rendezvous.on_this_machine(num_workers=len(spec.students) * spec.workers_per_engine)
         source = LearnerWeights(self._learner.model, dtype=getattr(torch, spec.engine_dtype))
         client = OneCallClient(init=init, load=load)
-        self._sender = build_sender(spec.backend, source, client, rendezvous=rendezvous)
+        self._sender = build_sender(spec.backend, source, client, rank=self._rank, rendezvous=rendezvous)
         self._probe_tolerance = spec.probe_tolerance
 
     def step(self, references: "Sequence[ray.ObjectRef[MixedSequence]]") -> "StepReport":
@@ -91,8 +122,14 @@ class LearnerActor:
     def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> "ProbeReport":
         from trainer.probe import check_sync
 
-        previous = self._sender.previous_weights
-        return check_sync(self._learner.model, previous, texts, rows, tolerance=self._probe_tolerance)
+        return check_sync(
+            self._learner.model,
+            self._sender.previous_weights,
+            texts,
+            rows,
+            tolerance=self._probe_tolerance,
+            whole_copy=self._learner.whole_copy,
+        )
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)
@@ -103,21 +140,53 @@ class LearnerActor:
 
 
 class RemoteLearner:
-    """The driver's side of a LearnerActor."""
+    """The driver's side of all LearnerActors: one learner, whose ranks are called together."""
 
-    def __init__(self, handle: ActorHandle, *, step_timeout_s: float, sync_timeout_s: float) -> None:
-        self._handle = handle
+    def __init__(self, ranks: Sequence[ActorHandle], *, step_timeout_s: float, sync_timeout_s: float) -> None:
+        self._ranks = ranks
         self._step_timeout_s = step_timeout_s
         self._sync_timeout_s = sync_timeout_s
 
     async def step(self, references: Sequence[Any]) -> "StepReport":
-        return await within(self._step_timeout_s, self._handle.step.remote(list(references)), "the learner's step")
+        calls = [rank.step.remote(list(references)) for rank in self._ranks]
+        return await every_rank(calls, "the learner's step", timeout_s=self._step_timeout_s)
 
     async def sync(self, version: WeightVersion) -> None:
-        await within(self._sync_timeout_s, self._handle.sync.remote(version), f"the sync of weight version {version}")
+        calls = [rank.sync.remote(version) for rank in self._ranks]
+        await every_rank(calls, f"the sync of weight version {version}", timeout_s=self._sync_timeout_s)
 
     async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> "ProbeReport":
-        return await within(self._sync_timeout_s, self._handle.check_probe.remote(texts, rows), "the learner's probe")
+        calls = [rank.check_probe.remote(texts, rows) for rank in self._ranks]
+        return await every_rank(calls, "the learner's probe", timeout_s=self._sync_timeout_s)
 
     async def save(self, folder: Path) -> None:
-        await within(self._step_timeout_s, self._handle.save.remote(folder), f"saving the student to {folder}")
+        calls = [rank.save.remote(folder) for rank in self._ranks]
+        await every_rank(calls, f"saving the student to {folder}", timeout_s=self._step_timeout_s)
+
+
+async def every_rank(calls: Sequence[Awaitable[T]], what: str, *, timeout_s: float) -> T:
+    """Rank 0's answer once every rank has given one; ``calls`` are in the order of the ranks.
+
+    When one fails the others are not waited for: they may be waiting for it. Raises LearnerRankDied if a rank's process
+    is gone, else the lowest rank's error; WaitedTooLong naming the ranks that did not answer.
+    """
+    answers = [asyncio.ensure_future(call) for call in calls]
+    try:
+        done, _ = await asyncio.wait(answers, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        if any(answer.exception() for answer in done):
+            await asyncio.wait(answers, timeout=_GRACE_S)
+        errors = {rank: a.exception() for rank, a in enumerate(answers) if a.done() and a.exception()}
+        for rank, error in errors.items():
+            if isinstance(error, RayActorError):
+                raise LearnerRankDied(f"learner rank {rank} of {len(answers)} died during {what}: {error}") from error
+        for error in errors.values():
+            assert error is not None
+            raise error
+        if silent := [str(rank) for rank, answer in enumerate(answers) if not answer.done()]:
+            raise WaitedTooLong(
+                f"waited {timeout_s:g} s for {what}; of {len(answers)} learner ranks no answer from {', '.join(silent)}"
+            )
+        return answers[0].result()
+    finally:
+        for answer in answers:
+            answer.cancel()

@@ -1,9 +1,11 @@
-"""Mixed sequences -> micro-batches under a budget of padded tokens. Pure functions of their arguments.
+"""Mixed sequences -> micro-batches of every rank under a budget of tokens. Pure functions of their arguments.
 
-B = sequences of a micro-batch, S = its longest, N = its new tokens, all sequences in a row, k = the teacher's list.
-P = prompt tokens and T = new tokens of one sequence.
+B = rows of a micro-batch, S = its longest row, N = its new tokens, all sequences in a row, k = the teacher's list.
+P = prompt tokens and T = new tokens of one sequence. A row is one sequence, padded on the right; or, packed, there is
+one row with all sequences one behind the other.
 """
 
+import heapq
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,11 +17,13 @@ from common.sequence import MixedSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """Sequences that pass through the model at once, padded on the right, and what is known of their new tokens."""
+    """Sequences that pass through the model at once, and what is known of their new tokens. May hold no sequence."""
 
-    sequence_ids: tuple[str, ...]  # B of them
+    sequence_ids: tuple[str, ...]
+    num_new_tokens: tuple[int, ...]  # T of each sequence
     input_ids: Tensor  # [B, S] int64, 0 where padded
-    attention_mask: Tensor  # [B, S] int64, 1 where a token is
+    attention_mask: Tensor | None  # [B, S] int64, 1 where a token is; None where packed
+    position_ids: Tensor | None  # [B, S] int64, 0 where a sequence begins; None where padded
     hidden_rows: Tensor  # [N] int64. Row of the flat [B * S] hidden states that predicts the token
     token_ids: Tensor  # [N] int64
     sources: Tensor  # [N] uint8 TokenSource
@@ -27,8 +31,10 @@ class MicroBatch:
     teacher_logprobs: Tensor  # [N, k] float32 nats
 
     def __post_init__(self) -> None:
-        assert self.input_ids.shape == self.attention_mask.shape, (self.input_ids.shape, self.attention_mask.shape)
-        assert self.input_ids.shape[0] == len(self.sequence_ids), (self.input_ids.shape, self.sequence_ids)
+        (layout,) = (layout for layout in (self.attention_mask, self.position_ids) if layout is not None)
+        assert self.input_ids.shape == layout.shape, (self.input_ids.shape, layout.shape)
+        assert sum(self.num_new_tokens) == len(self), (self.num_new_tokens, len(self))
+        assert len(self.num_new_tokens) == len(self.sequence_ids), (self.num_new_tokens, self.sequence_ids)
         assert self.teacher_ids.shape == self.teacher_logprobs.shape, self.teacher_ids.shape
         for name in ("token_ids", "sources", "teacher_ids"):
             assert len(getattr(self, name)) == len(self), f"{name} must have {len(self)} rows"
@@ -42,57 +48,100 @@ class MicroBatch:
         names = (
             "input_ids",
             "attention_mask",
+            "position_ids",
             "hidden_rows",
             "token_ids",
             "sources",
             "teacher_ids",
             "teacher_logprobs",
         )
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None})
 
     def sequence_id_of(self, token: int) -> str:
         """Whose token it is, of the N."""
-        return self.sequence_ids[int(self.hidden_rows[token]) // self.input_ids.shape[1]]
+        return self.sequence_ids[int(np.searchsorted(np.cumsum(self.num_new_tokens), token, side="right"))]
 
 
-def make_micro_batches(sequences: list[MixedSequence], tokens_per_micro_batch: int) -> list[MicroBatch]:
-    """Every sequence in exactly one micro-batch of at most that many padded tokens, prompts included.
+def divide(
+    sequences: list[MixedSequence], num_ranks: int, tokens_per_micro_batch: int, *, packed: bool
+) -> list[list[list[MixedSequence]]]:
+    """Of each rank, what each of its micro-batches holds. Every rank has as many, some of them empty if need be: ranks
+    compute together, micro-batch by micro-batch.
+
+    The longest sequence left goes to the rank with the fewest tokens. Depends on the set of sequences and not on the
+    order in which they came back, so that every rank finds the same division.
+    """
+    loads = [(0, rank) for rank in range(num_ranks)]  # (tokens, rank), a heap
+    of_ranks: list[list[MixedSequence]] = [[] for _ in range(num_ranks)]
+    for sequence in _longest_first(sequences):
+        num_tokens, rank = loads[0]
+        of_ranks[rank].append(sequence)
+        heapq.heapreplace(loads, (num_tokens + _total_length(sequence), rank))
+    divided = [_groups(of_rank, tokens_per_micro_batch, packed=packed) for of_rank in of_ranks]
+    num_micro_batches = max(map(len, divided))
+    return [groups + [[] for _ in range(num_micro_batches - len(groups))] for groups in divided]
+
+
+def make_micro_batches(
+    sequences: list[MixedSequence], tokens_per_micro_batch: int, *, packed: bool = False
+) -> list[MicroBatch]:
+    """Every sequence in exactly one micro-batch of at most that many tokens, prompts and padding included.
 
     A sequence longer than the budget gets a micro-batch of its own. The longest come first: neighbours are alike, so
-    little is padding, and running out of memory shows at once. The result depends on the set of sequences and not on
-    the order in which they came back.
+    little is padding, and running out of memory shows at once.
     """
+    return [collate(group, packed=packed) for group in _groups(sequences, tokens_per_micro_batch, packed=packed)]
+
+
+def _groups(sequences: list[MixedSequence], tokens_per_micro_batch: int, *, packed: bool) -> list[list[MixedSequence]]:
+    """What goes together. A sequence that is longer than the budget is alone."""
     assert tokens_per_micro_batch >= 1, tokens_per_micro_batch
-    by_length = sorted(sequences, key=lambda sequence: (-_total_length(sequence), sequence.sequence_id))
+    group_of = _packed_into if packed else _padded_with
     groups: list[list[MixedSequence]] = []
-    for sequence in by_length:
-        if groups and (len(groups[-1]) + 1) * _total_length(groups[-1][0]) <= tokens_per_micro_batch:
-            groups[-1].append(sequence)
-        else:
+    for sequence in _longest_first(sequences):
+        group = group_of(groups, _total_length(sequence), tokens_per_micro_batch)
+        if group is None:
             groups.append([sequence])
-    return [collate(group) for group in groups]
+        else:
+            group.append(sequence)
+    return groups
 
 
-def collate(sequences: list[MixedSequence]) -> MicroBatch:
+def _padded_with(groups: list[list[MixedSequence]], length: int, budget: int) -> list[MixedSequence] | None:
+    """The last group, whose sequences are the next longer ones: all are padded to its first."""
+    fits = bool(groups) and (len(groups[-1]) + 1) * _total_length(groups[-1][0]) <= budget
+    return groups[-1] if fits else None
+
+
+def _packed_into(groups: list[list[MixedSequence]], length: int, budget: int) -> list[MixedSequence] | None:
+    """The first group with room."""
+    return next((group for group in groups if sum(map(_total_length, group)) + length <= budget), None)
+
+
+def collate(sequences: list[MixedSequence], *, packed: bool = False) -> MicroBatch:
     """One micro-batch of these sequences, in this order.
 
     Token t of a sequence is the input at P + t and is predicted by the hidden state one before, at P + t - 1.
     """
     ks = sorted({sequence.teacher_top.k for sequence in sequences})
     assert len(ks) == 1, f"all sequences must list as many of the teacher's log-probs, got k = {ks}"
-    longest = max(_total_length(sequence) for sequence in sequences)
-    input_ids = np.zeros((len(sequences), longest), np.int64)
-    attention_mask = np.zeros_like(input_ids)
+    lengths = [_total_length(sequence) for sequence in sequences]
+    shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))
+    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * shape[1]
+    input_ids, positions = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     hidden_rows = []
-    for row, sequence in enumerate(sequences):
-        length, num_prompt_tokens = _total_length(sequence), sequence.prompt.token_ids.size
-        input_ids[row, :length] = np.concatenate([sequence.prompt.token_ids, sequence.token_ids])
-        attention_mask[row, :length] = 1
-        hidden_rows.append(row * longest + np.arange(num_prompt_tokens - 1, length - 1))
+    for start, length, sequence in zip(starts, lengths, sequences, strict=True):
+        here = slice(start, start + length)
+        input_ids.reshape(-1)[here] = np.concatenate([sequence.prompt.token_ids, sequence.token_ids])
+        positions.reshape(-1)[here] = np.arange(length)
+        hidden_rows.append(start + np.arange(sequence.prompt.token_ids.size - 1, length - 1))
     return MicroBatch(
         sequence_ids=tuple(sequence.sequence_id for sequence in sequences),
+        num_new_tokens=tuple(map(len, sequences)),
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
+        attention_mask=None if packed else torch.from_numpy((positions >= 0).astype(np.int64)),
+        position_ids=torch.from_numpy(positions) if packed else None,
         hidden_rows=torch.from_numpy(np.concatenate(hidden_rows)),
         token_ids=torch.from_numpy(np.concatenate([sequence.token_ids for sequence in sequences]).astype(np.int64)),
         sources=torch.from_numpy(np.concatenate([sequence.sources for sequence in sequences])),
@@ -101,6 +150,27 @@ def collate(sequences: list[MixedSequence]) -> MicroBatch:
         ),
         teacher_logprobs=torch.from_numpy(np.concatenate([sequence.teacher_top.logprobs for sequence in sequences])),
     )
+
+
+def empty_micro_batch(k: int) -> MicroBatch:
+    """No sequence, and one token for the model to compute on: the part of a rank that has no more of its own."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(
+        sequence_ids=(),
+        num_new_tokens=(),
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        attention_mask=torch.ones(1, 1, dtype=torch.int64),
+        position_ids=None,
+        hidden_rows=none,
+        token_ids=none,
+        sources=none.to(torch.uint8),
+        teacher_ids=none.reshape(0, k),
+        teacher_logprobs=torch.zeros(0, k),
+    )
+
+
+def _longest_first(sequences: list[MixedSequence]) -> list[MixedSequence]:
+    return sorted(sequences, key=lambda sequence: (-_total_length(sequence), sequence.sequence_id))
 
 
 def _total_length(sequence: MixedSequence) -> int:

@@ -5,6 +5,9 @@ B, S, N, H, V, k as in batch.py and loss.py.
 
 The model stays in evaluation mode throughout: dropout would train another distribution than the one the engine samples
 from and the probe compares.
+
+Several ranks are as many learners that hold a part of the model each and call every method together, with the same
+arguments. What they return or raise is the same on each, but for an error of one rank's own machine.
 """
 
 import shutil
@@ -14,20 +17,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from common.config import Trainer
-from common.errors import UserError
 from common.files import fsync
 from common.sequence import MixedSequence, TokenSource
-from trainer.batch import MicroBatch, make_micro_batches
+from trainer.batch import MicroBatch, collate, divide, empty_micro_batch
+from trainer.lora import add_adapter, merged_weights
 from trainer.loss import PositionLosses, Targets, distillation_losses
-
-# Names under which Hugging Face configs keep a tanh on the logits. Small logits pass it almost unchanged, so that the
-# self-check alone would miss it on a model that has not learned much.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+from trainer.pretrained import (
+    hidden_states,
+    listed,
+    load_outline,
+    load_pretrained,
+    load_tokenizer,
+    refuse_changed_logits,
+    refuse_leaking_rows,
+    use_packing,
+)
+from trainer.ranks import ALONE, Ranks
+from trainer.sharding import checkpoint_activations, shard, whole, whole_copy, whole_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +47,7 @@ class StepReport:
     loss: float  # nats per token, weighted as it was trained on
     loss_student_tokens: float | None  # nats per token the student wrote
     loss_teacher_tokens: float | None  # nats per token the teacher wrote
+    loss_dataset_tokens: float | None = None  # nats per token of given answers
     covered_mass: float  # mean probability on the teacher's listed ids
     grad_norm: float  # before clipping
     learning_rate: float  # with which the step was made
@@ -48,53 +59,67 @@ class StepReport:
 class Learner:
     """The student, in float32 master weights, on the GPU where there is one."""
 
-    def __init__(self, student: str, config: Trainer, *, seed: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, student: str, config: Trainer, *, seed: int, trust_remote_code: bool = False, ranks: Ranks = ALONE
+    ) -> None:
         torch.manual_seed(seed)
         self.config = config
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.ranks = ranks
+        self.device = learner_device()
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         self.tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
-        self.model = load_pretrained(student, trust_remote_code=trust_remote_code).to(self.device).eval()
-        refuse_changed_logits(self.model)
+        self.model = self._load(student, trust_remote_code=trust_remote_code)
+        self.adapter = None if config.lora is None else add_adapter(self.model, config.lora)
+        self.packed = use_packing(self.model, config.packing, config.dtype)
+        if self.packed:
+            with self._autocast():
+                refuse_leaking_rows(self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(step, config)
         )
 
     def step(self, sequences: list[MixedSequence]) -> StepReport:
-        """One update on the weighted mean loss over all new tokens of these sequences, however they fall into
+        """One update on the weighted mean loss over all new tokens of these sequences, however they fall into ranks and
         micro-batches: sum(weight x loss) / sum(weight), the weights by who wrote the token.
 
         Raises FloatingPointError, before anything is changed, when the loss or the gradient is not finite.
         """
         started_s = time.perf_counter()
-        micro_batches = make_micro_batches(sequences, self.config.tokens_per_micro_batch)
-        weights = [self._token_weights(micro_batch) for micro_batch in micro_batches]
+        division = divide(sequences, self.ranks.num_ranks, self.config.tokens_per_micro_batch, packed=self.packed)
+        micro_batches = [
+            collate(group, packed=self.packed) if group else empty_micro_batch(sequences[0].teacher_top.k)
+            for group in division[self.ranks.rank]
+        ]
+        sources = torch.from_numpy(np.concatenate([sequence.sources for sequence in sequences]))
         # Where every token has weight 0 the mean is taken to be 0.
-        total_weight = float(torch.cat(weights).sum()) or 1.0
-        shares = [weight / total_weight for weight in weights]
+        total_weight = float(self._token_weights(sources).sum()) or 1.0
+        shares = [self._token_weights(micro_batch.sources) / total_weight for micro_batch in micro_batches]
         self.optimizer.zero_grad(set_to_none=True)
         positions = [
             self._backward(micro_batch, share) for micro_batch, share in zip(micro_batches, shares, strict=True)
         ]
+        self._refuse_broken(micro_batches, positions, len(sources))
+        sums = self.ranks.sum(_sums(micro_batches, shares, positions)).tolist()
         grad_norm = self._clip(sequences)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        losses = torch.cat([position.losses for position in positions])
-        sources = torch.cat([micro_batch.sources for micro_batch in micro_batches])
+        num_tokens = np.bincount(sources, minlength=len(TokenSource))
+        means = {source: sums[source] / num_tokens[source] if num_tokens[source] else None for source in TokenSource}
         return StepReport(
-            loss=float((losses.double() * torch.cat(shares)).sum()),
-            loss_student_tokens=_mean_or_none(losses[sources == TokenSource.STUDENT]),
-            loss_teacher_tokens=_mean_or_none(losses[sources == TokenSource.TEACHER]),
-            covered_mass=float(torch.cat([position.covered_mass for position in positions]).mean()),
+            loss=sums[-2],
+            loss_student_tokens=means[TokenSource.STUDENT],
+            loss_teacher_tokens=means[TokenSource.TEACHER],
+            loss_dataset_tokens=means[TokenSource.DATASET],
+            covered_mass=sums[-1] / len(sources),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            num_tokens=len(losses),
-            num_micro_batches=len(micro_batches),
+            num_tokens=len(sources),
+            num_micro_batches=sum(1 for groups in division for group in groups if group),
             seconds=time.perf_counter() - started_s,
         )
 
@@ -103,10 +128,11 @@ class Learner:
         micro_batch = micro_batch.to(self.device)
         output_layer = self.model.get_output_embeddings()
         assert isinstance(output_layer, nn.Linear), type(output_layer)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            hidden_NH = hidden_states(self.model, micro_batch.input_ids, micro_batch.attention_mask).flatten(0, 1)[
-                micro_batch.hidden_rows
-            ]
+        with self._autocast():
+            hidden_BSH = hidden_states(
+                self.model, micro_batch.input_ids, micro_batch.attention_mask, micro_batch.position_ids
+            )
+            hidden_NH = hidden_BSH.flatten(0, 1)[micro_batch.hidden_rows]
             return distillation_losses(
                 hidden_NH,
                 output_layer,
@@ -120,14 +146,24 @@ class Learner:
                 self.config.positions_per_chunk,
             )
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer in Hugging Face format: whole under that name, or not there at all.
+    def whole_copy(self) -> PreTrainedModel | None:
+        """The model with no part of it split, to be looked at; None on ranks above 0."""
+        return whole_copy(self.model, self.ranks)
 
-        A folder of that name is replaced.
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer in Hugging Face format: whole under that name, or not there at all. An adapter is
+        merged in, and lies beside it in ``adapter`` as peft has it.
+
+        A folder of that name is replaced. Rank 0 writes, and holds all weights for it on the CPU.
         """
+        weights = whole_weights(self.model, self.ranks)
+        if self.ranks.rank != 0:
+            return
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        self.model.save_pretrained(unfinished)
+        self.model.save_pretrained(unfinished, state_dict=merged_weights(self.model, weights))
+        if self.adapter is not None:
+            self.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
         self.tokenizer.save_pretrained(unfinished)
         for path in (*unfinished.rglob("*"), unfinished):
             fsync(path)
@@ -136,23 +172,36 @@ class Learner:
         unfinished.rename(folder)
         fsync(folder.parent)
 
-    def _token_weights(self, micro_batch: MicroBatch) -> Tensor:
+    def _load(self, student: str, *, trust_remote_code: bool) -> PreTrainedModel:
+        """The student, whole or this rank's part of it. Only rank 0 reads the weights."""
+        if self.ranks.rank == 0:
+            model = load_pretrained(student, trust_remote_code=trust_remote_code).eval()
+        else:
+            model = load_outline(student, trust_remote_code=trust_remote_code).eval()
+        if self.ranks.num_ranks == 1:
+            model = model.to(self.device)
+        if self.ranks.rank == 0:
+            refuse_changed_logits(model)
+        if self.config.activation_checkpointing:
+            checkpoint_activations(model)
+        if self.ranks.num_ranks > 1:
+            shard(model, self.ranks, self.device)
+        return model
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def _token_weights(self, sources: Tensor) -> Tensor:
         """[N] float64. How much each new token counts, by who wrote it."""
         by_source = torch.zeros(len(TokenSource), dtype=torch.float64)
         by_source[TokenSource.STUDENT] = self.config.student_token_weight
         by_source[TokenSource.TEACHER] = self.config.teacher_token_weight
-        return by_source[micro_batch.sources.long()]
+        by_source[TokenSource.DATASET] = self.config.dataset_token_weight
+        return by_source[sources.long()]
 
     def _backward(self, micro_batch: MicroBatch, shares: Tensor) -> PositionLosses:
         """Add this micro-batch's share of the step's gradient. The losses come back detached, on the CPU."""
         positions = self.position_losses(micro_batch, shares)
-        broken = (~positions.losses.isfinite()).nonzero().flatten().tolist()
-        if broken:
-            self.optimizer.zero_grad(set_to_none=True)
-            names = sorted({micro_batch.sequence_id_of(token) for token in broken})
-            raise FloatingPointError(
-                f"the loss is not finite at {len(broken)} of {len(micro_batch)} tokens, in {_listed(names)}"
-            )
         positions.total.backward()  # type: ignore[no-untyped-call]
         return PositionLosses(
             total=positions.total.detach().cpu(),
@@ -160,95 +209,36 @@ class Learner:
             covered_mass=positions.covered_mass.cpu(),
         )
 
+    def _refuse_broken(self, micro_batches: list[MicroBatch], positions: list[PositionLosses], num_tokens: int) -> None:
+        """Drop the gradient and name the sequences if any rank has a loss that is not finite.
+
+        Once a step, and not as it is seen: a rank that left off alone would leave the others waiting.
+        """
+        names = [
+            micro_batch.sequence_id_of(token)
+            for micro_batch, position in zip(micro_batches, positions, strict=True)
+            for token in (~position.losses.isfinite()).nonzero().flatten().tolist()
+        ]
+        if names := self.ranks.gather(names):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the loss is not finite at {len(names)} of {num_tokens} tokens, in {listed(sorted(set(names)))}"
+            )
+
     def _clip(self, sequences: list[MixedSequence]) -> float:
-        """Scale the gradient down to max_grad_norm; its norm before."""
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        """Scale the gradient down to max_grad_norm; its norm before, over all ranks' parts."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        grad_norm = float(norm)
         if not np.isfinite(grad_norm):
             self.optimizer.zero_grad(set_to_none=True)
             names = sorted(sequence.sequence_id for sequence in sequences)
-            raise FloatingPointError(f"grad_norm is {grad_norm} after finite losses, in a step of {_listed(names)}")
+            raise FloatingPointError(f"grad_norm is {grad_norm} after finite losses, in a step of {listed(names)}")
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         return grad_norm
 
 
-# ------------------------------------------------------------------------------------------------- model and optimizer
-
-
-def load_tokenizer(
-    name: str, *, key: str = "models.student", trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. Raises UserError naming the key."""
-    _refuse_missing_folder(name, key)
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _unloadable(name, key, "a tokenizer", error) from error
-
-
-def load_pretrained(name: str, *, key: str = "models.student", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder or hub name, in float32. Raises UserError naming the key, also when weights are missing."""
-    _refuse_missing_folder(name, key)
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unloadable(name, key, "a causal language model", error) from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(f"{key}: {name!r} lacks weights that {type(model).__name__} needs: {_listed(missing)}")
-    return model
-
-
-def _refuse_missing_folder(name: str, key: str) -> None:
-    """Report a path that is not there at once; only what can be a hub name is looked up there."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"{key}: the folder {name!r} has no config.json, expected a model in Hugging Face format")
-    elif looks_like_path:
-        raise UserError(f"{key}: no such folder: {name!r}, expected a model in Hugging Face format or a hub name")
-
-
-def _unloadable(name: str, key: str, what: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{key}: can't load {what} from {name!r}, expected a folder or hub name that holds one: {reason}")
-
-
-def hidden_states(model: PreTrainedModel, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
-    """[B, S, H] What the output layer is applied to."""
-    states: Tensor = model.base_model(
-        input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False
-    ).last_hidden_state
-    return states
-
-
-@torch.no_grad()
-def refuse_changed_logits(model: PreTrainedModel, key: str = "models.student") -> None:
-    """Raise UserError unless the model's logits are its output layer applied to its last hidden states, as the loss has
-    it: soft-capped, scaled or cut logits would be trained wrongly without a word. The loss differentiates that layer
-    itself, so it must be a plain ``torch.nn.Linear``.
-    """
-    output_layer = model.get_output_embeddings()
-    if not isinstance(output_layer, nn.Linear):
-        raise UserError(
-            f"{key}: the output layer of {type(model).__name__} is a {type(output_layer).__name__}, expected a "
-            "torch.nn.Linear"
-        )
-    text_config = model.config.get_text_config()
-    capped = [name for name in SOFTCAPS if getattr(text_config, name, None) is not None]
-    input_ids_BS = (torch.arange(8, device=model.device) % text_config.vocab_size)[None]
-    mask_BS = torch.ones_like(input_ids_BS)
-    expected = model(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False).logits
-    logits = output_layer(hidden_states(model, input_ids_BS, mask_BS))
-    same = logits.shape == expected.shape and torch.allclose(
-        logits, expected, rtol=1e-3, atol=1e-3 * float(expected.std())
-    )
-    if capped or not same:
-        found = f"sets {' and '.join(capped)} in its config" if capped else "changes its logits after its output layer"
-        raise UserError(
-            f"{key}: {type(model).__name__} {found}, expected a model whose logits are its output layer applied to its "
-            "last hidden states"
-        )
+# ---------------------------------------------------------------------------------------------------------- optimizer
 
 
 def make_optimizer(model: PreTrainedModel, config: Trainer) -> torch.optim.AdamW:
@@ -272,11 +262,15 @@ def learning_rate_factor(step: int, config: Trainer) -> float:
     return max(0.0, min(1.0, warmup, decay))
 
 
-def _mean_or_none(values: Tensor) -> float | None:
-    return float(values.mean()) if values.numel() else None
+def learner_device() -> torch.device:
+    """The GPU that this process sees first, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _listed(names: list[str], limit: int = 8) -> str:
-    """The first few names, and how many more."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _sums(micro_batches: list[MicroBatch], shares: list[Tensor], positions: list[PositionLosses]) -> Tensor:
+    """[number of sources + 2] float64. Losses by who wrote the token; weighted loss; covered mass."""
+    losses = torch.cat([position.losses for position in positions]).double()
+    covered_mass = torch.cat([position.covered_mass for position in positions]).double()
+    sources = torch.cat([micro_batch.sources for micro_batch in micro_batches]).long()
+    by_source = torch.zeros(len(TokenSource), dtype=torch.float64).index_add_(0, sources, losses)
+    return torch.cat([by_source, torch.stack([(losses * torch.cat(shares)).sum(), covered_mass.sum()])])

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from common.config import CrossEntropy, Divergence, ForwardKL, Loss
 from common.divergence import divergence
+from trainer.sharding import whole
 
 SMALLEST_TAIL = 1e-7
 """The teacher's tail is never taken to be less: below, 1 - sum(p) is float32 noise, and log 0 would make the reverse KL
@@ -63,7 +64,8 @@ def distillation_losses(
 
     The gradient is made here, on the way forward, for weights that are therefore fixed: ``total`` may be scaled
     afterwards, its parts may not, and the gradient can't be differentiated again. Under autocast the matrix products
-    are in its dtype; the softmax is in float32 or better, the sum over chunks in the parameter's own dtype.
+    are in its dtype; the softmax is in float32 or better, the sum over chunks in the parameter's own dtype. An output
+    layer that is split over the learner's ranks is gathered here: then this is a collective.
     """
     assert positions_per_chunk >= 1, positions_per_chunk
     device = hidden_NH.device.type
@@ -82,8 +84,8 @@ def distillation_losses(
     with torch.autocast(device, enabled=False):
         total, losses_N = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
             hidden_NH.to(dtype),
-            output_layer.weight,
-            output_layer.bias,
+            whole(output_layer.weight),
+            None if output_layer.bias is None else whole(output_layer.bias),
             ids_Nk,
             log_p_NM,
             targets.weights.to(loss_dtype),

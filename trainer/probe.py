@@ -15,8 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from common.sequence import Floats, Ids, TopLogprobs
+from trainer.lora import parameters_for
+from trainer.pretrained import hidden_states
+from trainer.sharding import whole
 
 EVERY_PARAMETER = "every parameter"
 
@@ -89,7 +93,7 @@ def _compare_text(text_index: int, rows: TopLogprobs, learner_logprobs: Floats) 
 
 @torch.no_grad()
 def read_probe(
-    model: nn.Module,
+    model: PreTrainedModel,
     texts: Sequence[Ids],
     engine_rows: Sequence[TopLogprobs],
     previous: Mapping[str, Tensor] | None = None,
@@ -97,9 +101,9 @@ def read_probe(
     """The model's own log-probs, nats, [n, k] per text, of the ids in the engine's rows.
 
     With ``previous``, as if these parameters had these values, one by one: a tied head and its embedding are apart
-    here, as they are in an engine. The model must be whole (not FSDP-sharded) and is left as it is.
+    here, as they are in an engine; then no part of the model may be split over ranks. It is left as it is.
     """
-    device = next(model.parameters()).device
+    device = model.device
     was_training = model.training
     model.eval()
     try:
@@ -111,11 +115,18 @@ def read_probe(
         model.train(was_training)
 
 
-def _read_text(model: nn.Module, text_n: Tensor, rows: TopLogprobs, previous: Mapping[str, Tensor]) -> Floats:
+def _read_text(model: PreTrainedModel, text_n: Tensor, rows: TopLogprobs, previous: Mapping[str, Tensor]) -> Floats:
     assert len(rows) == text_n.numel(), f"expected a row for each of positions 1..{text_n.numel()}, got {len(rows)}"
-    inputs = {"input_ids": text_n[None], "use_cache": False}
-    answer: Any = functional_call(model, dict(previous), kwargs=inputs, tie_weights=False)
-    logprobs_nV = answer.logits[0].float().log_softmax(dim=-1)
+    if previous:
+        inputs = {"input_ids": text_n[None], "use_cache": False}
+        answer: Any = functional_call(model, dict(previous), kwargs=inputs, tie_weights=False)
+        logits_nV = answer.logits[0]
+    else:
+        head = model.get_output_embeddings()
+        bias_V = None if head.bias is None else whole(head.bias)
+        hidden_nH = hidden_states(model, text_n[None], torch.ones_like(text_n)[None])[0]
+        logits_nV = nn.functional.linear(hidden_nH, whole(head.weight), bias_V)
+    logprobs_nV = logits_nV.float().log_softmax(dim=-1)
     ids_nk = torch.from_numpy(rows.token_ids).long().clamp(min=0).to(text_n.device)  # -1 in unknown rows
     logprobs: Floats = logprobs_nV.gather(1, ids_nk).cpu().numpy()
     return logprobs
@@ -129,7 +140,7 @@ def parameter_group(name: str) -> str:
 
 
 def diagnose(
-    model: nn.Module, previous: Mapping[str, Tensor], texts: Sequence[Ids], engine_rows: list[TopLogprobs]
+    model: PreTrainedModel, previous: Mapping[str, Tensor], texts: Sequence[Ids], engine_rows: list[TopLogprobs]
 ) -> Diagnosis:
     """Which group, put back to its ``previous`` values (all names, tied ones included), explains the engine best.
 
@@ -150,25 +161,27 @@ def diagnose(
 
 
 def check_sync(
-    model: nn.Module,
+    model: PreTrainedModel,
     read_previous: Callable[[], Mapping[str, Tensor] | None],
     texts: Sequence[Ids],
     engine_rows: list[TopLogprobs],
     *,
     tolerance: float,
+    whole_copy: Callable[[], PreTrainedModel | None] | None = None,
 ) -> ProbeReport:
     """WeightSyncError if the engine's rows are more than ``tolerance`` nats from the learner's, naming the group.
 
-    ``read_previous`` gives the weights before this sync, or None where they are not kept; called only on a difference.
+    ``read_previous`` gives the weights before this sync, or None where they are not kept; ``whole_copy`` the model with
+    no part of it split, None on learner ranks above 0; by default it is whole. Both are called only on a difference.
     """
     report = compare_probe(engine_rows, read_probe(model, texts, engine_rows))
     if report.max_difference <= tolerance:
         return report
     found = f"student engine and learner differ by {report}, expected at most {tolerance:g}"
-    previous = read_previous()
-    if previous is None:
+    unsplit, previous = whole_copy() if whole_copy is not None else model, read_previous()
+    if unsplit is None or previous is None:
         raise WeightSyncError(f"{found}; the previous weights are not kept, so no parameter group can be named")
-    diagnosis = diagnose(model, previous, texts, engine_rows)
+    diagnosis = diagnose(unsplit, parameters_for(unsplit, previous), texts, engine_rows)
     if diagnosis.max_difference <= max(tolerance, 0.1 * report.max_difference):
         raise WeightSyncError(
             f"{found}; student engine behaves as if {diagnosis.group} had kept its old values "

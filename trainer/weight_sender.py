@@ -5,12 +5,6 @@ without NCCL, is the one backend written here. Knows nothing of Ray: whoever bui
 engines.
 """
 
-import fcntl
-import json
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,10 +26,11 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.utils.network_utils import get_ip, get_open_port
 
 from common.weights import WeightUpdate, WeightVersion
+from trainer.lora import adapted_layers, checkpoint_names, merged_weight
+from trainer.weight_files import SAFETENSORS_DTYPES, WeightFolder, write_safetensors
 
 HOST_MEMORY = "host_memory"
 SHARED_MEMORY = Path("/dev/shm")
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 # ------------------------------------------------------------------------------------------------------ what is sent
@@ -48,11 +43,12 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     ``lm_head.weight`` must be sent beside ``model.embed_tokens.weight``; ``named_parameters()`` leaves it out.
     Models that transformers holds under other names than their checkpoints (fused experts) are not covered.
     """
-    return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    weights = checkpoint_names(model, model.state_dict())
+    return {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
 
 
 class LearnerWeights(WeightSource):  # type: ignore[misc]
-    """The model's weights as they are when iterated: whole tensors in the engine's dtype.
+    """The model's weights as they are when iterated: whole tensors in the engine's dtype, adapters merged in.
 
     Under FSDP iterating is a collective, so every rank does it, in the same order.
     """
@@ -69,7 +65,9 @@ class LearnerWeights(WeightSource):  # type: ignore[misc]
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in named_weights(self._model).items():
+        adapted = adapted_layers(self._model)
+        for name, weight in named_weights(self._model).items():
+            tensor = merged_weight(adapted[name]) if name in adapted else weight
             yield name, materialize_full_tensor(tensor.detach().to(self._dtype))
 
 
@@ -263,86 +261,6 @@ class HostMemoryTrainerEngine(TrainerWeightTransferEngine[HostMemoryTrainerInitI
         self._num_written += 1
         write_safetensors(path, self.source)
         return path
-
-
-class WeightFolder:
-    """A new folder in shared memory, gone at ``remove`` or at this process's orderly end.
-
-    Its lock is held as long as this process lives, so that a later one finds, and removes, what a killed one left.
-    """
-
-    PREFIX = "adaswitch-weights-"
-
-    def __init__(self, parent: Path) -> None:
-        self._remove_left_behind(parent)
-        self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=parent))
-        lock_fd = os.open(self.path / "lock.new", os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(lock_fd, fcntl.LOCK_EX)
-        (self.path / "lock.new").rename(self.path / "lock")  # never to be seen unlocked while this process lives
-        self.remove = weakref.finalize(self, self._remove, self.path, lock_fd)
-
-    @staticmethod
-    def _remove(path: Path, lock_fd: int) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock_fd)
-
-    @classmethod
-    def _remove_left_behind(cls, parent: Path) -> None:
-        for lock in parent.glob(f"{cls.PREFIX}*/lock"):
-            with suppress(OSError):  # alive, somebody else's, or just gone
-                lock_fd = os.open(lock, os.O_RDWR)
-                try:
-                    fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(lock.parent)
-                finally:
-                    os.close(lock_fd)
-
-
-def write_safetensors(path: Path, source: WeightSource) -> None:
-    """Write all of a source, one tensor at a time; the file appears whole or not at all.
-
-    safetensors' own writer wants every tensor in memory at once and refuses tied ones; this needs room for one.
-    OSError if the folder's file system has no room for the file.
-    """
-    metadata = source.metadata()
-    header_json = _safetensors_header(metadata)
-    num_bytes = 8 + len(header_json) + sum(map(_num_bytes, metadata))
-    free_bytes = shutil.disk_usage(path.parent).free
-    if num_bytes > free_bytes:
-        raise OSError(
-            f"{path.parent} has {free_bytes / 2**20:.0f} MiB free, the weights need {num_bytes / 2**20:.0f} MiB; "
-            "give the container more shared memory (docker: --shm-size), or use sync.backend = nccl"
-        )
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(header_json).to_bytes(8, "little") + header_json)
-            for declared, (name, tensor) in zip(metadata, source, strict=True):
-                sent = ParamMeta(name, tensor.dtype, tuple(tensor.shape))
-                assert sent == declared, f"declared {declared}, got {sent}"
-                file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _num_bytes(tensor: ParamMeta) -> int:
-    return int(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize)
-
-
-def _safetensors_header(metadata: list[ParamMeta]) -> bytes:
-    """https://github.com/huggingface/safetensors#format: names, dtypes, shapes and places, padded to 8 bytes."""
-    header: dict[str, object] = {}
-    end = 0
-    for tensor in metadata:
-        begin, end = end, end + _num_bytes(tensor)
-        header[tensor.name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [begin, end],
-        }
-    header_json = json.dumps(header).encode()
-    return header_json + b" " * (-len(header_json) % 8)
 
 
 with suppress(ValueError):  # what vLLM raises when the name is taken: this module has been loaded before

@@ -23,7 +23,8 @@ from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.weight_receiver import HOST_MEMORY, apply_update, init_transfer, register
 from trainer.probe import WeightSyncError, check_sync, compare_probe, read_probe
-from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender, write_safetensors
+from trainer.weight_files import write_safetensors
+from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
 
 VOCABULARY_SIZE = 64
 MAX_MODEL_LEN = 512

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.sequence import MixedSequence, TokenSource, TopLogprobs
-from trainer.batch import collate, make_micro_batches
+from trainer.batch import collate, divide, empty_micro_batch, make_micro_batches
 
 Make = Callable[..., MixedSequence]
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12)
@@ -55,12 +55,12 @@ def test_the_order_of_the_sequences_changes_nothing(
     assert all(torch.equal(left.input_ids, right.input_ids) for left, right in pairs)
 
 
-@given(LENGTHS)
+@given(LENGTHS, st.booleans())
 def test_each_token_stands_with_its_own_row_and_behind_the_state_that_predicts_it(
-    make_sequence: Make, lengths: list[tuple[int, int]]
+    make_sequence: Make, lengths: list[tuple[int, int]], packed: bool
 ) -> None:
     sequences = sequences_of(make_sequence, lengths)
-    micro_batch = collate(sequences)
+    micro_batch = collate(sequences, packed=packed)
     flat_ids = micro_batch.input_ids.flatten()
     # The token that comes right after the predicting state is the predicted one, and never padding.
     assert torch.equal(flat_ids[micro_batch.hidden_rows + 1], micro_batch.token_ids)
@@ -88,6 +88,55 @@ def test_padding_is_on_the_right_and_masked(make_sequence: Make, lengths: list[t
             micro_batch.input_ids.shape[1] - length
         )
         assert (micro_batch.input_ids[row, length:] == 0).all()
+
+
+@given(LENGTHS, st.integers(1, 60))
+def test_packed_sequences_leave_nothing_empty_and_each_begins_at_position_0(
+    make_sequence: Make, lengths: list[tuple[int, int]], budget: int
+) -> None:
+    micro_batches = make_micro_batches(sequences_of(make_sequence, lengths), budget, packed=True)
+    placed = Counter(sequence_id for micro_batch in micro_batches for sequence_id in micro_batch.sequence_ids)
+    assert placed == Counter(f"{number}.0.0" for number in range(len(lengths)))
+    for micro_batch in micro_batches:
+        assert micro_batch.attention_mask is None
+        of_each = [sum(lengths[int(sequence_id.split(".")[0])]) for sequence_id in micro_batch.sequence_ids]
+        assert micro_batch.position_ids[0].tolist() == [i for length in of_each for i in range(length)]
+        assert micro_batch.input_ids.numel() <= budget or len(of_each) == 1
+
+
+@given(LENGTHS, st.integers(1, 60), st.integers(1, 5), st.booleans())
+def test_ranks_share_all_sequences_get_as_many_micro_batches_and_alike_many_tokens(
+    make_sequence: Make, lengths: list[tuple[int, int]], budget: int, num_ranks: int, packed: bool
+) -> None:
+    sequences = sequences_of(make_sequence, lengths)
+    division = divide(sequences, num_ranks, budget, packed=packed)
+    assert len(division) == num_ranks
+    assert len({len(groups) for groups in division}) == 1
+    placed = Counter(sequence.sequence_id for groups in division for group in groups for sequence in group)
+    assert placed == Counter(sequence.sequence_id for sequence in sequences)
+    loads = [sum(s.prompt.token_ids.size + len(s) for group in groups for s in group) for groups in division]
+    assert max(loads) - min(loads) <= max(map(sum, lengths))
+    assert any(all(groups) for groups in division)  # no micro-batch that is empty everywhere
+
+
+@given(LENGTHS, st.randoms())
+def test_every_rank_finds_the_same_division_whatever_the_order(
+    make_sequence: Make, lengths: list[tuple[int, int]], random: object
+) -> None:
+    sequences = sequences_of(make_sequence, lengths)
+    shuffled = sorted(sequences, key=lambda _: random.random())  # type: ignore[attr-defined]
+    names = [
+        [[[s.sequence_id for s in group] for group in groups] for groups in divide(order, 3, 30, packed=False)]
+        for order in (sequences, shuffled)
+    ]
+    assert names[0] == names[1]
+
+
+def test_an_empty_micro_batch_has_no_new_token_and_one_to_compute_on() -> None:
+    micro_batch = empty_micro_batch(k=3)
+    assert len(micro_batch) == 0
+    assert micro_batch.input_ids.shape == (1, 1)
+    assert micro_batch.teacher_ids.shape == (0, 3)
 
 
 def test_the_longest_come_first_so_that_alike_lengths_share_a_micro_batch(make_sequence: Make) -> None:

@@ -26,16 +26,10 @@ from transformers import (
 
 from common.config import JSD, TVD, CrossEntropy, Divergence, ForwardKL, ReverseKL, SkewedKL, Trainer
 from common.errors import UserError
-from common.sequence import MixedSequence, TopLogprobs
+from common.sequence import MixedSequence, TokenSource, TopLogprobs
 from trainer.batch import collate
-from trainer.learner import (
-    Learner,
-    StepReport,
-    learning_rate_factor,
-    load_pretrained,
-    load_tokenizer,
-    refuse_changed_logits,
-)
+from trainer.learner import Learner, StepReport, learning_rate_factor
+from trainer.pretrained import load_pretrained, load_tokenizer, refuse_changed_logits, refuse_leaking_rows
 
 Written = Callable[..., list[MixedSequence]]
 Save = Callable[..., str]
@@ -202,6 +196,18 @@ def test_the_gradient_is_the_weighted_mean_of_the_gradients_of_either_ones_token
         torch.testing.assert_close(value, share * ours[name] + (1 - share) * theirs[name], rtol=1e-4, atol=1e-6)
 
 
+def test_given_answers_count_by_their_own_weight(make_model: Make, save_model: Save, written_by: Written) -> None:
+    student = save_model(make_model(seed=2))
+    theirs, mine = written_by(make_model(seed=1), num=2)
+    given = replace(theirs, sources=np.full(len(theirs), TokenSource.DATASET, np.uint8))
+    report = Learner(student, config(dataset_token_weight=3.0), seed=0).step([given, mine])
+    assert report.loss_teacher_tokens is None
+    assert report.loss_student_tokens is not None
+    assert report.loss_dataset_tokens is not None
+    expected = 3.0 * len(given) * report.loss_dataset_tokens + len(mine) * report.loss_student_tokens
+    assert report.loss == pytest.approx(expected / (3.0 * len(given) + len(mine)), rel=1e-5)
+
+
 def test_only_the_ratio_of_the_weights_matters(make_model: Make, save_model: Save, written_by: Written) -> None:
     student = save_model(make_model(seed=2))
     sequences = written_by(make_model(seed=1), num_student_tokens=2)
@@ -290,6 +296,52 @@ def test_the_order_of_the_sequences_changes_nothing(student: str, sequences: lis
     assert without_seconds(reports[0]) == without_seconds(reports[1])
     for name, weight in weights(learners[0]).items():
         assert torch.equal(weight, weights(learners[1])[name])
+
+
+# ------------------------------------------------------------------------------------------------ packing and memory
+
+
+def test_packed_sequences_do_not_see_each_other(student: str, sequences: list[MixedSequence]) -> None:
+    learner = Learner(student, config(packing=True), seed=0)
+
+    def losses_of(sequences: list[MixedSequence]) -> torch.Tensor:
+        micro_batch = collate(sequences, packed=learner.packed)
+        return learner.position_losses(micro_batch, torch.ones(len(micro_batch))).losses
+
+    alone = torch.cat([losses_of([sequence]) for sequence in sequences])
+    torch.testing.assert_close(losses_of(sequences), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be there")
+def test_nothing_is_packed_without_flash_attention_unless_asked_for(student: str) -> None:
+    assert not Learner(student, config(dtype="bfloat16"), seed=0).packed
+    assert Learner(student, config(packing=True), seed=0).packed
+
+
+def test_a_model_that_pays_no_heed_to_position_ids_is_not_packed(make_model: Make) -> None:
+    model = make_model()
+    refuse_leaking_rows(model)
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
+    )
+    with pytest.raises(UserError, match=r"^trainer\.packing: LlamaForCausalLM lets packed sequences see each other"):
+        refuse_leaking_rows(model)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_recomputed_activations_give_the_same_gradient_and_are_computed_twice(
+    student: str, sequences: list[MixedSequence], packing: bool
+) -> None:
+    found = {}
+    for recompute in (False, True):
+        learner = Learner(student, config(activation_checkpointing=recompute, packing=packing), seed=0)
+        calls: list[int] = []
+        learner.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        found[recompute] = gradients(learner, sequences)
+        assert len(calls) == (2 if recompute else 1)
+        assert not any(module.training for module in learner.model.modules())
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, rtol=1e-5, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- optimization

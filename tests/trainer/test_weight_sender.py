@@ -25,18 +25,17 @@ from trainer.probe import (
     parameter_group,
     read_probe,
 )
+from trainer.weight_files import WeightFolder, write_safetensors
 from trainer.weight_sender import (
     HostMemoryTrainerEngine,
     HostMemoryTrainerInitInfo,
     LearnerWeights,
     OneCallClient,
     Rendezvous,
-    WeightFolder,
     WeightSender,
     build_sender,
     named_weights,
     replica_init_info,
-    write_safetensors,
 )
 
 VOCABULARY_SIZE = 64
@@ -184,7 +183,7 @@ def test_what_a_killed_learner_left_is_removed_and_a_living_one_s_is_not(tmp_pat
     program = f"""
 import os, signal
 from pathlib import Path
-from trainer.weight_sender import WeightFolder
+from trainer.weight_files import WeightFolder
 folder = WeightFolder(Path({str(tmp_path)!r}))
 print(folder.path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

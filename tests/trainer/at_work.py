@@ -1,0 +1,135 @@
+"""One rank of a learner, in a process of its own: ``python -m tests.trainer.at_work FOLDER RANK NUM_RANKS HOST:PORT``.
+
+Runs every case in FOLDER/cases.pkl and leaves what this rank saw in FOLDER/seen-RANK.pkl. Not a test: test_ranks.py
+starts it and looks.
+"""
+
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from common.config import Trainer
+from common.sequence import MixedSequence, TopLogprobs
+from common.weights import WeightUpdate
+from trainer.learner import Learner, StepReport, learner_device
+from trainer.probe import WeightSyncError, check_sync, read_probe
+from trainer.ranks import join
+from trainer.sharding import whole
+from trainer.weight_sender import LearnerWeights, OneCallClient, build_sender
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A learner, and the sequences of its two steps."""
+
+    student: str
+    config: Trainer
+    sequences: list[MixedSequence]
+    save_to: Path | None = None  # then a third step, a sync, probes and a save follow
+    dies: bool = False  # rank 1, before the first step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What a rank saw of a case."""
+
+    reports: list[StepReport]
+    gradients: dict[str, Tensor]  # of the first step, gathered
+    parts: dict[str, tuple[int, int]]  # numbers a rank holds of a parameter, and numbers in all
+    error: str | None
+    sent: dict[str, Tensor]  # what an engine would have read after the steps; rank 0
+    weights: dict[str, Tensor]  # after the steps, gathered
+    probes: list[str]  # what became of a probe with an engine's right rows, and of one with rows of old weights
+
+
+def run(case: Case, ranks: Any) -> Seen:
+    learner = Learner(case.student, case.config, seed=0, ranks=ranks)
+    if case.dies and ranks.rank == 1:
+        os._exit(1)
+    gradients: dict[str, Tensor] = {}
+
+    def catch(*_: object) -> None:
+        gradients.update({name: whole(p.grad).cpu() for name, p in learner.model.named_parameters()})
+
+    handle = learner.optimizer.register_step_pre_hook(catch)
+    reports: list[StepReport] = []
+    error = None
+    try:
+        reports.append(learner.step(case.sequences))
+        handle.remove()
+        reports.append(learner.step(case.sequences[::-1]))
+    except (FloatingPointError, RuntimeError) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    parts = {
+        name: (p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel())
+        for name, p in learner.model.named_parameters()
+    }
+    sent, weights, probes = _exports(learner, case) if case.save_to is not None else ({}, {}, [])
+    return Seen(
+        reports=reports, gradients=gradients, parts=parts, error=error, sent=sent, weights=weights, probes=probes
+    )
+
+
+def _exports(learner: Learner, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """One more step, sync, probe against the rows of the new weights and of the old ones, save."""
+    sent: dict[str, Tensor] = {}
+
+    def load(update: WeightUpdate) -> None:
+        sent.update(load_file(str(update.transfer_info["path"])))
+
+    client = OneCallClient(init=lambda _: None, load=load)
+    source = LearnerWeights(learner.model, dtype=torch.float32)
+    sender = build_sender("host_memory", source, client, rank=learner.ranks.rank)
+    stale = _rows(learner, case)
+    learner.step(case.sequences)
+    sender.send(1)
+    probes = []
+    for rows in (_rows(learner, case), stale):
+        try:
+            report = check_sync(
+                learner.model,
+                sender.previous_weights,
+                [sequence.token_ids for sequence in case.sequences[:2]],
+                rows,
+                tolerance=1e-4,
+                whole_copy=learner.whole_copy,
+            )
+            probes.append(f"{report.max_difference:.0e}")
+        except WeightSyncError as error:
+            probes.append(str(error))
+    assert case.save_to is not None
+    learner.save(case.save_to)
+    sender.shutdown()
+    weights = {name: whole(p.detach()).cpu() for name, p in learner.model.named_parameters()}
+    return sent, weights, probes
+
+
+def _rows(learner: Learner, case: Case) -> list[TopLogprobs]:
+    """What an engine with the learner's present weights would say."""
+    texts = [sequence.token_ids for sequence in case.sequences[:2]]
+    asked = [sequence.teacher_top for sequence in case.sequences[:2]]
+    read = read_probe(learner.model, texts, asked)
+    return [TopLogprobs(rows.token_ids, logprobs) for rows, logprobs in zip(asked, read, strict=True)]
+
+
+def main(folder: Path, rank: int, num_ranks: int, address: str) -> None:
+    cases: dict[str, Case] = pickle.loads((folder / "cases.pkl").read_bytes())
+    ranks = join(rank, num_ranks, address, learner_device(), timeout_s=60)
+    seen = {}
+    for name, case in cases.items():
+        seen[name] = run(case, ranks)
+    (folder / f"seen-{rank}.pkl").write_bytes(pickle.dumps(seen))
+
+
+if __name__ == "__main__":
+    from tests.trainer import at_work  # what is pickled belongs to the module and not to this script
+
+    at_work.main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,61 @@
+"""A learner of two ranks as Ray actors: it trains, and a rank that dies ends the step at once."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.actor import ActorHandle
+
+from common.config import Trainer
+from common.sequence import MixedSequence
+from trainer.actors import LearnerActor, LearnerRankDied, LearnerSpec, RemoteLearner, every_rank
+
+TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def ranks(cluster: None, make_model: Callable[..., Any], save_model: Callable[..., str]) -> Iterator[list[ActorHandle]]:
+    spec = LearnerSpec(
+        student=save_model(make_model(seed=2)),
+        trainer=Trainer(num_ranks=2, num_threads=1, step_timeout_s=TIMEOUT_S),
+        seed=0,
+        trust_remote_code=False,
+    )
+    actors = [ray.remote(LearnerActor).options(num_cpus=0.25).remote(rank, spec) for rank in range(2)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
+
+
+async def test_two_ranks_train_as_one_learner_until_one_dies(
+    ranks: list[ActorHandle],
+    make_model: Callable[..., Any],
+    written_by: Callable[..., list[MixedSequence]],
+    tmp_path: Path,
+) -> None:
+    meeting_point = ranks[0].meeting_point.remote()
+    await every_rank([rank.start.remote(meeting_point) for rank in ranks], "the start", timeout_s=TIMEOUT_S)
+    learner = RemoteLearner(ranks, step_timeout_s=TIMEOUT_S, sync_timeout_s=TIMEOUT_S)
+    references = [ray.put(sequence) for sequence in written_by(make_model(seed=1))]
+    first, second = [await learner.step(references) for _ in range(2)]
+    assert second.loss < first.loss
+    await learner.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+    ray.kill(ranks[1])
+    started_s = time.monotonic()
+    with pytest.raises(LearnerRankDied, match=r"^learner rank 1 of 2 died during the learner's step"):
+        await learner.step(references)
+    assert time.monotonic() - started_s < 60

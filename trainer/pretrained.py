@@ -1,0 +1,148 @@
+"""Models and tokenizers in Hugging Face format: loaded, or refused with the key that names them. No training here."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from common.errors import UserError
+
+# Names under which Hugging Face configs keep a tanh on the logits. Small logits pass it almost unchanged, so that the
+# self-check alone would miss it on a model that has not learned much.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def load_tokenizer(
+    name: str, *, key: str = "models.student", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name. Raises UserError naming the key."""
+    _refuse_missing_folder(name, key)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, key, "a tokenizer", error) from error
+
+
+def load_pretrained(name: str, *, key: str = "models.student", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder or hub name, in float32. Raises UserError naming the key, also when weights are missing."""
+    _refuse_missing_folder(name, key)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unloadable(name, key, "a causal language model", error) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"{key}: {name!r} lacks weights that {type(model).__name__} needs: {listed(missing)}")
+    return model
+
+
+def _refuse_missing_folder(name: str, key: str) -> None:
+    """Report a path that is not there at once; only what can be a hub name is looked up there."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(f"{key}: the folder {name!r} has no config.json, expected a model in Hugging Face format")
+    elif looks_like_path:
+        raise UserError(f"{key}: no such folder: {name!r}, expected a model in Hugging Face format or a hub name")
+
+
+def _unloadable(name: str, key: str, what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{key}: can't load {what} from {name!r}, expected a folder or hub name that holds one: {reason}")
+
+
+def load_outline(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The same model with no weights (parameters on ``meta``, buffers as they are), to be filled by another rank.
+
+    Only called where another process loads the same name, and reports what is wrong with it.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()  # moving to ``meta`` took them apart
+    return model
+
+
+def use_packing(model: PreTrainedModel, wanted: Literal["auto"] | bool, dtype: str) -> bool:
+    """Whether sequences share a row, and flash attention switched on where that is how: it computes in half precision,
+    and finds where a sequence ends by the position ids. Other attention gets a mask. Not run on a GPU yet.
+    """
+    flash = dtype == "bfloat16" and is_flash_attn_2_available() and bool(getattr(model, "_supports_flash_attn", False))
+    if flash and wanted is not False:
+        model.set_attn_implementation("flash_attention_2")
+    return flash if wanted == "auto" else wanted
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids_BS: Tensor,
+    attention_mask_BS: Tensor | None,
+    position_ids_BS: Tensor | None = None,
+) -> Tensor:
+    """[B, S, H] What the output layer is applied to. Without a mask, a position id of 0 begins another sequence."""
+    positions = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
+    states: Tensor = model.base_model(
+        input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **positions
+    ).last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def refuse_leaking_rows(model: PreTrainedModel, key: str = "trainer.packing") -> None:
+    """Raise UserError unless a sequence that is packed behind another has the states that it has alone: a model that
+    pays no heed to position ids would let it see its neighbour without a word.
+    """
+    ids_1S = (torch.arange(12, device=model.device) % model.config.get_text_config().vocab_size)[None]
+    positions_1S = (torch.arange(12, device=model.device) % 6)[None]
+    packed_SH = hidden_states(model, ids_1S, None, positions_1S)[0]
+    alone_SH = hidden_states(model, ids_1S[:, 6:], torch.ones_like(ids_1S[:, 6:]))[0]
+    # A leak moves states by as much as they differ among each other; half precision by about a hundredth of that.
+    if float((packed_SH[6:] - alone_SH).abs().max()) > 0.05 * float(alone_SH.std()):
+        raise UserError(
+            f"{key}: {type(model).__name__} lets packed sequences see each other, expected position ids that keep them "
+            "apart; set it to false"
+        )
+
+
+@torch.no_grad()
+def refuse_changed_logits(model: PreTrainedModel, key: str = "models.student") -> None:
+    """Raise UserError unless the model's logits are its output layer applied to its last hidden states, as the loss has
+    it: soft-capped, scaled or cut logits would be trained wrongly without a word. The loss differentiates that layer
+    itself, so it must be a plain ``torch.nn.Linear``.
+    """
+    output_layer = model.get_output_embeddings()
+    if not isinstance(output_layer, nn.Linear):
+        raise UserError(
+            f"{key}: the output layer of {type(model).__name__} is a {type(output_layer).__name__}, expected a "
+            "torch.nn.Linear"
+        )
+    text_config = model.config.get_text_config()
+    capped = [name for name in SOFTCAPS if getattr(text_config, name, None) is not None]
+    input_ids_BS = (torch.arange(8, device=model.device) % text_config.vocab_size)[None]
+    mask_BS = torch.ones_like(input_ids_BS)
+    expected = model(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False).logits
+    logits = output_layer(hidden_states(model, input_ids_BS, mask_BS))
+    same = logits.shape == expected.shape and torch.allclose(
+        logits, expected, rtol=1e-3, atol=1e-3 * float(expected.std())
+    )
+    if capped or not same:
+        found = f"sets {' and '.join(capped)} in its config" if capped else "changes its logits after its output layer"
+        raise UserError(
+            f"{key}: {type(model).__name__} {found}, expected a model whose logits are its output layer applied to its "
+            "last hidden states"
+        )
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """The first few names, and how many more."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

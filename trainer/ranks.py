@@ -1,0 +1,70 @@
+"""The learner's ranks: how they find each other, and what each needs to know of all. Knows neither Ray nor the model.
+
+With one rank there is no group, and every method gives back what it was given. gloo between processors; NCCL between
+GPUs, which has not been run on a GPU.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from common.waiting import WaitedTooLong
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """One rank's place among all. Every rank calls every method, in the same order."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    mesh: DeviceMesh | None = None  # None where there is one rank
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.num_ranks, (self.rank, self.num_ranks)
+        assert (self.mesh is None) == (self.num_ranks == 1), (self.mesh, self.num_ranks)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of all ranks' values, on the CPU, the same to the last digit on every rank."""
+        values = values.detach().cpu().clone()
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, names: list[str]) -> list[str]:
+        """All ranks' names, rank by rank."""
+        if self.mesh is None:
+            return names
+        of_each: list[list[str]] = [[] for _ in range(self.num_ranks)]
+        dist.all_gather_object(of_each, names)
+        return [name for names in of_each for name in names]
+
+
+ALONE = Ranks()
+
+
+def join(rank: int, num_ranks: int, address: str, device: torch.device, *, timeout_s: float) -> Ranks:
+    """Meet the other ranks at ``host:port``, where rank 0 listens. No collective may take longer than the time-out.
+
+    Raises WaitedTooLong when not all ranks come.
+    """
+    if num_ranks == 1:
+        return ALONE
+    # Objects and sums travel on the CPU, gradients and weights where they are.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{address}",
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise WaitedTooLong(
+            f"learner rank {rank} waited {timeout_s:g} s for all {num_ranks} ranks to meet at {address}: {error}"
+        ) from error
+    return Ranks(rank=rank, num_ranks=num_ranks, mesh=init_device_mesh(device.type, (num_ranks,)))
