@@ -6,6 +6,7 @@ Reading YAML and ``--set`` is ``common/config_source.py``.
 """
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -162,12 +163,24 @@ class Relay(Part):
     """After this many the student is left alone."""
 
 
+class Dataset(Part):
+    """The given answers of ``data.answer_field`` are the sequences; the teacher only reads them.
+
+    With trainer.loss cross_entropy it is supervised fine-tuning, with a divergence supervised KD (GKD with lambda = 0,
+    arXiv 2306.13649).
+    """
+
+    type: Literal["dataset"] = "dataset"
+
+
 class Mixture(Part):
-    """Each sequence is either the student's or the teacher's (GKD, arXiv 2306.13649)."""
+    """Each sequence is either the student's or not (GKD, arXiv 2306.13649)."""
 
     type: Literal["mixture"] = "mixture"
     student_share: Fraction = 0.5
     """lambda: probability that the student writes a sequence, drawn from the sequence's own seed."""
+    rest: Literal["teacher", "dataset"] = "teacher"
+    """Whose the other sequences are: written by the teacher, or the given answers of data.answer_field."""
 
 
 class Fixed(Part):
@@ -178,7 +191,7 @@ class Fixed(Part):
 
 
 Policy = Annotated[
-    AdaSwitch | SKD | Decay | Relay | OnPolicy | OffPolicy | Mixture | Fixed, Field(discriminator="type")
+    AdaSwitch | SKD | Decay | Relay | OnPolicy | OffPolicy | Dataset | Mixture | Fixed, Field(discriminator="type")
 ]
 
 
@@ -266,7 +279,7 @@ class Data(Part):
     as_chat: bool = False
     """Send plain text through the tokenizer's chat template too, as one user message."""
     answer_field: str | None = None
-    """Column with the expected answer, for evaluation."""
+    """Column with the expected answer, for evaluation; what is trained on where the policy takes given answers."""
     id_field: str | None = None
     """Column with a unique id. Default: the row's number."""
     max_prompts: Positive | None = None
@@ -289,6 +302,20 @@ class Evaluation(Part):
 # ----------------------------------------------------------------------------------------------------------- trainer
 
 
+class LoRA(Part):
+    """Train low-rank additions to the student's linear layers instead of all its weights (arXiv 2106.09685).
+
+    Engines and the saved student get the sum of both. Adapters bear, and need, about ten times the learning rate of
+    full training. No dropout: the student must be trained as the engine samples from it.
+    """
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """What is added is alpha / rank times B A."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of linear layers, such as [q_proj, v_proj]; the output layer can't be one. all-linear: all others."""
+
+
 class Trainer(Part):
     """The learner: AdamW with linear warm-up, constant, then linear decay to 0."""
 
@@ -301,6 +328,8 @@ class Trainer(Part):
     """Weight of the tokens the student wrote in that mean. Only the ratio of the two weights matters."""
     teacher_token_weight: Weight = 1.0
     """Weight of the tokens the teacher wrote. A step that has only tokens of weight 0 has loss 0."""
+    dataset_token_weight: Weight = 1.0
+    """Weight of the tokens of given answers; they meet others under policy.type mixture with rest dataset."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
     """Peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -309,8 +338,18 @@ class Trainer(Part):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    lora: LoRA | None = None
+    """Default: all weights are trained."""
+    num_ranks: Positive = 1
+    """Processes over which model, optimizer and sequences are split (FSDP2), each on a GPU of its own where there are
+    any. The gradient is the same for any number."""
     tokens_per_micro_batch: Positive = 16384
-    """Padded tokens, prompts included, that pass through the model at once."""
+    """Tokens, prompts and padding included, that pass through the model at once on one rank."""
+    packing: Literal["auto", True, False] = "auto"
+    """Sequences one behind the other in one row, without padding, none seeing another. auto: where flash attention is
+    installed and dtype is bfloat16; elsewhere the mask costs more than padding does."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute the layer once more for the gradient: less memory, more time."""
     positions_per_chunk: Positive = 1024
     """Positions whose vocabulary-wide logits exist at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -323,6 +362,12 @@ class Trainer(Part):
     def _some_token_counts(self) -> Self:
         if self.student_token_weight == self.teacher_token_weight == 0.0:
             raise ValueError("teacher_token_weight must be > 0 where student_token_weight is 0, got 0")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_is_whole(self) -> Self:
+        if self.lora is not None and self.num_ranks > 1:
+            raise ValueError(f"num_ranks must be 1 where lora is set, got {self.num_ranks}")
         return self
 
     @property
@@ -350,14 +395,52 @@ class Trace(Part):
     """Alternatives of both models stored per token."""
 
 
+class Wandb(Part):
+    """A run of Weights & Biases. Its key is taken from WANDB_API_KEY or ``wandb login``, never from here."""
+
+    project: str = "adaswitch"
+    entity: str | None = None
+    """User or team. Default: the one the key belongs to."""
+    name: str | None = None
+    """Default: the run folder's name."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: kept in the run folder until ``wandb sync`` sends it."""
+
+
+class MLflow(Part):
+    """A run of an MLflow experiment. MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN let it in, never a setting."""
+
+    tracking_uri: str | None = None
+    """A server, or a file such as sqlite:///mlflow.db. Default: MLFLOW_TRACKING_URI, else MLflow's own."""
+    experiment: str = "adaswitch"
+    name: str | None = None
+    """Default: the run folder's name."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        if self.tracking_uri is not None and "@" in urlsplit(self.tracking_uri).netloc:
+            raise ValueError(
+                "tracking_uri must not hold a user or a password, for it is stored with the run; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
+
+
+class Logging(Part):
+    """Where metrics go besides ``metrics.jsonl`` and the run folder's TensorBoard files, which are always written."""
+
+    wandb: Wandb | None = None
+    mlflow: MLflow | None = None
+
+
 class Placement(Part):
-    """Where Ray puts the actors: one bundle per engine, one for the learner."""
+    """Where Ray puts the actors: one bundle per engine, one per rank of the learner."""
 
     address: str | None = None
     """A running cluster. Default: the one RAY_ADDRESS names or a job runs in, else one is started on this machine."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     use_gpus: Literal["auto", True, False] = "auto"
-    """auto: one GPU per tensor-parallel rank and one for the learner where the cluster has any."""
+    """auto: one GPU per tensor-parallel rank and one per rank of the learner where the cluster has any."""
     learner: Literal["own_gpu", "student_gpu"] = "own_gpu"
     """student_gpu: on the student engine's GPU, so that a run fits on two. Leave the learner its memory through
     engines.student.gpu_memory_utilization."""
@@ -380,6 +463,7 @@ class RunConfig(Part):
     trainer: Trainer = Trainer()
     sync: Sync = Sync()
     trace: Trace = Trace()
+    logging: Logging = Logging()
     placement: Placement = Placement()
 
     @model_validator(mode="after")
@@ -393,6 +477,26 @@ class RunConfig(Part):
                 )
             if self.sync.backend == "nccl":
                 raise ValueError("sync.backend must not be nccl where placement.learner is student_gpu, got nccl")
+            if self.trainer.num_ranks > 1:
+                raise ValueError(
+                    f"trainer.num_ranks must be 1 where placement.learner is student_gpu, got {self.trainer.num_ranks}"
+                )
+        return self
+
+    @property
+    def takes_given_answers(self) -> bool:
+        """Whether answers of the data are trained on."""
+        return isinstance(self.policy, Dataset) or (isinstance(self.policy, Mixture) and self.policy.rest == "dataset")
+
+    @model_validator(mode="after")
+    def _given_answers_are_given(self) -> Self:
+        if self.takes_given_answers and self.data.answer_field is None:
+            raise ValueError(
+                f"data.answer_field must name the column with the answers that policy.type {self.policy.type} trains "
+                "on, got null"
+            )
+        if isinstance(self.policy, Dataset) and self.trainer.dataset_token_weight == 0.0:
+            raise ValueError("trainer.dataset_token_weight must be > 0 where policy.type is dataset, got 0")
         return self
 
     @model_validator(mode="after")

@@ -12,8 +12,10 @@ from common.config_source import ResolvedConfig
 from common.errors import UserError
 from deploy.cluster import joined
 from deploy.preflight import prepare
+from deploy.provenance import hardware, write_versions
 from deploy.run_folder import RunFolder, metrics_of, summarise_run
 from deploy.terminal import ProgressDisplay, StepLine, print_summary
+from deploy.trackers import Trackers
 from rollout_server.engine import EngineFacts
 from trainer.evaluate import EvaluationReport, evaluate
 from trainer.loop import Evaluated, Trained, distill
@@ -38,8 +40,9 @@ async def _train(resolved: ResolvedConfig) -> dict[str, object]:
     inputs = prepare(config)
     folder = RunFolder.create(config.run_dir, resolved)
     records: list[Trained | Evaluated] = []
-    with ProgressDisplay(config.trainer.num_steps) as display:
-        display.note(f"run folder {folder.path}")
+    write_versions(folder.path)
+    with Trackers.open(config, folder.path) as trackers, ProgressDisplay(config.trainer.num_steps) as display:
+        display.note(f"run folder {folder.path}; {hardware()}")
         display.note("starting the engines and the learner")
         async with joined(config) as cluster:
             learner_actor = cluster.spawn_learner()
@@ -57,6 +60,7 @@ async def _train(resolved: ResolvedConfig) -> dict[str, object]:
             async for record in steps:
                 records.append(record)
                 folder.append_metrics(metrics_of(record))
+                trackers.log(metrics_of(record))
                 _show(display, record)
             display.note("saving the student")
             await learner.save(folder.student)

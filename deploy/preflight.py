@@ -11,10 +11,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from common.config import EngineSettings, RunConfig
 from common.errors import UserError
 from common.sequence import Ids
+from deploy.trackers import refuse_missing_packages
 from rollout_server.selftest import check_tokenizers
+from trainer.answers import AnswerReader
 from trainer.evaluate import compile_answer_pattern
-from trainer.learner import load_tokenizer
 from trainer.loop import HeldOut
+from trainer.pretrained import load_tokenizer
 from trainer.prompts import PromptStream
 
 
@@ -37,6 +39,7 @@ class Inputs:
 
 def prepare(config: RunConfig) -> Inputs:
     """Load tokenizers and prompts and check them against each other and the models."""
+    refuse_missing_packages(config.logging)
     remote_code = config.engines.trust_remote_code
     student = load_tokenizer(config.models.student, key="models.student", trust_remote_code=remote_code)
     teacher = load_tokenizer(config.models.teacher, key="models.teacher", trust_remote_code=remote_code)
@@ -58,6 +61,7 @@ def prepare(config: RunConfig) -> Inputs:
         seed=config.seed,
         max_prompt_tokens=max_prompt_tokens,
         samples_per_prompt=config.trainer.samples_per_prompt,
+        answers=_answers(config, student),
     )
     return Inputs(
         tokenizer=student,
@@ -67,6 +71,14 @@ def prepare(config: RunConfig) -> Inputs:
         max_model_len=max_model_len,
         top_logprobs=min(config.engines.top_logprobs, *(text.vocab_size for text in text_configs.values())),
     )
+
+
+def _answers(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> AnswerReader | None:
+    """What reads the given answers, where they are trained on. They are as long as what a model may write."""
+    if not config.takes_given_answers:
+        return None
+    stop_token_ids = _stop_token_ids(config.models.student, config.models.teacher)
+    return AnswerReader(tokenizer=tokenizer, stop_token_ids=stop_token_ids, max_tokens=config.sampling.max_new_tokens)
 
 
 def _held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> HeldOut | None:

@@ -23,6 +23,7 @@ _PIPE_WIDTH = 10_000  # nothing is wrapped or cut where no terminal limits the l
 _PREVIEW_CHARACTERS = 48
 _TEACHER_STYLE = "bold magenta"
 _SWITCH_STYLE = "bold magenta reverse"
+_STYLES = {"student": "cyan", "teacher": _TEACHER_STYLE, "dataset": "green"}
 _ABSENT = "-"
 
 
@@ -80,7 +81,9 @@ def print_sequence(trace: SequenceTrace, console: Console | None = None) -> None
     lines.append(_labelled("completion", _marked_text(trace.tokens)))
     if "".join(token.text for token in trace.tokens) != sequence.completion_text:
         lines.append(_labelled("decoded together", _plain(sequence.completion_text)))
-    lines.append(Text(f"« » the teacher's tokens, a switch at each «; finish reason: {sequence.finish_reason}\n"))
+    is_given = all(token.source == "dataset" for token in trace.tokens)
+    legend = "the answer as the data has it" if is_given else "« » the teacher's tokens, a switch at each «"
+    lines.append(Text(f"{legend}; finish reason: {sequence.finish_reason}\n"))
     for line in lines:
         console.print(line, soft_wrap=not console.is_terminal)
     console.print(_token_table(trace.tokens))
@@ -105,7 +108,7 @@ def _marked_text(tokens: Iterable[TokenRecord]) -> Text:
         if is_teacher and not in_guidance:
             text.append("«", _TEACHER_STYLE)
             in_guidance = True
-        style = _SWITCH_STYLE if token.is_switch else _TEACHER_STYLE if is_teacher else "cyan"
+        style = _SWITCH_STYLE if token.is_switch else _STYLES[token.source]
         text.append(visible(token.text), style)
     if in_guidance:
         text.append("»", _TEACHER_STYLE)
@@ -118,7 +121,7 @@ def _token_table(tokens: Iterable[TokenRecord]) -> Table:
     )
     for token in tokens:
         source = f"{token.source} «" if token.is_switch else token.source
-        style = _TEACHER_STYLE if token.source == "teacher" else "cyan"
+        style = _STYLES[token.source]
         table.add_row(
             str(token.position),
             Text(visible(token.text), style),

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from common.config import SKD, AdaSwitch, Data, Engines, Models, Part, RunConfig, Trainer
+from common.config import SKD, AdaSwitch, Data, Dataset, Engines, Mixture, Models, Part, Policy, RunConfig, Trainer
 
 
 def run_config(**parts: object) -> RunConfig:
@@ -35,6 +35,20 @@ def test_the_average_must_be_filled_before_a_switch():
 def test_a_policy_cannot_look_further_than_the_lists_reach():
     with pytest.raises(ValidationError, match=r"policy.top_k must be <= engines.top_logprobs \(8\), got 25"):
         run_config(policy=SKD(), engines=Engines(top_logprobs=8))
+
+
+@pytest.mark.parametrize("policy", [Dataset(), Mixture(rest="dataset")], ids=lambda policy: policy.type)
+def test_given_answers_need_a_column(policy: Policy):
+    with pytest.raises(ValidationError, match=f"data.answer_field must name .* policy.type {policy.type}"):
+        run_config(policy=policy)
+    data = Data(path="p", answer_field="answer")
+    assert run_config(policy=policy, data=data).takes_given_answers
+    assert not run_config(policy=Mixture(), data=data).takes_given_answers
+
+
+def test_given_answers_alone_must_count():
+    with pytest.raises(ValidationError, match=r"trainer\.dataset_token_weight must be > 0"):
+        run_config(policy=Dataset(), data=Data(path="p", answer_field="a"), trainer=Trainer(dataset_token_weight=0.0))
 
 
 def test_a_setting_of_another_policy_cannot_be_written():

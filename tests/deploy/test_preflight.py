@@ -109,3 +109,17 @@ def test_an_answer_pattern_that_is_no_expression_is_refused(make_config) -> None
     evaluation = {"data": {"path": str(DEMO / "data/held_out.jsonl")}, "answer_pattern": "("}
     with pytest.raises(UserError, match=r"^evaluation\.answer_pattern: got '\('"):
         prepare(make_config(evaluation=evaluation))
+
+
+def test_given_answers_come_with_the_prompts_and_end_with_the_stop_token(make_config) -> None:
+    data = {"answer_field": "solution"}
+    prompt = prepare(make_config(policy={"type": "dataset"}, data=data)).prompts.all()[0]
+    assert prompt.answer_token_ids is not None
+    assert (prompt.answer_token_ids.size, prompt.answer_token_ids[-1]) == (38, EOS_ID)
+    assert prepare(make_config(data=data)).prompts.all()[0].answer_token_ids is None
+
+
+def test_given_answers_are_as_long_as_what_a_model_may_write(make_config) -> None:
+    config = make_config(policy={"type": "dataset"}, data={"answer_field": "solution"}, sampling={"max_new_tokens": 37})
+    with pytest.raises(UserError, match=r"^data\.answer_field: row 0 has 38 tokens, .* at most 37"):
+        prepare(config)

@@ -31,6 +31,7 @@ def trained(step: int, *, switch_rate: float = 0.5, mean_switch_position: float 
             loss=0.5,
             loss_student_tokens=0.25,
             loss_teacher_tokens=1.0,
+            loss_dataset_tokens=2.0,
             covered_mass=0.9,
             grad_norm=1.5,
             learning_rate=1e-3,

@@ -1,10 +1,13 @@
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.text import Text
 
+from common.sequence import TokenSource
 from deploy.terminal import ProgressDisplay, StepLine, print_sequence, print_sequences, print_summary, visible
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceTrace
@@ -153,3 +156,22 @@ def test_the_summary_names_what_is_known_and_marks_what_is_not(plain):
     assert ["share of teacher tokens", "50.0%"] in rows
     assert ["run folder", "runs/one"] in rows
     assert rows[-1] == ["resumed", "2"]
+
+
+def test_a_given_answer_is_nobodys_and_says_so(plain, tmp_path, make_sequence):
+    sequence = make_sequence(num_tokens=4, switches=[])
+    sequence = replace(sequence, sources=np.full(4, TokenSource.DATASET, np.uint8))
+    texts = [f"t{token_id} " for token_id in sequence.token_ids]
+    writer = TraceWriter(
+        tmp_path, decode=lambda ids: "".join(f"t{i} " for i in ids), token_texts=lambda ids: [f"t{i} " for i in ids]
+    )
+    writer.write_segment(1, [sequence])
+    trace = TraceReader(tmp_path).sequence(sequence.sequence_id)
+    assert trace is not None
+    print_sequence(trace, plain)
+    print_sequences([trace.sequence], plain)
+    output = printed(plain)
+    assert f"completion: {''.join(texts)}" in output
+    assert "the answer as the data has it; finish reason: stop" in output
+    assert "«" not in output
+    assert row_of(output, 0)[2] == "dataset"
