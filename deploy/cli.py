@@ -135,6 +135,24 @@ def traces(
             raise UserError(f"no sequence {sequence!r} in {place}")
 
 
+@app.command()
+def serve(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="The folder that holds the runs' folders.")],
+    host: Annotated[str, typer.Option(help="Address to listen at. Any but loopback needs --token-env.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8642,
+    token_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the bearer token to ask for.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A name this machine is called by. May be repeated.")
+    ] = None,
+) -> None:
+    """Serve the runs' traces over REST and as a page: the inspector."""
+    from rollout_server.api.server import serve as serve_runs
+
+    serve_runs(runs, host=host, port=port, token_env=token_env, names=name or [])
+
+
 def _warn_of_skipped(reader: "TraceReader") -> None:
     if skipped := reader.skipped:
         names = "; ".join(f"{segment.name} ({segment.reason})" for segment in skipped)

@@ -6,17 +6,13 @@ files below the trace's folder and nothing else.
 """
 
 import glob
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self, get_args
 
 import duckdb
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from common.errors import UserError
 from rollout_server.traces.records import (
@@ -29,7 +25,8 @@ from rollout_server.traces.records import (
     StepSummary,
     TokenRecord,
 )
-from rollout_server.traces.schema import SEQUENCES, SEQUENCES_FILE, TOKENS, TOKENS_FILE, VERSION_KEY, parse_segment_name
+from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE
+from rollout_server.traces.segments import Segment, corruption, incompleteness, newest_segments, segment_names
 
 Row = tuple[object, ...]
 
@@ -46,15 +43,6 @@ _STEP_DIVERGENCES = f"""SELECT step, avg(divergence), quantile_cont(divergence, 
 _SEGMENTS_PER_SUMMARY_QUERY = 64  # bounds the memory the exact quantiles take
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """A segment as it lies there now. ``signature`` changes when its files do."""
-
-    name: str
-    step: int
-    signature: tuple[tuple[int, int], ...]  # (bytes, modification time in ns) of both files, empty if one is missing
-
-
 class TraceReader:
     """Reads one run's trace. May be used by several threads. Segments that can't be read are left out: ``skipped``."""
 
@@ -63,8 +51,8 @@ class TraceReader:
             raise UserError(f"no trace to read: {folder} is not a folder")
         self._folder = folder.resolve()
         self._pattern = glob.escape(str(self._folder))  # DuckDB reads a run called "run[1]" as a pattern
-        self._problems: dict[_Segment, str | None] = {}
-        self._summaries: dict[_Segment, StepSummary] = {}
+        self._problems: dict[Segment, str | None] = {}
+        self._summaries: dict[Segment, StepSummary] = {}
         self._connection = duckdb.connect(
             ":memory:",
             config={
@@ -144,7 +132,7 @@ class TraceReader:
             self._summarise(missing[start : start + _SEGMENTS_PER_SUMMARY_QUERY])
         return [self._summaries[segment] for segment in self._segments(where) if segment in self._summaries]
 
-    def _summarise(self, segments: list[_Segment]) -> None:
+    def _summarise(self, segments: list[Segment]) -> None:
         where = SequenceFilter(first_step=segments[0].step, last_step=segments[-1].step)
         divergences = {row[0]: row[1:] for row in self._rows(TOKENS_FILE, _STEP_DIVERGENCES, {}, where)}
         counted = {row[0]: row for row in self._rows(SEQUENCES_FILE, _STEP_SEQUENCES, {}, where)}
@@ -162,79 +150,34 @@ class TraceReader:
                 return rows
             except duckdb.Error:
                 for segment in segments:
-                    self._problems[segment] = self._problem(segment) or _corruption(self._folder / segment.name)
+                    self._problems[segment] = self._problem(segment) or corruption(self._folder / segment.name)
                 if self._segments(where) == segments:
                     raise
         return []
 
-    def _segments(self, where: SequenceFilter) -> list[_Segment]:
+    def _segments(self, where: SequenceFilter) -> list[Segment]:
         """The readable segments of the wanted steps, by step."""
         first = -1 if where.first_step is None else where.first_step
         last = float("inf") if where.last_step is None else where.last_step
         return [segment for segment, problem in self._scan() if problem is None and first <= segment.step <= last]
 
-    def _scan(self) -> list[tuple[_Segment, str | None]]:
+    def _scan(self) -> list[tuple[Segment, str | None]]:
         """Each step's segment and its problem, by step.
 
         Looks again until the folder held the same segments before and after, for one that is replaced meanwhile would
         be taken for a broken one.
         """
         while True:
-            names = _segment_names(self._folder)
-            scanned = [(segment, self._problem(segment)) for segment in _newest_segments(self._folder, names)]
-            if _segment_names(self._folder) == names:
+            names = segment_names(self._folder)
+            scanned = [(segment, self._problem(segment)) for segment in newest_segments(self._folder, names)]
+            if segment_names(self._folder) == names:
                 return scanned
 
-    def _problem(self, segment: _Segment) -> str | None:
+    def _problem(self, segment: Segment) -> str | None:
         """Why a segment can't be read, as far as its files' ends tell; None if it can."""
         if segment not in self._problems:
-            self._problems[segment] = _incompleteness(self._folder / segment.name)
+            self._problems[segment] = incompleteness(self._folder / segment.name)
         return self._problems[segment]
-
-
-def _segment_names(folder: Path) -> set[str]:
-    return {name for name in os.listdir(folder) if parse_segment_name(name)}
-
-
-def _newest_segments(folder: Path, names: set[str]) -> Iterator[_Segment]:
-    """The segment that counts of every step, by step: the one of the highest attempt."""
-    newest: dict[int, tuple[int, str]] = {}
-    for name in names:
-        if parsed := parse_segment_name(name):
-            step, attempt = parsed
-            newest[step] = max(newest.get(step, (-1, "")), (attempt, name))
-    for step, (_, name) in sorted(newest.items()):
-        yield _Segment(name, step, _signature(folder / name))
-
-
-def _signature(segment: Path) -> tuple[tuple[int, int], ...]:
-    with suppress(FileNotFoundError):
-        stats = [(segment / file).stat() for file in (SEQUENCES_FILE, TOKENS_FILE)]
-        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
-    return ()
-
-
-def _incompleteness(segment: Path) -> str | None:
-    for file, expected in ((SEQUENCES_FILE, SEQUENCES), (TOKENS_FILE, TOKENS)):
-        try:
-            schema = pq.read_schema(segment / file)
-        except FileNotFoundError:
-            return f"{file} is missing"
-        except (OSError, pa.ArrowException) as error:
-            return f"{file}: {' '.join(str(error).split())}"
-        if not schema.equals(expected) or (schema.metadata or {}).get(VERSION_KEY) != expected.metadata[VERSION_KEY]:
-            return f"{file} is not of schema version {expected.metadata[VERSION_KEY].decode()}"
-    return None
-
-
-def _corruption(segment: Path) -> str | None:
-    """Read everything and check the pages' checksums."""
-    for file in (SEQUENCES_FILE, TOKENS_FILE):
-        try:
-            pq.read_table(segment / file, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            return f"{file}: {' '.join(str(error).split())}"
-    return None
 
 
 def _sequence_record(row: Row) -> SequenceRecord:

@@ -1,0 +1,210 @@
+"""A run's trace, indexed for paging, counting and replay while it grows. Knows nothing of who asks.
+
+Every finished segment is read once, checksums included, and its sequences go into a DuckDB table on disk, in a folder
+of our own that is gone when the index is closed. So no question opens hundreds of files, memory stays bounded, and a
+corrupt segment is found when it appears, not when it is asked for. What a caller gives is bound to parameters, never
+formatted into SQL; DuckDB itself may open no other file.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rollout_server.traces.records import SequenceRecord, SkippedSegment, StepSummary
+from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE
+from rollout_server.traces.segments import Segment, incompleteness, scan
+
+Row = tuple[object, ...]
+COLUMNS = ", ".join(field.name for field in fields(SequenceRecord))
+
+_TABLE = """CREATE TABLE sequences (
+    sequence_id VARCHAR, prompt_id VARCHAR, epoch INTEGER, sample_index INTEGER, step INTEGER, policy VARCHAR,
+    prompt_text VARCHAR, completion_text VARCHAR, answer VARCHAR, finish_reason VARCHAR, num_tokens INTEGER,
+    num_student_tokens INTEGER, num_teacher_tokens INTEGER, num_switches INTEGER, first_switch INTEGER,
+    switches INTEGER[], num_wasted_tokens INTEGER, mean_divergence FLOAT, weight_version_min INTEGER,
+    weight_version_max INTEGER, seed BIGINT, divergences FLOAT[], student_ranks INTEGER[], first_source VARCHAR)"""
+_READ_AGAIN_S = 30.0  # what can't be read is tried again, for the disk may have been at fault
+
+
+class QueryTimeout(Exception):
+    """A question took longer than it may."""
+
+
+class TraceIndex:
+    """The sequences of one run's trace. May be used by several threads; call ``refresh`` before asking."""
+
+    def __init__(
+        self, folder: Path, *, memory_limit_mib: int = 256, num_threads: int = 2, look_again_s: float = 0.5
+    ) -> None:
+        self._folder = folder
+        self._look_again_s = look_again_s  # the folder is looked at no more often
+        self._lock = threading.Lock()
+        self._looked_at = float("-inf")
+        self._loaded: dict[int, Segment] = {}
+        self._problems: dict[Segment, tuple[str, float]] = {}
+        self.is_complete = False  # whether all that was there at some moment was read
+        self.generation = 0  # counts the changes
+        self._changed: dict[int, int] = {}  # step -> generation
+        self.steps: dict[int, StepSummary] = {}
+        self.token_texts: dict[int, str] = {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="adaswitch-index-")
+        self._connection = duckdb.connect(
+            str(Path(self._scratch.name) / "index.duckdb"),
+            config={
+                "memory_limit": f"{memory_limit_mib}MiB",
+                "threads": num_threads,
+                "temp_directory": "",
+                "autoload_known_extensions": False,
+                "autoinstall_known_extensions": False,
+            },
+        )
+        self._connection.execute("SET enable_external_access = false")
+        self._connection.execute(_TABLE)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._scratch.cleanup()
+
+    @property
+    def skipped(self) -> list[SkippedSegment]:
+        """Segments left out, by step."""
+        problems = sorted(self._problems.items(), key=lambda item: item[0].step)
+        return [SkippedSegment(name=segment.name, reason=reason) for segment, (reason, _) in problems]
+
+    @property
+    def num_segments(self) -> int:
+        return len(self._loaded) + len(self._problems)
+
+    def segment_of(self, step: int) -> Path | None:
+        """Folder of a readable step's segment."""
+        segment = self._loaded.get(step)
+        return self._folder / segment.name if segment else None
+
+    def changed_since(self, generation: int) -> list[int]:
+        """Steps that were added, replaced or taken away after a generation, ascending."""
+        return sorted(step for step, changed in list(self._changed.items()) if changed > generation)
+
+    def refresh(self, timeout_s: float) -> None:
+        """Take in what was added. Raises QueryTimeout while the first reading is not done; the next call goes on."""
+        if self.is_complete and time.monotonic() - self._looked_at < self._look_again_s:
+            return
+        deadline = time.monotonic() + timeout_s
+        if not self._lock.acquire(timeout=0 if self.is_complete else timeout_s):
+            if self.is_complete:
+                return  # another thread is at it; what is known will do meanwhile
+            raise QueryTimeout(f"the trace was still being read after {timeout_s:g} s")
+        try:
+            self._take_in(deadline)
+        finally:
+            self._lock.release()
+
+    def rows(self, sql: str, parameters: Mapping[str, object], timeout_s: float) -> list[Row]:
+        """Ask the table ``sequences``. Raises QueryTimeout after ``timeout_s``."""
+        cursor = self._connection.cursor()
+        watch = threading.Timer(timeout_s, cursor.interrupt)
+        watch.start()
+        try:
+            rows: list[Row] = cursor.execute(sql, dict(parameters)).fetchall()
+            return rows
+        except (duckdb.InterruptException, duckdb.OutOfMemoryException) as error:
+            raise QueryTimeout(f"the query took more than {timeout_s:g} s or its share of memory") from error
+        finally:
+            watch.cancel()
+            cursor.close()
+
+    def _take_in(self, deadline: float) -> None:
+        segments = scan(self._folder)
+        wanted = {segment.step: segment for segment in segments}
+        self._problems = {segment: problem for segment, problem in self._problems.items() if segment in segments}
+        changed = [step for step in self._loaded if step not in wanted]
+        for step in changed:
+            self._forget(step)
+        for segment in segments:
+            if self._loaded.get(segment.step) == segment or not self._is_due(segment):
+                continue
+            if time.monotonic() > deadline:
+                if self.is_complete:
+                    break
+                raise QueryTimeout(f"the trace was still being read: {len(self._loaded)} of {len(segments)} segments")
+            self._load(segment)
+            changed.append(segment.step)
+        if changed:
+            self._changed.update(dict.fromkeys(changed, self.generation + 1))
+            self.generation += 1
+        self._looked_at = time.monotonic()
+        self.is_complete = True
+
+    def _is_due(self, segment: Segment) -> bool:
+        problem = self._problems.get(segment)
+        return problem is None or time.monotonic() - problem[1] > _READ_AGAIN_S
+
+    def _load(self, segment: Segment) -> None:
+        self._forget(segment.step)
+        self._problems.pop(segment, None)
+        folder = self._folder / segment.name
+        problem = incompleteness(folder)
+        try:
+            if problem is None:
+                sequences = pq.read_table(folder / SEQUENCES_FILE, page_checksum_verification=True)
+                tokens = pq.read_table(folder / TOKENS_FILE, page_checksum_verification=True)
+                self._insert(segment.step, sequences, tokens)
+                self._loaded[segment.step] = segment
+                return
+        except (OSError, ValueError, pa.ArrowException, duckdb.Error) as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+        assert problem is not None
+        self._problems[segment] = (problem, time.monotonic())
+
+    def _insert(self, step: int, sequences: pa.Table, tokens: pa.Table) -> None:
+        lengths_S = sequences["num_tokens"].to_numpy()
+        starts_S = np.cumsum(lengths_S) - lengths_S
+        firsts = np.flatnonzero(tokens["position"].to_numpy() == 0)
+        if tokens.num_rows != lengths_S.sum() or not np.array_equal(firsts, starts_S):
+            raise ValueError(f"{TOKENS_FILE} does not hold the tokens of {SEQUENCES_FILE}")
+        offsets = pa.array(np.append(starts_S, lengths_S.sum()).astype(np.int32))
+        divergences, ranks = (tokens[name].combine_chunks() for name in ("divergence", "student_rank"))
+        table = sequences.append_column("divergences", pa.ListArray.from_arrays(offsets, divergences))
+        table = table.append_column("student_ranks", pa.ListArray.from_arrays(offsets, ranks))
+        table = table.append_column("first_source", tokens["source"].combine_chunks().take(pa.array(starts_S)))
+        cursor = self._connection.cursor()
+        cursor.register("segment", table)
+        cursor.execute(f"INSERT INTO sequences SELECT {COLUMNS}, divergences, student_ranks, first_source FROM segment")
+        cursor.close()
+        self.steps[step] = _summary(step, table, divergences)
+        pairs = tokens.select(["token_id", "text"]).group_by(["token_id", "text"]).aggregate([])
+        self.token_texts.update(zip(pairs["token_id"].to_pylist(), pairs["text"].to_pylist(), strict=True))
+
+    def _forget(self, step: int) -> None:
+        if self._loaded.pop(step, None):
+            cursor = self._connection.cursor()
+            cursor.execute("DELETE FROM sequences WHERE step = $step", {"step": step})
+            cursor.close()
+            self.steps.pop(step, None)
+
+
+def _summary(step: int, sequences: pa.Table, divergences: pa.Array) -> StepSummary:
+    judged = divergences.drop_null().to_numpy()
+    quantiles = np.quantile(judged, [0.5, 0.9, 0.99]).tolist() if judged.size else [None] * 3
+    num_tokens = int(sequences["num_tokens"].to_numpy().sum())
+    first_switches = sequences["first_switch"].combine_chunks().drop_null().to_numpy()
+    return StepSummary(
+        step=step,
+        num_sequences=sequences.num_rows,
+        num_tokens=num_tokens,
+        num_wasted_tokens=int(sequences["num_wasted_tokens"].to_numpy().sum()),
+        switch_rate=float((sequences["num_switches"].to_numpy() > 0).mean()),
+        teacher_share=float(sequences["num_teacher_tokens"].to_numpy().sum() / num_tokens),
+        mean_first_switch=float(first_switches.mean()) if first_switches.size else None,
+        divergence_mean=float(judged.mean(dtype=np.float64)) if judged.size else None,
+        divergence_p50=quantiles[0],
+        divergence_p90=quantiles[1],
+        divergence_p99=quantiles[2],
+    )

@@ -1,0 +1,82 @@
+"""Which segments a trace's folder holds now, and whether they can be read. Knows nothing of what is asked of them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rollout_server.traces.schema import SEQUENCES, SEQUENCES_FILE, TOKENS, TOKENS_FILE, VERSION_KEY, parse_segment_name
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A segment as it lies there now. ``signature`` changes when its files do."""
+
+    name: str
+    step: int
+    signature: tuple[tuple[int, int], ...]  # (bytes, modification time in ns) of both files, empty if one is missing
+
+
+def segment_names(folder: Path) -> set[str]:
+    return {name for name in os.listdir(folder) if parse_segment_name(name)}
+
+
+def newest_segments(folder: Path, names: set[str]) -> Iterator[Segment]:
+    """The segment that counts of every step, by step: the one of the highest attempt."""
+    newest: dict[int, tuple[int, str]] = {}
+    for name in names:
+        if parsed := parse_segment_name(name):
+            step, attempt = parsed
+            newest[step] = max(newest.get(step, (-1, "")), (attempt, name))
+    for step, (_, name) in sorted(newest.items()):
+        yield Segment(name, step, _signature(folder / name))
+
+
+def _signature(segment: Path) -> tuple[tuple[int, int], ...]:
+    with suppress(FileNotFoundError):
+        stats = [(segment / file).stat() for file in (SEQUENCES_FILE, TOKENS_FILE)]
+        return tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    return ()
+
+
+def incompleteness(segment: Path) -> str | None:
+    for file, expected in ((SEQUENCES_FILE, SEQUENCES), (TOKENS_FILE, TOKENS)):
+        try:
+            schema = pq.read_schema(segment / file)
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except (OSError, pa.ArrowException) as error:
+            return f"{file}: {' '.join(str(error).split())}"
+        if not schema.equals(expected) or (schema.metadata or {}).get(VERSION_KEY) != expected.metadata[VERSION_KEY]:
+            return f"{file} is not of schema version {expected.metadata[VERSION_KEY].decode()}"
+    return None
+
+
+def corruption(segment: Path) -> str | None:
+    """Read everything and check the pages' checksums."""
+    for file in (SEQUENCES_FILE, TOKENS_FILE):
+        try:
+            pq.read_table(segment / file, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            return f"{file}: {' '.join(str(error).split())}"
+    return None
+
+
+def scan(folder: Path) -> list[Segment]:
+    """The segment that counts of every step, by step. A folder that is not there yet holds none.
+
+    Looks again until the folder held the same names before and after, for one that is replaced meanwhile would be
+    taken for a broken one.
+    """
+    while True:
+        try:
+            names = segment_names(folder)
+            segments = list(newest_segments(folder, names))
+            if segment_names(folder) == names:
+                return segments
+        except FileNotFoundError:
+            return []
