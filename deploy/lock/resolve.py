@@ -1,4 +1,5 @@
-"""Resolve the extras ``cpu`` and ``dev``; write every package with its version, to be installed with ``--no-deps``.
+"""Resolve the extras ``cpu``, ``dev`` and ``bench``; write every package with its version, to be installed with
+``--no-deps``.
 
 Left out, and why:
 torchvision, torchaudio, torchcodec: vLLM's metadata asks for them, text models do not need them, and the builds on the
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXTRAS = "cpu,dev"
+EXTRAS = "cpu,dev,bench"
 LEFT_OUT = {"adaswitch", "torchvision", "torchaudio", "torchcodec", "triton"}
 # Build tools that the editable install uses; the resolver leaves out what only builds.
 BUILD_TOOLS = {"setuptools"}

@@ -8,8 +8,6 @@ from typing import Any
 
 from tests.benchmarks.work import OfflineTimes, predicted_overhead
 
-_BEGIN, _END = "<!-- rollouts: begin (written by make bench) -->", "<!-- rollouts: end -->"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyResult:
@@ -53,6 +51,28 @@ class PolicyResult:
         return None if on_policy is None else on_policy.tokens_per_s / self.tokens_per_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityResult:
+    """One controller over a number of replicas of each role, in the steady state. Shares are fractions."""
+
+    replicas: int
+    student_busy: float  # of the wall time, with a step under way, over the replicas
+    teacher_busy: float
+    tokens_per_s: float  # in finished mixed sequences
+    controller_us_per_token: float
+    student_at_nominal: float  # work done, in seconds at the nominal speeds, over the wall time
+    teacher_at_nominal: float
+    unused_student_tokens: float  # of all tokens the student engines wrote, the share that is in no sequence
+    wasted_student_tokens: float  # of what the controller got, the share past a switch
+    teacher_share: float  # of the tokens
+    switched: float  # share of the sequences
+    sequences: int
+    wall_s: float
+    controller_cpu: float  # cores
+    engines_cpu: float  # cores, all engine actors
+    machine_cpu: float  # cores, everything
+
+
 def write(folder: Path, results: Sequence[PolicyResult]) -> None:
     """Replace the rows measured now, keep the others and the capacity table."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +82,7 @@ def write(folder: Path, results: Sequence[PolicyResult]) -> None:
         row = _details(result, results)
         known[_key(row)] = row
     rows = [known[key] for key in sorted(known)]
-    _dump(details_file, {"results": rows})
+    _dump(details_file, {**_read(details_file), "results": rows})
     _dump(
         summary_file,
         {
@@ -70,7 +90,24 @@ def write(folder: Path, results: Sequence[PolicyResult]) -> None:
             "capacity": _read(summary_file).get("capacity", []),
         },
     )
-    _replace_table(folder / "README.md", _table(rows))
+    _replace_table(folder / "README.md", "rollouts", _table(rows))
+
+
+def write_capacity(folder: Path, results: Sequence[CapacityResult]) -> None:
+    """Replace the rows of these numbers of replicas, keep everything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {result.replicas: result for result in [*read_capacity(folder), *results]}
+    rows = [_rounded(asdict(known[replicas])) for replicas in sorted(known)]
+    details_file, summary_file = folder / "rollouts_details.json", folder / "rollouts.json"
+    _dump(details_file, {**_read(details_file), "capacity": rows})
+    capacity = [{name: row[name] for name in _CAPACITY_SUMMARY} for row in rows]
+    _dump(summary_file, {**_read(summary_file), "capacity": capacity})
+    _replace_table(folder / "README.md", "capacity", _capacity_table(rows))
+
+
+def read_capacity(folder: Path) -> list[CapacityResult]:
+    """What was measured before."""
+    return [CapacityResult(**row) for row in _read(folder / "rollouts_details.json").get("capacity", [])]
 
 
 def table(results: Sequence[PolicyResult]) -> str:
@@ -94,6 +131,25 @@ _SUMMARY = (
     "recomputed_teacher_tokens",
     "controller_us_per_token",
 )
+
+
+def _capacity_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = (
+        "| replicas of each role | student busy | teacher busy | at nominal speed (student, teacher) | tok/s "
+        "| controller us/token | controller cores | all cores | unused |\n"
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    lines = [
+        f"| {row['replicas']} | {row['student_busy']:.2f} | {row['teacher_busy']:.2f} "
+        f"| {row['student_at_nominal']:.2f}, {row['teacher_at_nominal']:.2f} | {row['tokens_per_s']:.0f} "
+        f"| {row['controller_us_per_token']:.1f} | {row['controller_cpu']:.2f} | {row['machine_cpu']:.2f} "
+        f"| {row['unused_student_tokens']:.3f} |"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+_CAPACITY_SUMMARY = ("replicas", "student_busy", "teacher_busy", "tokens_per_s", "controller_us_per_token")
 
 
 def _details(result: PolicyResult, results: Sequence[PolicyResult]) -> dict[str, Any]:
@@ -142,10 +198,13 @@ def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _replace_table(page: Path, rows: str) -> None:
-    text = page.read_text() if page.exists() else f"# Benchmarks\n\n{_BEGIN}\n{_END}\n"
-    before, _, rest = text.partition(_BEGIN)
-    page.write_text(f"{before}{_BEGIN}\n{rows}\n{_END}{rest.partition(_END)[2]}")
+def _replace_table(page: Path, name: str, rows: str) -> None:
+    begin, end = f"<!-- {name}: begin (written by make bench) -->", f"<!-- {name}: end -->"
+    text = page.read_text() if page.exists() else "# Benchmarks\n"
+    if begin not in text:
+        text += f"\n{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    page.write_text(f"{before}{begin}\n{rows}\n{end}{rest.partition(end)[2]}")
 
 
 def _read(file: Path) -> dict[str, Any]:

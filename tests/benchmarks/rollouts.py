@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import ray
 from ray.actor import ActorHandle
 
-from common.config import AdaSwitch, EngineSettings, OffPolicy, OnPolicy, Policy, Sampling, Trace
+from common.config import AdaSwitch, Dataset, EngineSettings, OffPolicy, OnPolicy, Policy, Sampling, Trace
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineAddress, RemoteRollouts
 from rollout_server.engine import EngineSpec
@@ -325,8 +325,12 @@ async def _rollouts(plan: Plan, policy: Policy, engines: Engines) -> AsyncIterat
 
 
 def _policies(pair: PairOfModels, names: Sequence[str] | None) -> list[Policy]:
-    """Every policy there is, adaswitch under the pair's rule and the others as they come; or those named."""
-    known: dict[str, type] = {kind.model_fields["type"].default: kind for kind in get_args(get_args(Policy)[0])}
+    """Every policy there is, adaswitch under the pair's rule and the others as they come; or those named.
+
+    Not dataset: its sequences are not written, and the pairs' prompts have no answers.
+    """
+    kinds = [kind for kind in get_args(get_args(Policy)[0]) if kind is not Dataset]
+    known: dict[str, type] = {kind.model_fields["type"].default: kind for kind in kinds}
     if names is not None and (unknown := set(names) - known.keys()):
         raise SystemExit(f"--policies: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     # The two ends come first: the cost model needs them.

@@ -13,17 +13,18 @@ At the default sizes the plain variant takes about 5 GiB, and each pass 10 to 20
 import argparse
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.config import ForwardKL, Trainer
 from common.divergence import divergence
+from tests.benchmarks.trainer_report import Figure, machine
 from trainer.loss import Targets, distillation_losses, teacher_buckets
 
 GIB = 2**30
@@ -103,7 +104,7 @@ def measure(variant: str, problem: Problem, num_passes: int) -> Measurement:
     )
 
 
-def run(problem: Problem, *, num_passes: int, repetitions: int) -> dict[str, object]:
+def run(problem: Problem, *, num_passes: int, repetitions: int) -> dict[str, Any]:
     """All variants in turn, ``repetitions`` times over, so that a busy spell of the machine hits both."""
     spawn = multiprocessing.get_context("spawn")
     measured: dict[str, list[Measurement]] = {variant: [] for variant in VARIANTS}
@@ -126,20 +127,31 @@ def run(problem: Problem, *, num_passes: int, repetitions: int) -> dict[str, obj
         "loss": "forward_kl",
         "dtype": "float32",
         "num_threads": 1,
-        "processor": _processor(),
-        "torch": torch.__version__,
+        **machine("torch"),
     }
+
+
+def measure_figures(*, repetitions: int) -> dict[str, Figure]:
+    """At the sizes of a large vocabulary, for trainer.json."""
+    problem = Problem(
+        vocabulary_size=151_936,
+        num_positions=2048,
+        hidden_size=896,
+        k=64,
+        positions_per_chunk=Trainer().positions_per_chunk,
+    )
+    measured_on = run(problem, num_passes=1, repetitions=repetitions)
+    what = {
+        "chunked_memory_ratio": "peak memory, forward and backward, over the plain loss on all positions at once",
+        "chunked_time_ratio": "processor time, forward and backward, over the plain loss on all positions at once",
+    }
+    ratios = {key: measured_on.pop(key) for key in what}
+    return {key: Figure(value=ratios[key], measured_on={"what": what[key], **measured_on}) for key in what}
 
 
 def _max_rss_bytes() -> int:
     """Linux counts it in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as lines:
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -1,0 +1,356 @@
+"""How many engines one controller keeps busy: imitated accelerators, real controller, real Ray, real arrays.
+
+    python -m tests.benchmarks.capacity --replicas 1 2 4 8
+
+Writes the capacity rows of docs/benchmarks/rollouts.json (all figures: rollouts_details.json) and capacity.svg beside
+them. The controller has core 0 for itself; engines, Ray and the driver share the others. What is measured and how:
+docs/benchmarks/README.md.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import matplotlib as mpl
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import ray
+from matplotlib import pyplot as plt
+from ray.actor import ActorHandle
+
+from common.config import AdaSwitch, EngineSettings, Sampling, Trace
+from common.sequence import MixedSequence, Prompt
+from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts
+from rollout_server.engine import EngineSpec
+from rollout_server.engines.accelerator import DeviceCounters
+from rollout_server.engines.imitation import AcceleratorSpeeds, ImitatedText
+from rollout_server.rollouts import RolloutSpec
+from tests.benchmarks import report
+from tests.benchmarks.actors import MeasuredRolloutActor
+from tests.benchmarks.pairs import REPOSITORY
+from tests.benchmarks.report import CapacityResult
+
+logger = logging.getLogger("benchmark")
+
+_BUSY = 0.90  # below this share, or this share of one replica's tokens per replica, the controller is the limit
+_IN_FLIGHT = 2 * 256  # sequences for each pair of replicas: enough for a full batch in both
+_PROMPT_TOKENS, _NEW_TOKENS, _TOP_LOGPROBS = 128, 256, 64
+_BATCH = 256  # sequences that one engine decodes at its nominal speed
+_VOCABULARY = 32_768
+_END_RATE = 1 / 1024  # a text ends at any position with this chance
+_SPIKE_RATE = 1 / 512  # the student goes astray at any position with this chance
+_SPEEDS = {
+    "student": AcceleratorSpeeds(
+        decode_tokens_per_s=12_000.0,
+        prefill_tokens_per_s=180_000.0,
+        full_batch=_BATCH,
+        step_floor_s=0.005,
+        text=ImitatedText(vocabulary_size=_VOCABULARY, end_rate=_END_RATE, spike_rate=_SPIKE_RATE),
+    ),
+    "teacher": AcceleratorSpeeds(
+        decode_tokens_per_s=4_000.0,
+        prefill_tokens_per_s=60_000.0,
+        full_batch=_BATCH,
+        step_floor_s=0.012,
+        text=ImitatedText(vocabulary_size=_VOCABULARY, end_rate=_END_RATE),
+    ),
+}
+# A read takes a place for one step: with no more places than writing sequences, it would wait for one of them to end.
+_MAX_NUM_SEQS = {"student": _BATCH, "teacher": 2 * _BATCH}
+_POLICY = AdaSwitch(floor=0.5)
+
+
+class ImitatedEngineActor(EngineActor):
+    """The product's engine actor, with what its device and its process did."""
+
+    async def counters(self) -> DeviceCounters:
+        return self._engine.counters
+
+    async def cpu_seconds(self) -> float:
+        return time.process_time()
+
+
+class BoundRolloutActor(MeasuredRolloutActor):
+    """The controller on a core of its own."""
+
+    async def bind(self, core: int) -> None:
+        _bind(core)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Counters at one moment, since the actors' start."""
+
+    at_s: float
+    num_tokens: int  # in finished mixed sequences
+    num_sequences: int
+    num_switched: int
+    num_teacher_tokens: int
+    num_wasted_tokens: int
+    controller_cpu_s: float
+    engines_cpu_s: float
+    machine_cpu_s: float
+    students: list[DeviceCounters]
+    teachers: list[DeviceCounters]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one run of the benchmark measures."""
+
+    window_s: float
+    chunk_tokens: int
+
+
+async def measure(plan: Plan, num_replicas: int) -> CapacityResult:
+    """One number of replicas of both roles, in the steady state."""
+    async with _actors(plan, num_replicas) as (rollouts, engines):
+        before, after = await _watch(plan, num_replicas, rollouts, engines)
+    return _result(num_replicas, before, after)
+
+
+async def _watch(
+    plan: Plan, num_replicas: int, rollouts: ActorHandle, engines: dict[str, list[ActorHandle]]
+) -> tuple[Snapshot, Snapshot]:
+    """Collect; what was counted when the window opened and when it closed. The rest is dropped."""
+    finished: list[MixedSequence] = []
+    prompts = _prompts(num_replicas, plan.window_s)
+
+    async def snapshot() -> Snapshot:
+        at_s, num_finished = time.perf_counter(), len(finished)
+        students, teachers = [
+            await asyncio.gather(*(handle.counters.remote() for handle in engines[role])) for role in _SPEEDS
+        ]
+        engines_cpu = [handle.cpu_seconds.remote() for handle in (*engines["student"], *engines["teacher"])]
+        machine = psutil.cpu_times()
+        return Snapshot(
+            at_s=at_s,
+            num_sequences=num_finished,
+            num_tokens=sum(map(len, finished[:num_finished])),
+            num_switched=sum(sequence.first_switch is not None for sequence in finished[:num_finished]),
+            num_teacher_tokens=sum(sequence.num_teacher_tokens for sequence in finished[:num_finished]),
+            num_wasted_tokens=sum(sequence.num_wasted_tokens for sequence in finished[:num_finished]),
+            controller_cpu_s=await rollouts.cpu_seconds.remote(),
+            engines_cpu_s=sum(await asyncio.gather(*engines_cpu)),
+            machine_cpu_s=machine.user + machine.system,
+            students=students,
+            teachers=teachers,
+        )
+
+    async def watch() -> tuple[Snapshot, Snapshot]:
+        # All begin at once; when as many have finished as run at once, they are spread over their lengths.
+        while len(finished) < _IN_FLIGHT * num_replicas:
+            await asyncio.sleep(0.1)
+        before = await snapshot()
+        await asyncio.sleep(plan.window_s)
+        return before, await snapshot()
+
+    watching = asyncio.create_task(watch())
+    remote = RemoteRollouts(rollouts, timeout_s=300.0)
+    async with aclosing(remote.collect(prompts, step=0)) as collected:
+        async for item in collected:
+            finished.append(item.sequence)
+            if watching.done():
+                return watching.result()
+    raise RuntimeError(f"{len(prompts)} prompts were written before the window closed")
+
+
+def _result(num_replicas: int, before: Snapshot, after: Snapshot) -> CapacityResult:
+    wall_s = after.at_s - before.at_s
+    num_tokens = after.num_tokens - before.num_tokens
+    students = [now - then for now, then in zip(after.students, before.students, strict=True)]
+    teachers = [now - then for now, then in zip(after.teachers, before.teachers, strict=True)]
+    num_sequences = after.num_sequences - before.num_sequences
+    num_wasted = after.num_wasted_tokens - before.num_wasted_tokens
+    num_written = sum(device.num_generated_tokens for device in students)
+    num_explored = num_tokens - (after.num_teacher_tokens - before.num_teacher_tokens)
+    return CapacityResult(
+        replicas=num_replicas,
+        student_busy=mean(device.busy_s for device in students) / wall_s,
+        teacher_busy=mean(device.busy_s for device in teachers) / wall_s,
+        tokens_per_s=num_tokens / wall_s,
+        controller_us_per_token=(after.controller_cpu_s - before.controller_cpu_s) / num_tokens * 1e6,
+        student_at_nominal=mean(_nominal_s("student", device) for device in students) / wall_s,
+        teacher_at_nominal=mean(_nominal_s("teacher", device) for device in teachers) / wall_s,
+        unused_student_tokens=max(0.0, 1.0 - num_explored / num_written),
+        wasted_student_tokens=num_wasted / (num_wasted + num_explored),
+        teacher_share=1.0 - num_explored / num_tokens,
+        switched=(after.num_switched - before.num_switched) / num_sequences,
+        sequences=num_sequences,
+        wall_s=wall_s,
+        controller_cpu=(after.controller_cpu_s - before.controller_cpu_s) / wall_s,
+        engines_cpu=(after.engines_cpu_s - before.engines_cpu_s) / wall_s,
+        machine_cpu=(after.machine_cpu_s - before.machine_cpu_s) / wall_s,
+    )
+
+
+def _nominal_s(role: str, device: DeviceCounters) -> float:
+    """Seconds the device's work takes at its nominal speeds."""
+    speeds = _SPEEDS[role]
+    return (
+        device.num_generated_tokens / speeds.decode_tokens_per_s
+        + device.num_prefilled_tokens / speeds.prefill_tokens_per_s
+    )
+
+
+def _prompts(num_replicas: int, window_s: float) -> list[Prompt]:
+    """For the warm-up, for a window at twice the student's speed, and enough to be in flight at its end."""
+    num_in_window = round(window_s * 2.0 * _SPEEDS["student"].decode_tokens_per_s / _NEW_TOKENS)
+    num_prompts = num_replicas * (2 * _IN_FLIGHT + num_in_window)
+    rng = np.random.default_rng(num_replicas)
+    texts = rng.integers(1, _VOCABULARY, (num_prompts, _PROMPT_TOKENS), np.int32)
+    return [Prompt(prompt_id=str(number), token_ids=text, seed=number) for number, text in enumerate(texts)]
+
+
+def knee(results: Sequence[CapacityResult]) -> int:
+    """The largest number of replicas up to which the controller keeps pace with the engines."""
+    first = min(results, key=lambda result: result.replicas)
+    kept = 0
+    for result in sorted(results, key=lambda result: result.replicas):
+        per_replica = result.tokens_per_s / result.replicas
+        busy = max(result.student_busy, result.teacher_busy)
+        if busy < _BUSY or per_replica < _BUSY * first.tokens_per_s / first.replicas:
+            break
+        kept = result.replicas
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------- the actors
+
+
+@asynccontextmanager
+async def _actors(plan: Plan, num_replicas: int) -> AsyncIterator[tuple[ActorHandle, dict[str, list[ActorHandle]]]]:
+    """One engine actor for each replica and one rollout actor; ended afterwards."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    num_cores = os.cpu_count() or 1
+    if num_cores > 1:
+        _bind(*range(1, num_cores))  # what is started from here on stays off the controller's core
+    ray.init(
+        address="local",
+        num_cpus=2 * num_replicas + 2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _system_config={"worker_niceness": 0},
+    )
+    try:
+        engine_actor = ray.remote(ImitatedEngineActor).options(num_cpus=0)
+        engines = {role: [engine_actor.remote() for _ in range(num_replicas)] for role in _SPEEDS}
+        prefix = _prompts(1, 0.0)[0].token_ids
+        await asyncio.gather(*(
+            handle.start.remote(_engine_spec(role), prefix) for role, handles in engines.items() for handle in handles
+        ))  # fmt: skip
+        rollouts = (
+            ray.remote(BoundRolloutActor)
+            .options(num_cpus=0)
+            .remote(
+                _rollout_spec(plan, num_replicas),
+                *(_addresses(role, handles) for role, handles in engines.items()),
+                str(REPOSITORY / "deploy" / "demo" / "models" / "student"),  # no text is decoded
+            )
+        )
+        if num_cores > 1:
+            await rollouts.bind.remote(0)
+        yield rollouts, engines
+    finally:
+        ray.shutdown()
+
+
+def _engine_spec(role: str) -> EngineSpec:
+    return EngineSpec(
+        name=role,
+        model="imitated",
+        settings=EngineSettings(max_num_seqs=_MAX_NUM_SEQS[role]),
+        top_logprobs=_TOP_LOGPROBS,
+        imitate=_SPEEDS[role],
+    )
+
+
+def _addresses(role: str, handles: Sequence[ActorHandle]) -> list[EngineAddress]:
+    return [
+        EngineAddress(handle=handle, name=f"{role} engine {number}", call_timeout_s=120.0)
+        for number, handle in enumerate(handles)
+    ]
+
+
+def _rollout_spec(plan: Plan, num_replicas: int) -> RolloutSpec:
+    return RolloutSpec(
+        policy=_POLICY,
+        sampling=Sampling(
+            temperature=1.0,
+            max_new_tokens=_NEW_TOKENS,
+            chunk_tokens=plan.chunk_tokens,
+            max_in_flight=_IN_FLIGHT * num_replicas,
+        ),
+        trace=Trace(enabled=False),
+        trace_folder=REPOSITORY / "build" / "benchmarks" / "no-trace",
+        top_logprobs=_TOP_LOGPROBS,
+        stop_token_ids=(0,),
+    )
+
+
+def _bind(*cores: int) -> None:
+    """All threads of this process, and what they start."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def plot(results: Sequence[CapacityResult], file: Path) -> None:
+    """Busy shares, throughput and the controller's processor time over the number of replicas."""
+    results = sorted(results, key=lambda result: result.replicas)
+    replicas = [result.replicas for result in results]
+    mpl.rcParams["svg.hashsalt"] = "capacity"  # the same figures, the same file
+    figure, (busy, speed, cost) = plt.subplots(1, 3, figsize=(11.0, 3.2), layout="constrained")
+    for role in _SPEEDS:
+        busy.plot(replicas, [getattr(result, f"{role}_busy") for result in results], "o-", label=role)
+    busy.axhline(_BUSY, color="grey", linestyle=":")
+    busy.set(ylabel="busy share of the wall time", ylim=(0.0, 1.05))
+    busy.legend()
+    speed.plot(replicas, [result.tokens_per_s for result in results], "o-", label="measured")
+    ideal = [results[0].tokens_per_s / replicas[0] * number for number in replicas]
+    speed.plot(replicas, ideal, ":", color="grey", label="in proportion")
+    speed.set(ylabel="tokens/s in mixed sequences", ylim=(0.0, None))
+    speed.legend()
+    cost.plot(replicas, [result.controller_us_per_token for result in results], "o-")
+    cost.set(ylabel="controller, us/token", ylim=(0.0, None))
+    for axes in (busy, speed, cost):
+        axes.set_xlabel("replicas of each role")
+        axes.set_xticks(replicas)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    arguments = _parse()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    plan = Plan(window_s=arguments.window_s, chunk_tokens=arguments.chunk_tokens)
+    for number in arguments.replicas:
+        result = asyncio.run(measure(plan, number))
+        logger.info("%s", result)
+        report.write_capacity(arguments.out, [result])
+    results = report.read_capacity(arguments.out)
+    plot(results, arguments.out / "capacity.svg")
+    logger.info("one controller keeps pace up to %d replicas of each role", knee(results))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2, 4, 8], help="of each role")
+    parser.add_argument("--window-s", type=float, default=12.0, help="measured after the warm-up")
+    parser.add_argument("--chunk-tokens", type=int, default=Sampling().chunk_tokens)
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "benchmarks")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
