@@ -88,13 +88,20 @@ def _aligned_buckets(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tupl
 
 
 def _slots(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tuple[Tensor, Tensor]:
-    """For each id of the student's list [n, k]: its slot in the teacher's list (k where it has none), and whether."""
-    teacher_ids_NK = torch.from_numpy(teacher_top.token_ids.astype(np.int64))
-    student_ids_NK = torch.from_numpy(student_top.token_ids.astype(np.int64))
-    sorted_ids_NK, order_NK = teacher_ids_NK.sort(dim=1)
-    place_NK = torch.searchsorted(sorted_ids_NK, student_ids_NK).clamp_max(teacher_top.k - 1)
-    is_shared_NK = sorted_ids_NK.gather(1, place_NK) == student_ids_NK
-    return order_NK.gather(1, place_NK).where(is_shared_NK, teacher_top.k), is_shared_NK
+    """For each id of the student's list [n, k]: its slot in the teacher's list (k where it has none), and whether.
+
+    One sort of both lists' ids, each with its slot packed below it: equal neighbours are a shared id, the teacher's
+    slot first.
+    """
+    num_slots = teacher_top.k + student_top.k
+    ids_NM = np.concatenate([teacher_top.token_ids, student_top.token_ids], axis=1).astype(np.int64)
+    sorted_NM = np.sort(ids_NM * num_slots + np.arange(num_slots), axis=1)
+    id_NM, slot_NM = np.divmod(sorted_NM, num_slots)
+    row, column = np.nonzero(id_NM[:, 1:] == id_NM[:, :-1])
+    slots_NK = np.full(student_top.token_ids.shape, teacher_top.k, np.int64)
+    slots_NK[row, slot_NM[row, column + 1] - teacher_top.k] = slot_NM[row, column]
+    slot_NK = torch.from_numpy(slots_NK)
+    return slot_NK, slot_NK < teacher_top.k
 
 
 def _closest_split(
