@@ -254,8 +254,9 @@ class Sampling(Part):
     max_new_tokens: Positive = 512
     """Student and teacher tokens together."""
     chunk_tokens: Positive = 32
-    """Student tokens that are judged together. Changes speed and waste, never the result. Best a multiple of vLLM's
-    key-value block (16 on GPUs, 32 on processors): the teacher then computes no token twice."""
+    """Most student tokens that are judged together; policies that may switch judge sooner where that wastes less.
+    Changes speed and waste, never the result. Best a multiple of vLLM's key-value block (16 on GPUs, 32 on processors):
+    what is read up to a block's end is read once."""
     max_in_flight: Positive = 256
     """Sequences one rollout actor works on at once."""
 
