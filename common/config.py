@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Threshold = Annotated[float, Field(ge=0.0, le=1e6)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0.0)]
 
@@ -95,11 +96,11 @@ class AdaSwitch(Part):
     """Take over, to the end, at the first divergence above a multiple of its moving average (arXiv 2510.07842)."""
 
     type: Literal["adaswitch"] = "adaswitch"
-    multiplier: Annotated[float, Field(gt=0.0)] = 3.0
+    multiplier: Annotated[float, Field(gt=0.0, le=1e6)] = 3.0
     """K: how many times the moving average a divergence must exceed."""
     window: Positive = 10
     """L: positions in the moving average. The paper's value is not public."""
-    floor: Annotated[float, Field(ge=0.0)] = 0.0
+    floor: Threshold = 0.0
     """Nats (for tvd a probability). The threshold is never lower, so that spikes which no longer matter stop causing
     switches."""
     warmup: Positive | None = None
@@ -145,9 +146,9 @@ class Decay(Part):
     """
 
     type: Literal["decay"] = "decay"
-    initial_threshold: Annotated[float, Field(ge=0.0)] = 0.3
+    initial_threshold: Threshold = 0.3
     """tau_0, nats; a Jensen-Shannon divergence is at most log 2 = 0.69. Ours, not the paper's."""
-    rate: Annotated[float, Field(ge=0.0)] = 0.01
+    rate: Annotated[float, Field(ge=0.0, le=1e6)] = 0.01
     """lambda, per position: the threshold at position i is tau_0 exp(-lambda i). Ours, not the paper's."""
 
 

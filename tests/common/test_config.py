@@ -1,7 +1,20 @@
 import pytest
 from pydantic import ValidationError
 
-from common.config import SKD, AdaSwitch, Data, Dataset, Engines, Mixture, Models, Part, Policy, RunConfig, Trainer
+from common.config import (
+    SKD,
+    AdaSwitch,
+    Data,
+    Dataset,
+    Decay,
+    Engines,
+    Mixture,
+    Models,
+    Part,
+    Policy,
+    RunConfig,
+    Trainer,
+)
 
 
 def run_config(**parts: object) -> RunConfig:
@@ -30,6 +43,16 @@ def test_the_average_must_be_filled_before_a_switch():
     assert AdaSwitch(window=7, warmup=9).first_position == 9
     with pytest.raises(ValidationError, match=r"warmup must be >= window \(7\), got 3"):
         AdaSwitch(window=7, warmup=3)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e300])
+@pytest.mark.parametrize(
+    ("policy", "key"),
+    [(AdaSwitch, "multiplier"), (AdaSwitch, "floor"), (Decay, "initial_threshold"), (Decay, "rate")],
+)
+def test_a_threshold_must_be_a_number_that_float32_can_hold(policy: type[Part], key: str, value: float):
+    with pytest.raises(ValidationError, match=key):
+        policy(**{key: value})
 
 
 def test_a_policy_cannot_look_further_than_the_lists_reach():
