@@ -139,7 +139,13 @@ class RemoteEngine:
     def _send(self, call: Awaitable[None]) -> None:
         task = asyncio.ensure_future(call)
         self._sends.add(task)
-        task.add_done_callback(self._sends.discard)
+        task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        """Engine failures reached who waits for them; anything else is a fault of ours and must at least be seen."""
+        self._sends.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s: a sending failed", self._name, exc_info=error)
 
     async def _open(self, requests: dict[int, WriteRequest]) -> None:
         try:
