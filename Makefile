@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
 
-.PHONY: help setup check format test bench bench-rollouts bench-capacity bench-trainer demo demo-models lock clean
+.PHONY: help setup check format test bench bench-rollouts bench-capacity bench-trainer demo demo-models lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -53,6 +53,16 @@ demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
 
 lock: $(READY)  ## Resolve pyproject.toml anew into deploy/lock/cpu.lock
 	$(BIN)/python -m deploy.lock.resolve deploy/lock/cpu.lock
+
+browser: $(READY)  ## A browser for the page's tests: Debian's where apt-get works, else Playwright's
+	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || $(BIN)/playwright install --with-deps chromium
+
+UPLOT := 1.6.32
+UPLOT_DIR := rollout_server/api/page/vendor/uplot
+page-vendor:  ## Fetch the page's charting library anew and hold it against its checksums (needs npm)
+	folder=$$(mktemp -d) && (cd $$folder && npm pack --silent uplot@$(UPLOT) && tar xzf uplot-$(UPLOT).tgz) && \
+	cp $$folder/package/dist/uPlot.esm.js $$folder/package/dist/uPlot.min.css $$folder/package/LICENSE $(UPLOT_DIR) && rm -r $$folder
+	cd $(UPLOT_DIR) && sha256sum -c SHA256SUMS
 
 clean:  ## Remove the environment and all caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

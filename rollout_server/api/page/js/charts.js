@@ -8,7 +8,7 @@ import { number } from "./format.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
-function plotted(series, log) {
+function plotted(series) {
   return {
     label: series.label,
     stroke: () => colour(series.color),
@@ -18,16 +18,17 @@ function plotted(series, log) {
     spanGaps: true,
     paths: series.kind === "bars" ? uPlot.paths.bars({ size: [0.7, 24] }) : undefined,
     points: { show: series.kind === "bars" ? false : series.values.filter((v) => v !== null).length < 12, size: 5 },
-    log,
   };
 }
 
-function axes(xLabel, yFormat) {
+const decade = (_, ticks) => ticks.map((v) => (v > 0 && Math.abs(Math.log10(v) - Math.round(Math.log10(v))) < 1e-6 ? v : null));
+
+function axes(xLabel, yFormat, log) {
   const look = { stroke: () => colour("muted"), font: "12px system-ui", ticks: { show: false } };
   return [
-    { ...look, grid: { show: false }, size: 34, label: xLabel, labelSize: 16, labelFont: "12px system-ui",
+    { ...look, grid: { show: false }, size: 24, label: xLabel, labelSize: 18, labelGap: 0, labelFont: "12px system-ui",
       incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000], space: 44 },
-    { ...look, grid: { stroke: () => colour("line"), width: 1 }, size: 52,
+    { ...look, grid: { stroke: () => colour("line"), width: 1, ...(log ? { filter: decade } : {}) }, size: 52,
       values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : (yFormat ?? number)(tick))) },
   ];
 }
@@ -62,26 +63,36 @@ export function chart(wanted) {
     return { element, point: () => {}, set: () => {} };
   }
   const clean = (values) => (log ? values.map((v) => (v === null ? null : Math.max(v, 1e-5))) : values);
+  const margin = (low, high) => (low === high || series[0].kind === "bars" ? 0.6 : 0);
   const plot = new uPlot({
     width: 300, height,
     legend: { show: false },
     cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 } },
-    scales: { x: { time: false, range: (_, low, high) => [low - (low === high || series[0].kind === "bars" ? 0.6 : 0), high + (low === high || series[0].kind === "bars" ? 0.6 : 0)] },
+    scales: { x: { time: false, range: (_, low, high) => [low - margin(low, high), high + margin(low, high)] },
       y: { distr: log ? 3 : 1, ...(wanted.range ? { range: () => wanted.range } : log ? {} : { range: (_, low, high) => [Math.min(0, low), high * 1.08 || 1] }) } },
-    axes: axes(wanted.xLabel ?? "step", wanted.format),
-    series: [{}, ...series.map((s) => plotted(s, log))],
+    axes: axes(wanted.xLabel ?? "step", wanted.format, log),
+    series: [{}, ...series.map((s) => plotted(s))],
     hooks: {
       setCursor: [(u) => { const i = u.cursor.idx ?? null; legend.show(i === null ? null : x[i], i); wanted.onHover?.(i); }],
       draw: [(u) => (wanted.marks?.() ?? []).forEach((mark) => drawMark(u, mark))],
     },
   }, [x, ...series.map((s) => clean(s.values))], host);
   plot.over.addEventListener("click", () => { if (plot.cursor.idx != null) wanted.onClick?.(plot.cursor.idx); });
-  new ResizeObserver(([entry]) => plot.setSize({ width: Math.floor(entry.contentRect.width), height })).observe(host);
+  let pointed = null;
+  const point = (i) => {
+    pointed = i;
+    plot.setCursor({ left: plot.valToPos(x[i], "x"), top: 0 }, false);
+    legend.show(x[i], i);
+  };
+  new ResizeObserver(([entry]) => {
+    plot.setSize({ width: Math.floor(entry.contentRect.width), height });
+    if (pointed !== null) point(pointed);
+  }).observe(host);
   const repaint = () => (element.isConnected ? plot.redraw(false) : window.removeEventListener("themechange", repaint));
   window.addEventListener("themechange", repaint);
   return {
     element,
-    point: (i) => plot.setCursor({ left: plot.valToPos(x[i], "x"), top: 0 }, false) ?? legend.show(x[i], i),
+    point,
     set: (values) => { values.forEach((v, k) => { series[k].values = v; }); plot.setData([x, ...values.map(clean)]); },
   };
 }
