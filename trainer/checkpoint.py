@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class RunState:
         return cls(**{**fields, "cursor": PromptCursor(**fields["cursor"])})
 
 
-def write_checkpoint(folder: Path, state: RunState, save_learner: Callable[[Path], None]) -> Path | None:
+async def write_checkpoint(
+    folder: Path, state: RunState, save_learner: Callable[[Path], Awaitable[None]]
+) -> Path | None:
     """Write ``folder/step-NNNNNN``: what ``save_learner`` puts into the folder it is given, state.json, the manifest.
 
     Returns its path; None where the disk failed or is full, which is logged, leaves nothing and stops no run.
@@ -66,7 +68,7 @@ def write_checkpoint(folder: Path, state: RunState, save_learner: Callable[[Path
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        save_learner(unfinished)
+        await save_learner(unfinished)
         state.write(unfinished / "state.json")
         (unfinished / "manifest.json").write_text(json.dumps(_manifest(unfinished), indent=2) + "\n")
         for written in (*unfinished.rglob("*"), unfinished):

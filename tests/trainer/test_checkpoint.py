@@ -1,3 +1,4 @@
+import asyncio
 import subprocess
 import sys
 import textwrap
@@ -20,13 +21,13 @@ def state(step: int, accuracy: float | None = None) -> RunState:
     return RunState(step=step, weight_version=step, cursor=cursor, num_resumed=0, seconds=1.5, accuracy=accuracy)
 
 
-def save_bytes(folder: Path) -> None:
+async def save_bytes(folder: Path) -> None:
     (folder / "learner").mkdir()
     (folder / "learner" / "weights").write_bytes(b"w" * 1000)
 
 
 def written(folder: Path, *states: RunState) -> list[Path]:
-    paths = [write_checkpoint(folder, each, save_bytes) for each in states]
+    paths = [asyncio.run(write_checkpoint(folder, each, save_bytes)) for each in states]
     assert None not in paths
     return [path for path in paths if path is not None]
 
@@ -81,7 +82,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_files_that_may_not_grow_leave_the_older_checkpoint_and_nothing_unfinished(tmp_path: Path) -> None:
     (older,) = written(tmp_path, state(1))
     script = """
-        import resource, signal, sys
+        import asyncio, resource, signal, sys
         from pathlib import Path
         import torch
         from trainer.checkpoint import RunState, save_tensors, write_checkpoint
@@ -92,8 +93,11 @@ def test_files_that_may_not_grow_leave_the_older_checkpoint_and_nothing_unfinish
         state = RunState(step=2, weight_version=2, cursor=PromptCursor(), num_resumed=0, seconds=0.0)
         model = torch.nn.Linear(300, 300)
         optimizer = torch.optim.AdamW(model.parameters())
-        save = lambda folder: save_tensors(folder / "learner", model, optimizer, {"last_epoch": 2})
-        assert write_checkpoint(Path(sys.argv[1]), state, save) is None
+
+        async def save(folder):
+            save_tensors(folder / "learner", model, optimizer, {"last_epoch": 2})
+
+        assert asyncio.run(write_checkpoint(Path(sys.argv[1]), state, save)) is None
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=True)
     assert [path.name for path in tmp_path.iterdir()] == [older.name]
@@ -115,7 +119,11 @@ def test_a_learner_that_is_taken_up_again_ends_with_the_same_weights_bit_for_bit
     learner = Learner(student, config, seed=0)
     for step in steps[:2]:
         learner.step(step)
-    path = write_checkpoint(tmp_path / "checkpoints", state(2), lambda folder: learner.save_state(folder / "learner"))
+
+    async def save(folder: Path) -> None:
+        learner.save_state(folder / "learner")
+
+    path = asyncio.run(write_checkpoint(tmp_path / "checkpoints", state(2), save))
     assert path is not None
     reports = [learner.step(step) for step in steps[2:]]
 
