@@ -134,6 +134,12 @@ class LearnerActor:
     def save(self, folder: Path) -> None:
         self._learner.save(folder)
 
+    def save_state(self, folder: Path) -> None:
+        self._learner.save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        self._learner.load_state(folder)
+
     def shutdown(self) -> None:
         """Give back the shared memory."""
         self._sender.shutdown()
@@ -162,6 +168,14 @@ class RemoteLearner:
     async def save(self, folder: Path) -> None:
         calls = [rank.save.remote(folder) for rank in self._ranks]
         await every_rank(calls, f"saving the student to {folder}", timeout_s=self._step_timeout_s)
+
+    async def save_state(self, folder: Path) -> None:
+        calls = [rank.save_state.remote(folder) for rank in self._ranks]
+        await every_rank(calls, f"saving the learner's state to {folder}", timeout_s=self._step_timeout_s)
+
+    async def load_state(self, folder: Path) -> None:
+        calls = [rank.load_state.remote(folder) for rank in self._ranks]
+        await every_rank(calls, f"loading the learner's state from {folder}", timeout_s=self._step_timeout_s)
 
 
 async def every_rank(calls: Sequence[Awaitable[T]], what: str, *, timeout_s: float) -> T:

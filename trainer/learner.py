@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config import Trainer
+from common.errors import UserError
 from common.files import fsync
 from common.sequence import MixedSequence, TokenSource
 from trainer.batch import MicroBatch, collate, divide, empty_micro_batch
+from trainer.checkpoint import load_tensors, save_tensors
 from trainer.lora import add_adapter, merged_weights
 from trainer.loss import PositionLosses, Targets, distillation_losses
 from trainer.pretrained import (
@@ -171,6 +173,23 @@ class Learner:
             shutil.rmtree(folder)
         unfinished.rename(folder)
         fsync(folder.parent)
+
+    def save_state(self, folder: Path) -> None:
+        """Write all that the next step depends on into ``folder``. One rank only. OSError where the disk fails."""
+        self._refuse_several_ranks()
+        save_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict())
+
+    def load_state(self, folder: Path) -> None:
+        """Go on where ``save_state`` left off: the same sequences then give the same weights bit for bit.
+
+        What is read can run code (see ``checkpoint.py``): the folder must have been checked.
+        """
+        self._refuse_several_ranks()
+        self.scheduler.load_state_dict(load_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict()))
+
+    def _refuse_several_ranks(self) -> None:
+        if self.ranks.num_ranks > 1:
+            raise UserError(f"trainer.num_ranks must be 1 where checkpoints are taken, got {self.ranks.num_ranks}")
 
     def _load(self, student: str, *, trust_remote_code: bool) -> PreTrainedModel:
         """The student, whole or this rank's part of it. Only rank 0 reads the weights."""
