@@ -227,7 +227,7 @@ def settings(draw: st.DrawFn) -> dict[str, object]:
     divergences = st.sampled_from([{"type": "forward_kl"}, {"type": "reverse_kl"}]) | part(
         {"type": st.just("jsd")}, optional={"beta": st.floats(0.01, 0.99)}
     )
-    policies = part({}, optional={"window": positive, "floor": st.floats(0.0, 1e30), "divergence": divergences}) | part(
+    policies = part({}, optional={"window": positive, "floor": st.floats(0.0, 1e6), "divergence": divergences}) | part(
         {"type": st.just("skd")}, optional={"top_k": st.integers(1, 64)}
     )
     data = part({"path": text}, optional={"name": st.none() | text, "answer_field": text, "shuffle": st.booleans()})
