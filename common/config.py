@@ -255,7 +255,7 @@ class Sampling(Part):
     max_new_tokens: Positive = 512
     """Student and teacher tokens together."""
     chunk_tokens: Positive = 32
-    """Most student tokens that are judged together; policies that may switch judge sooner where that wastes less.
+    """Most student tokens that are judged together; policies that switch often judge sooner.
     Changes speed and waste, never the result. Best a multiple of vLLM's key-value block (16 on GPUs, 32 on processors):
     what is read up to a block's end is read once."""
     max_in_flight: Positive = 256

@@ -2,7 +2,7 @@
 
     student  --stream-->  proposal  --teacher score-->  scores  --verifier-->  divergences  --policy-->  keep | switch
                              ^                                                                  |           |
-                             +------------------------- the student goes on -------------------+           v
+                             +---------------------- the student never stopped ----------------+           v
                                                                             teacher generates from its cached prefix
 
 Owns the order of these steps for one sequence, and how many sequences run at once. Knows nothing of Ray, vLLM, or which
@@ -25,7 +25,7 @@ from rollout_server.engine import Engine, WriteRequest, Written
 from rollout_server.given import read_answer
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
-from rollout_server.schedule import pauses_before_one_switch, pauses_between_switches
+from rollout_server.schedule import pauses_between_switches
 from rollout_server.verdicts import Verdicts
 
 
@@ -126,19 +126,14 @@ class SwitchingController:
         return False, None
 
     def _pauses(self, draft: Draft, max_tokens: int) -> tuple[int, ...]:
-        """After how many tokens the student waits for the verdict; never where no verdict can stop it."""
-        block_tokens = self._sampling.chunk_tokens
-        if self._policy.first_switch is None:
+        """After how many tokens the student waits for the verdict: never, but where it will be interrupted again."""
+        if self._policy.guidance_tokens is None:
             return ()
-        if self._policy.guidance_tokens is not None:
-            return pauses_between_switches(
-                position=len(draft), num_switches=draft.num_switches, max_tokens=max_tokens, block_tokens=block_tokens
-            )
-        return pauses_before_one_switch(
-            num_text_tokens=draft.prompt.token_ids.size + len(draft),
-            first_switch=self._policy.first_switch - len(draft),
+        return pauses_between_switches(
+            position=len(draft),
+            num_switches=draft.num_switches,
             max_tokens=max_tokens,
-            block_tokens=block_tokens,
+            block_tokens=self._sampling.chunk_tokens,
         )
 
     async def _judge(self, draft: Draft, proposal: Written, scores: TopLogprobs) -> tuple[Judged, int | None]:

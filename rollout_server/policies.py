@@ -60,11 +60,6 @@ class SwitchPolicy(Protocol):
         """How many tokens the teacher writes at a switch; None for all the rest."""
         ...
 
-    @property
-    def first_switch(self) -> int | None:
-        """The first position at which the student's own tokens may make it switch; None when they never do."""
-        ...
-
     def takes_given_answer(self, sequence_seed: int) -> bool:
         """Whether the prompt's own answer is the sequence, and nobody writes."""
         ...
@@ -78,8 +73,6 @@ class SwitchPolicy(Protocol):
 
 class _Watching:
     """A policy that decides by what the student proposes."""
-
-    first_switch = 0
 
     def takes_given_answer(self, sequence_seed: int) -> bool:
         return False
@@ -95,7 +88,6 @@ class AdaSwitchPolicy(_Watching):
 
     def __init__(self, settings: AdaSwitch) -> None:
         self._settings = settings
-        self.first_switch = settings.first_position
 
     def decide(self, scored: ScoredPositions) -> Decision:
         settings = self._settings
@@ -154,7 +146,6 @@ class _Blind:
     """A policy that knows beforehand where the teacher takes over, and to the end."""
 
     guidance_tokens = None
-    first_switch = None
 
     def takes_given_answer(self, sequence_seed: int) -> bool:
         return False
