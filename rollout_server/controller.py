@@ -106,8 +106,8 @@ class SwitchingController:
         # After guidance the teacher has the text in its cache: it is read with the first proposal.
         reading = TeacherReading(self._teacher, draft.text, draft.prompt.sequence_id, ahead=not draft.num_switches)
         max_tokens = last_position - len(draft)
-        request = self._write_request(draft, "student", max_tokens=max_tokens)
-        request = replace(request, pause_after=self._pauses(draft, max_tokens))
+        pauses = self._pauses(draft, max_tokens)
+        request = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=pauses)
         try:
             async with aclosing(self._student.stream(request)) as proposals:
                 async for proposal in proposals:
@@ -188,7 +188,9 @@ class SwitchingController:
             finish_reason="stop" if int(token_ids[0]) in self._stop_token_ids else "length",
         )
 
-    def _write_request(self, draft: Draft, role: str, *, max_tokens: int) -> WriteRequest:
+    def _write_request(
+        self, draft: Draft, role: str, *, max_tokens: int, pause_after: tuple[int, ...] = ()
+    ) -> WriteRequest:
         return WriteRequest(
             prefix=draft.text,
             max_tokens=max_tokens,
@@ -198,4 +200,5 @@ class SwitchingController:
             chunk_tokens=self._sampling.chunk_tokens,
             stop_token_ids=self._stop_token_ids,
             sequence_id=draft.prompt.sequence_id,
+            pause_after=pause_after,
         )

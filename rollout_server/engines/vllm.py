@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 from typing import Self
 
 import numpy as np
@@ -127,10 +127,10 @@ class VLLMEngine:
             return StreamingInput(prompt=_prompt(prompt), sampling_params=params)
 
         params = self._write_params(request, RequestOutputKind.DELTA)
-        turns.put_nowait(turn(request.prefix, request.pause_after[0]))
-        num_written = 0
+        prompt, num_written = request.prefix, 0
         async with aclosing(self._llm.generate(inputs(), params, self._request_id())) as outputs:
-            for end in (*request.pause_after, request.max_tokens):
+            for start, end in pairwise((0, *request.pause_after, request.max_tokens)):
+                turns.put_nowait(turn(prompt, end - start))
                 held: list[Written] = []
                 while num_written < end and not (held and held[-1].finish_reason == "stop"):
                     held.append(self._written((await anext(outputs)).outputs[0]))
@@ -140,8 +140,7 @@ class VLLMEngine:
                     yield written
                     return
                 yield replace(written, finish_reason=None)
-                following = next(e for e in (*request.pause_after, request.max_tokens) if e > end)
-                turns.put_nowait(turn(written.token_ids[-1:], following - end))
+                prompt = written.token_ids[-1:]
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)
