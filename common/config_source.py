@@ -1,6 +1,6 @@
 """A YAML file and ``--set`` arguments -> RunConfig, with the origin of every value; and back to YAML.
 
-Owns how settings are written down. What they mean is ``common/config.py``, how a refusal reads
+Owns how settings are written down. What they mean is ``common/config/``, how a refusal reads
 ``common/config_errors.py``. While it is read, the tree holds ``Given`` leaves: a value and where it came from.
 """
 

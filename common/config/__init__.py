@@ -1,0 +1,104 @@
+"""RunConfig: every knob of a run, its default and its owner. Knows no one.
+
+Each part is passed on its own to the code that owns it; nothing reads the whole tree but ``deploy/``. Frozen, unknown
+keys refused, choices as unions on ``type``, so that a setting which means nothing for the chosen type can't be written.
+Reading YAML and ``--set`` is ``common/config_source.py``.
+"""
+
+from common.config.data import (
+    Data,
+    Evaluation,
+)
+from common.config.divergences import (
+    JSD,
+    TVD,
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    Loss,
+    ReverseKL,
+    SkewedKL,
+)
+from common.config.engines import (
+    Engines,
+    EngineSettings,
+    Models,
+    Sampling,
+)
+from common.config.part import (
+    Fraction,
+    Part,
+    Positive,
+    Seconds,
+    Threshold,
+    Weight,
+)
+from common.config.policies import (
+    SKD,
+    AdaSwitch,
+    Dataset,
+    Decay,
+    Fixed,
+    Mixture,
+    OffPolicy,
+    OnPolicy,
+    Policy,
+    Relay,
+)
+from common.config.recording import (
+    Logging,
+    MLflow,
+    Trace,
+    Wandb,
+)
+from common.config.run import (
+    Placement,
+    RunConfig,
+)
+from common.config.training import (
+    LoRA,
+    Sync,
+    Trainer,
+)
+
+__all__ = [
+    "JSD",
+    "SKD",
+    "TVD",
+    "AdaSwitch",
+    "CrossEntropy",
+    "Data",
+    "Dataset",
+    "Decay",
+    "Divergence",
+    "EngineSettings",
+    "Engines",
+    "Evaluation",
+    "Fixed",
+    "ForwardKL",
+    "Fraction",
+    "LoRA",
+    "Logging",
+    "Loss",
+    "MLflow",
+    "Mixture",
+    "Models",
+    "OffPolicy",
+    "OnPolicy",
+    "Part",
+    "Placement",
+    "Policy",
+    "Positive",
+    "Relay",
+    "ReverseKL",
+    "RunConfig",
+    "Sampling",
+    "Seconds",
+    "SkewedKL",
+    "Sync",
+    "Threshold",
+    "Trace",
+    "Trainer",
+    "Wandb",
+    "Weight",
+]

@@ -1,0 +1,70 @@
+"""The models, the engines that run them, and how they write."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from common.config.part import Part, Positive, Seconds
+
+
+class Models(Part):
+    """Which models. Each is a folder in Hugging Face format or a hub name."""
+
+    student: str
+    """The model that is trained."""
+    teacher: str
+    """The model that watches and takes over. Its tokenizer must agree with the student's."""
+
+
+class EngineSettings(Part):
+    """One role's vLLM engines. Anything not named here is vLLM's default."""
+
+    num_replicas: Positive = 1
+    """How many engines serve this role."""
+    tensor_parallel_size: Positive = 1
+    """GPUs per engine."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on GPUs and on processors with AVX512-BF16, else float32."""
+    max_model_len: Positive | None = None
+    """Context, prompt and answer together. Default: what the model's own config says."""
+    max_num_seqs: Positive = 64
+    """Sequences one engine runs at once."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of a GPU's memory the engine may use. GPUs only."""
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0
+    """GiB for the key-value cache. Processors only; on GPUs gpu_memory_utilization decides."""
+    num_threads: Positive = 1
+    """OpenMP threads of one engine. Processors only."""
+    enforce_eager: bool = False
+    """Skip graph capture: starts sooner, decodes slower on GPUs."""
+
+
+class Engines(Part):
+    """The two roles' engines and what they return."""
+
+    student: EngineSettings = EngineSettings()
+    teacher: EngineSettings = EngineSettings()
+    top_logprobs: Positive = 64
+    """k: log-probs per position from both engines, for the divergence and for the loss. At most the vocabulary."""
+    start_timeout_s: Seconds = 900.0
+    """How long an engine may take to start and pass its self-test."""
+    call_timeout_s: Seconds = 300.0
+    """How long one call, or the next tokens of a stream, may take."""
+    trust_remote_code: bool = False
+    """Run code that ships inside a model's folder."""
+
+
+class Sampling(Part):
+    """How both models write."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """0 is greedy. 2 is vLLM's limit."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_new_tokens: Positive = 512
+    """Student and teacher tokens together."""
+    chunk_tokens: Positive = 32
+    """Most student tokens that are judged together; policies that switch often judge sooner.
+    Changes speed and waste, never the result. Best a multiple of vLLM's key-value block (16 on GPUs, 32 on processors):
+    what is read up to a block's end is read once."""
+    max_in_flight: Positive = 256
+    """Sequences one rollout actor works on at once."""

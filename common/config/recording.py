@@ -1,0 +1,54 @@
+"""What is kept of a run, and where its metrics go."""
+
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from common.config.part import Part
+
+
+class Trace(Part):
+    """What is kept of every sequence."""
+
+    enabled: bool = True
+    top_alternatives: Annotated[int, Field(ge=0)] = 5
+    """Alternatives of both models stored per token."""
+
+
+class Wandb(Part):
+    """A run of Weights & Biases. Its key is taken from WANDB_API_KEY or ``wandb login``, never from here."""
+
+    project: str = "adaswitch"
+    entity: str | None = None
+    """User or team. Default: the one the key belongs to."""
+    name: str | None = None
+    """Default: the run folder's name."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: kept in the run folder until ``wandb sync`` sends it."""
+
+
+class MLflow(Part):
+    """A run of an MLflow experiment. MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN let it in, never a setting."""
+
+    tracking_uri: str | None = None
+    """A server, or a file such as sqlite:///mlflow.db. Default: MLFLOW_TRACKING_URI, else MLflow's own."""
+    experiment: str = "adaswitch"
+    name: str | None = None
+    """Default: the run folder's name."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        if self.tracking_uri is not None and "@" in urlsplit(self.tracking_uri).netloc:
+            raise ValueError(
+                "tracking_uri must not hold a user or a password, for it is stored with the run; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
+
+
+class Logging(Part):
+    """Where metrics go besides ``metrics.jsonl`` and the run folder's TensorBoard files, which are always written."""
+
+    wandb: Wandb | None = None
+    mlflow: MLflow | None = None
