@@ -17,9 +17,10 @@ from common.logs import set_up_logging
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import within
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineFacts, EngineSpec, WriteRequest
+from rollout_server.engine import EngineFacts, EngineSpec
 from rollout_server.engines.imitated import ImitatedEngine
-from rollout_server.engines.multiplex import ReadBatch, RowsBatch, StreamMultiplexer, WrittenBatch
+from rollout_server.engines.messages import News, Orders
+from rollout_server.engines.multiplex import StreamMultiplexer
 from rollout_server.engines.remote import RemoteEngine
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
@@ -41,20 +42,8 @@ class EngineActor:
         await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
         return facts
 
-    async def open_streams(self, client_id: str, requests: dict[int, WriteRequest]) -> None:
-        self._streams.open(client_id, requests)
-
-    async def resume_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
-        self._streams.resume(client_id, stream_ids)
-
-    async def poll(self, client_id: str, wait_s: float) -> WrittenBatch:
-        return await self._streams.poll(client_id, wait_s)
-
-    async def close_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
-        await self._streams.close(client_id, stream_ids)
-
-    async def score(self, requests: ReadBatch) -> RowsBatch:
-        return await self._streams.score(requests)
+    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
+        return await self._streams.exchange(client_id, orders, wait_s)
 
     async def init_weight_transfer(self, transfer_info: Mapping[str, object]) -> None:
         await self._engine.init_weight_transfer(transfer_info)

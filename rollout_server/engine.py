@@ -36,12 +36,14 @@ class WriteRequest:
     sequence_id: str | None = None  # whose text this is; calls of one sequence find their prefix in one replica
     # After so many tokens hand over what is there, and write no more until the reader comes back. Changes no token.
     pause_after: tuple[int, ...] = ()
+    ignore_eos: bool = False  # no token ends the text, not even the model's own end-of-sequence token
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1, self.max_tokens
         assert self.chunk_tokens >= 1, self.chunk_tokens
         ends = (0, *self.pause_after, self.max_tokens)
         assert all(end < after for end, after in pairwise(ends)), f"pauses must ascend within {ends}"
+        assert not (self.ignore_eos and self.stop_token_ids), "a text that no token ends has no stop tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,11 +107,12 @@ class EngineFacts:
 class Engine(Protocol):
     """A language model that writes and reads. Every method may be called many hundred times at once."""
 
-    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
         """Yield what has been written since the last yield, until it has a finish_reason.
 
-        The engine writes on meanwhile, but for the request's pauses: there it waits for the next ``anext``. Closing the
-        generator ends the request in the engine.
+        The engine writes on meanwhile, but for the request's pauses: there it waits for the next ``anext``, or for an
+        ``asend`` of the token to go on after in place of the last one written. Closing the generator ends the request
+        in the engine.
         """
         ...
 
@@ -127,6 +130,14 @@ class Engine(Protocol):
         One call, so that a learner that dies half-way can't leave an engine paused.
         """
         ...
+
+
+async def next_piece(pieces: AsyncGenerator[Written, int | None], token_id: int | None = None) -> Written | None:
+    """A stream's next piece, after sending it ``token_id``; None when it has ended."""
+    try:
+        return await pieces.asend(token_id)
+    except StopAsyncIteration:
+        return None
 
 
 async def write_whole(engine: Engine, request: WriteRequest) -> Written:

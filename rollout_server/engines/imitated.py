@@ -70,7 +70,7 @@ class ImitatedEngine:
     def counters(self) -> DeviceCounters:
         return self._device.counters
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
         """See the protocol. Pieces end at pauses or where the whole text's length is a multiple of ``chunk_tokens``."""
         with self._call("write"):
             await self._start("write", request.prefix.size + request.max_tokens)
@@ -85,13 +85,13 @@ class ImitatedEngine:
                 pauses=frozenset(request.pause_after),
             )
             self._device.submit(work)
-            num_taken = 0
+            num_taken, text = 0, plan.token_ids.copy()
             try:
                 while num_taken < num_tokens:
                     await work.news.wait()
                     work.news.clear()
                     piece, num_taken = slice(num_taken, work.num_reported), work.num_reported
-                    yield Written(
+                    token_id = yield Written(
                         token_ids=plan.token_ids[piece],
                         logprobs=plan.logprobs[piece],
                         top=self._table.rows(plan.row_numbers[piece]),
@@ -99,11 +99,13 @@ class ImitatedEngine:
                         finish_reason=plan.finish_reason if num_taken == num_tokens else None,
                     )
                     if num_taken in work.pauses and num_taken < num_tokens:
+                        if token_id is not None:
+                            text[num_taken - 1] = token_id
                         self._device.resume(work)
             finally:
                 self._device.drop(work)
                 if work.num_reported:
-                    text = np.concatenate([request.prefix, plan.token_ids[: work.num_reported - 1]])
+                    text = np.concatenate([request.prefix, text[: work.num_reported - 1]])
                     hashes = self._device.cache.hashes(text)
                     self._device.cache.add(hashes, 0 if work.hashes is None else work.hashes.size)
 
@@ -161,7 +163,7 @@ class ImitatedEngine:
             seed=request.seed,
             excluded=request.excluded_token_ids,
         )
-        ends = np.isin(token_ids, (EOS_TOKEN_ID, *request.stop_token_ids))
+        ends = np.isin(token_ids, () if request.ignore_eos else (EOS_TOKEN_ID, *request.stop_token_ids))
         num_tokens = int(ends.argmax()) + 1 if ends.any() else request.max_tokens
         return _Plan(
             row_numbers=numbers[:num_tokens],

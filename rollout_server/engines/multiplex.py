@@ -1,206 +1,130 @@
-"""Many streams of one engine as one flow of columns. The half that lives beside the engine; ``remote`` is the other.
-
-One message carries what every stream of a client has written since the client's last poll, so messages grow with the
-load instead of multiplying with it. Knows nothing of Ray.
-
-m = streams that moved, n = their tokens together, k = length of a top list.
+"""All calls of one engine's clients over one exchange of messages. The half that lives beside the engine; ``remote`` is
+the other. Knows nothing of Ray.
 """
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
-from common.sequence import FinishReason, Floats, Ids, TopLogprobs
-from rollout_server.engine import Engine, ScoreRequest, WriteRequest, Written
+from common.sequence import TopLogprobs
+from rollout_server.engine import Engine, ScoreRequest, WriteRequest, Written, next_piece
+from rollout_server.engines.messages import News, Orders, RowsBatch, WrittenBatch
 
 logger = logging.getLogger(__name__)
 
-_FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WrittenBatch:
-    """What m streams wrote, in columns, and the streams that failed."""
-
-    stream_ids: npt.NDArray[np.int64]  # [m]
-    num_tokens: Ids  # [m]
-    finish_codes: npt.NDArray[np.uint8]  # [m] index in _FINISH_REASONS
-    weight_versions: Ids  # [m]
-    token_ids: Ids  # [n]
-    logprobs: Floats  # [n] nats
-    top: TopLogprobs  # [n, k]
-    failures: dict[int, str]  # stream id -> error
-
-    @classmethod
-    def pack(cls, moved: Sequence[tuple[int, Written]], failures: dict[int, str]) -> "WrittenBatch":
-        pieces = [written for _, written in moved]
-        return cls(
-            stream_ids=np.array([stream_id for stream_id, _ in moved], np.int64),
-            num_tokens=np.array([len(piece) for piece in pieces], np.int32),
-            finish_codes=np.array([_FINISH_REASONS.index(piece.finish_reason) for piece in pieces], np.uint8),
-            weight_versions=np.array([piece.weight_version for piece in pieces], np.int32),
-            token_ids=np.concatenate([np.empty(0, np.int32), *(piece.token_ids for piece in pieces)]),
-            logprobs=np.concatenate([np.empty(0, np.float32), *(piece.logprobs for piece in pieces)]),
-            top=TopLogprobs.concatenate([piece.top for piece in pieces]) if pieces else TopLogprobs.empty(1),
-            failures=failures,
-        )
-
-    def unpack(self) -> Iterator[tuple[int, Written]]:
-        """Each stream's piece, as views of the columns."""
-        end = 0
-        columns = (self.stream_ids, self.num_tokens, self.weight_versions, self.finish_codes)
-        for stream_id, num_tokens, version, code in zip(*(column.tolist() for column in columns), strict=True):
-            start, end = end, end + num_tokens
-            yield (
-                stream_id,
-                Written(
-                    token_ids=self.token_ids[start:end],
-                    logprobs=self.logprobs[start:end],
-                    top=self.top[start:end],
-                    weight_version=version,
-                    finish_reason=_FINISH_REASONS[code],
-                ),
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ReadBatch:
-    """m score requests in columns. Whose text it is stays behind: the engine does not need it."""
-
-    num_tokens: Ids  # [m]
-    starts: Ids  # [m]
-    token_ids: Ids  # [n]
-
-    @classmethod
-    def pack(cls, requests: Sequence[ScoreRequest]) -> "ReadBatch":
-        return cls(
-            num_tokens=np.array([request.token_ids.size for request in requests], np.int32),
-            starts=np.array([request.start for request in requests], np.int32),
-            token_ids=np.concatenate([request.token_ids for request in requests]),
-        )
-
-    def unpack(self) -> list[ScoreRequest]:
-        texts = np.split(self.token_ids, self.num_tokens.cumsum()[:-1])
-        return [
-            ScoreRequest(token_ids=text, start=start) for text, start in zip(texts, self.starts.tolist(), strict=True)
-        ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RowsBatch:
-    """The rows of m score requests in columns, none for those that failed."""
-
-    num_rows: Ids  # [m]
-    top: TopLogprobs  # [n, k]
-    failures: dict[int, str]  # place of the request -> error
-
-    @classmethod
-    def pack(cls, results: Sequence[TopLogprobs | BaseException]) -> "RowsBatch":
-        rows = [result for result in results if isinstance(result, TopLogprobs)]
-        return cls(
-            num_rows=np.array(
-                [0 if isinstance(result, BaseException) else len(result) for result in results], np.int32
-            ),
-            top=TopLogprobs.concatenate(rows) if rows else TopLogprobs.empty(1),
-            failures={
-                place: _describe(result) for place, result in enumerate(results) if isinstance(result, BaseException)
-            },
-        )
-
-    def unpack(self) -> list[TopLogprobs | str]:
-        """Each request's rows, as views of the columns, or the error it ended with."""
-        ends = self.num_rows.cumsum().tolist()
-        return [
-            self.failures[place] if place in self.failures else self.top[end - num_rows : end]
-            for place, (end, num_rows) in enumerate(zip(ends, self.num_rows.tolist(), strict=True))
-        ]
+_FORGET_S = 120.0
+"""A client that waits for something asks every few seconds; one that has not for so long is gone."""
 
 
 @dataclass(slots=True)
 class _Client:
-    """One reader of this engine: its running streams and what they wrote since it last asked."""
+    """One reader of this engine: its calls under way and what they came to since it was last told."""
 
-    streams: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    paused: dict[int, asyncio.Event] = field(default_factory=dict)  # set when the reader comes back
-    moved: list[tuple[int, Written]] = field(default_factory=list)
+    calls: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    paused: dict[int, asyncio.Future[int | None]] = field(default_factory=dict)  # set when the reader comes back
+    written: list[tuple[int, Written]] = field(default_factory=list)
+    rows: list[tuple[int, TopLogprobs]] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: asyncio.Event | None = None  # of the exchange under way
+    heard_s: float = 0.0  # on the event loop's clock
+
+    def ring(self) -> None:
+        """There is news, or somebody else to tell it to."""
+        if self.waiting is not None:
+            self.waiting.set()
+
+    def take_news(self) -> News:
+        written, self.written = self.written, []
+        rows, self.rows = self.rows, []
+        failures, self.failures = self.failures, {}
+        return News(written=WrittenBatch.pack(written), rows=RowsBatch.pack(rows), failures=failures)
+
+    def close(self, call_id: int) -> None:
+        if (task := self.calls.pop(call_id, None)) is not None:
+            task.cancel()
 
 
 class StreamMultiplexer:
-    """Runs the streams of all clients of one engine."""
+    """Runs the calls of all clients of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._clients: dict[str, _Client] = {}
 
-    def open(self, client_id: str, requests: dict[int, WriteRequest]) -> None:
-        """Start streams under ids the client chose."""
+    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
+        """Take orders; return all news since the client's last exchange, or wait for some for ``wait_s``.
+
+        An exchange ends the wait of the client's one before, so orders need not wait for news.
+        """
         client = self._clients.setdefault(client_id, _Client())
-        for stream_id, request in requests.items():
-            client.streams[stream_id] = asyncio.create_task(self._run(client, stream_id, request))
+        client.heard_s = asyncio.get_running_loop().time()
+        self._take(client, orders)
+        self._forget_the_silent(client.heard_s)
+        client.ring()
+        waiting = client.waiting = asyncio.Event()
+        if not (client.written or client.rows or client.failures):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(waiting.wait(), wait_s)
+        if client.waiting is waiting:
+            client.waiting = None
+        return client.take_news()
 
-    def resume(self, client_id: str, stream_ids: Sequence[int]) -> None:
-        """The client has taken all that these streams wrote up to a pause, and wants more."""
-        client = self._clients[client_id]
-        for stream_id in stream_ids:
-            if stream_id in client.paused:
-                client.paused.pop(stream_id).set()
+    def _take(self, client: _Client, orders: Orders) -> None:
+        for call_id, request in orders.opens.items():
+            client.calls[call_id] = asyncio.create_task(self._write(client, call_id, request))
+        for call_id, read in orders.reads.unpack():
+            client.calls[call_id] = asyncio.create_task(self._read(client, call_id, read))
+        for call_id, token_id in orders.resumes.items():
+            if (pause := client.paused.pop(call_id, None)) is not None:
+                pause.set_result(token_id)
+        for call_id in orders.closes:
+            client.close(call_id)
+        if orders.closes:
+            dropped = set(orders.closes)
+            client.written = [piece for piece in client.written if piece[0] not in dropped]
 
-    async def poll(self, client_id: str, wait_s: float) -> WrittenBatch:
-        """All that the client's streams wrote since its last poll; an empty batch when nothing comes in ``wait_s``."""
-        client = self._clients.setdefault(client_id, _Client())
-        with suppress(TimeoutError):
-            await asyncio.wait_for(client.news.wait(), wait_s)
-        client.news.clear()
-        moved, client.moved = client.moved, []
-        failures, client.failures = client.failures, {}
-        return WrittenBatch.pack(moved, failures)
+    def _forget_the_silent(self, now_s: float) -> None:
+        """End what clients left behind that died without a word."""
+        for client_id, client in list(self._clients.items()):
+            if client.calls and now_s - client.heard_s > _FORGET_S:
+                logger.warning("a client was silent for %.0f s: ending its %d calls", _FORGET_S, len(client.calls))
+                for call_id in list(client.calls):
+                    client.close(call_id)
+                del self._clients[client_id]
 
-    async def close(self, client_id: str, stream_ids: Sequence[int]) -> None:
-        """End streams the client has dropped, in the engine too. Returns when they have ended."""
-        client = self._clients[client_id]
-        tasks = [client.streams.pop(stream_id) for stream_id in stream_ids if stream_id in client.streams]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        dropped = set(stream_ids)
-        client.moved = [piece for piece in client.moved if piece[0] not in dropped]
-
-    async def score(self, requests: ReadBatch) -> RowsBatch:
-        """Each request's rows, or the error it ended with."""
-        results = await asyncio.gather(*map(self._engine.score, requests.unpack()), return_exceptions=True)
-        return RowsBatch.pack(results)
-
-    async def _run(self, client: _Client, stream_id: int, request: WriteRequest) -> None:
-        """Consumes one stream of the engine; produces into the client's outbox; waits for the client at pauses; stops
+    async def _write(self, client: _Client, call_id: int, request: WriteRequest) -> None:
+        """Consumes one stream of the engine; produces into the client's news; waits for the client at pauses; stops
         when the stream ends or is closed.
         """
-        num_written = 0
+        num_written, token_id = 0, None
         try:
             async with aclosing(self._engine.stream(request)) as pieces:
-                async for piece in pieces:
-                    num_written += len(piece)
-                    pause = asyncio.Event()
-                    if num_written in request.pause_after:
-                        client.paused[stream_id] = pause
-                    client.moved.append((stream_id, piece))
-                    client.news.set()
-                    if stream_id in client.paused:
-                        await pause.wait()
+                while (piece := await next_piece(pieces, token_id)) is not None:
+                    num_written, token_id = num_written + len(piece), None
+                    pause: asyncio.Future[int | None] | None = None
+                    if piece.finish_reason is None and num_written in request.pause_after:
+                        pause = client.paused[call_id] = asyncio.get_running_loop().create_future()
+                    client.written.append((call_id, piece))
+                    client.ring()
+                    if pause is not None:
+                        token_id = await pause
         except Exception as error:
-            logger.exception("stream %d failed", stream_id)
-            client.failures[stream_id] = _describe(error)
-            client.news.set()
+            self._fail(client, call_id, error)
         finally:
-            client.paused.pop(stream_id, None)
-            client.streams.pop(stream_id, None)
+            client.paused.pop(call_id, None)
+            client.calls.pop(call_id, None)
 
+    async def _read(self, client: _Client, call_id: int, request: ScoreRequest) -> None:
+        try:
+            client.rows.append((call_id, await self._engine.score(request)))
+            client.ring()
+        except Exception as error:
+            self._fail(client, call_id, error)
+        finally:
+            client.calls.pop(call_id, None)
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    def _fail(self, client: _Client, call_id: int, error: Exception) -> None:
+        logger.error("call %d failed", call_id, exc_info=error)
+        client.failures[call_id] = f"{type(error).__name__}: {error}"
+        client.ring()

@@ -1,7 +1,7 @@
 """An engine behind a Ray actor, as the controller sees it. The half that lives beside the controller.
 
-Opens, resumes, closes and scores asked for in one turn of the event loop travel as one call each; one poll at a time
-brings back what all streams wrote (``multiplex`` is the other half). Every wait has a time-out.
+What is asked for while a message is being prepared travels with it, and the answer brings back what all calls came to
+(``multiplex`` is the other half, ``messages`` what they say). Every wait has a time-out.
 """
 
 import asyncio
@@ -26,15 +26,15 @@ from rollout_server.engine import (
     concatenate_written,
     write_whole,
 )
-from rollout_server.engines.multiplex import ReadBatch, RowsBatch, WrittenBatch
+from rollout_server.engines.messages import News, Orders, ReadBatch
 
 logger = logging.getLogger(__name__)
 
 _SPACING_S = 0.005
-"""At least this long between two sendings to one engine, or two polls of it; the first is not delayed. Without it every
-poll of each student would send a few scores to each teacher: messages would grow with the square of the engines."""
+"""At least this long between two messages to one engine; the first is not delayed. Without it every message of each
+student would send a few scores to each teacher: messages would grow with the square of the engines."""
 
-_POLL_WAIT_S = 5.0  # an idle poll returns after this long, or half the time-out, and is sent again
+_WAIT_S = 5.0  # an engine without news answers after this long, or half the time-out, and is asked again
 
 
 @dataclass(slots=True)
@@ -53,24 +53,24 @@ class RemoteEngine:
         self._handle = handle
         self._name = name
         self._timeout_s = call_timeout_s
-        self._poll_wait_s = min(_POLL_WAIT_S, call_timeout_s / 2)
+        self._wait_s = min(_WAIT_S, call_timeout_s / 2)
         self._client_id = uuid4().hex
-        self._stream_numbers = count()
+        self._call_numbers = count()
         self._inboxes: dict[int, _Inbox] = {}
+        self._reads: dict[int, asyncio.Future[TopLogprobs]] = {}
         self._to_open: dict[int, WriteRequest] = {}
-        self._to_resume: list[int] = []
+        self._to_resume: dict[int, int | None] = {}
+        self._to_read: dict[int, ScoreRequest] = {}
         self._to_close: list[int] = []
-        self._to_score: list[tuple[ScoreRequest, asyncio.Future[TopLogprobs]]] = []
-        self._flushing = False
-        self._next_flush_s = 0.0  # on the event loop's clock
-        self._polling: asyncio.Task[None] | None = None
-        self._sends: set[asyncio.Task[None]] = set()
+        self._is_scheduled = False
+        self._next_s = 0.0  # on the event loop's clock: when the next message may be sent
+        self._exchanges: set[asyncio.Task[None]] = set()
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
-        stream_id, inbox = next(self._stream_numbers), _Inbox()
-        self._inboxes[stream_id] = inbox
-        self._to_open[stream_id] = request
-        self._flush_soon()
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+        call_id, inbox = next(self._call_numbers), _Inbox()
+        self._inboxes[call_id] = inbox
+        self._to_open[call_id] = request
+        self._send_soon()
         try:
             finish_reason, num_taken = None, 0
             while finish_reason is None:
@@ -79,136 +79,103 @@ class RemoteEngine:
                 if inbox.failure is not None:
                     raise EngineCallError(inbox.failure)
                 written, inbox.pieces = concatenate_written(inbox.pieces), []
-                finish_reason = written.finish_reason
-                yield written
-                num_taken += len(written)
+                finish_reason, num_taken = written.finish_reason, num_taken + len(written)
+                token_id = yield written
                 if num_taken in request.pause_after:
-                    self._to_resume.append(stream_id)
-                    self._flush_soon()
+                    self._to_resume[call_id] = token_id
+                    self._send_soon()
         finally:
-            del self._inboxes[stream_id]
+            del self._inboxes[call_id]
             if finish_reason is None:
-                self._to_close.append(stream_id)
-                self._flush_soon()
+                self._close(call_id)
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)
 
     async def score(self, request: ScoreRequest) -> TopLogprobs:
+        call_id = next(self._call_numbers)
         rows: asyncio.Future[TopLogprobs] = asyncio.get_running_loop().create_future()
-        self._to_score.append((request, rows))
-        self._flush_soon()
-        await self._within(rows, "a score")
-        return rows.result()
+        self._reads[call_id] = rows
+        self._to_read[call_id] = request
+        self._send_soon()
+        try:
+            await self._within(rows, "a score")
+            return rows.result()
+        finally:
+            del self._reads[call_id]
+            if not rows.done() or rows.cancelled():
+                self._close(call_id)
 
     async def load_weights(self, update: WeightUpdate) -> None:
         await self._within(self._handle.load_weights.remote(update), "a weight update")
 
-    async def settle(self) -> None:
-        """Wait until everything sent has been taken by the engine, closes included."""
-        while self._flushing or self._sends:
-            await asyncio.sleep(0)
-            if self._sends:
-                await asyncio.wait(set(self._sends))
+    def _close(self, call_id: int) -> None:
+        """A call dropped before it was sent never is."""
+        if self._to_open.pop(call_id, None) is None and self._to_read.pop(call_id, None) is None:
+            self._to_resume.pop(call_id, None)
+            self._to_close.append(call_id)
+            self._send_soon()
 
-    def _flush_soon(self) -> None:
+    def _send_soon(self) -> None:
         """Send what has gathered when this turn of the event loop is over, or some time after the last sending."""
-        if not self._flushing:
-            self._flushing = True
-            asyncio.get_running_loop().call_at(self._next_flush_s, self._flush)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_at(self._next_s, self._send)
 
-    def _flush(self) -> None:
-        self._flushing = False
-        self._next_flush_s = asyncio.get_running_loop().time() + _SPACING_S
-        opens, self._to_open = self._to_open, {}
-        resumes, self._to_resume = self._to_resume, []
-        closes, self._to_close = self._to_close, []
-        scores, self._to_score = self._to_score, []
-        # A stream dropped before it was sent is never opened.
-        unsent = [stream_id for stream_id in closes if opens.pop(stream_id, None) is not None]
-        closes = [stream_id for stream_id in closes if stream_id not in unsent]
-        if opens:
-            self._send(self._open(opens))
-        if resumes:
-            self._send(self._resume(resumes))
-        if closes:
-            self._send(self._close(closes))
-        if scores:
-            self._send(self._score(scores))
+    def _send(self) -> None:
+        self._is_scheduled = False
+        self._next_s = asyncio.get_running_loop().time() + _SPACING_S
+        orders = Orders(
+            opens=self._to_open,
+            resumes=self._to_resume,
+            closes=self._to_close,
+            reads=ReadBatch.pack(list(self._to_read.items())),
+        )
+        sent = [*self._to_open, *self._to_resume, *self._to_read]
+        self._to_open, self._to_resume, self._to_read, self._to_close = {}, {}, {}, []
+        exchange = asyncio.ensure_future(self._exchange(orders, sent, after=frozenset(self._exchanges)))
+        self._exchanges.add(exchange)
+        exchange.add_done_callback(self._exchanged)
 
-    def _send(self, call: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(call)
-        self._sends.add(task)
-        task.add_done_callback(self._sent)
-
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        """Engine failures reached who waits for them; anything else is a fault of ours and must at least be seen."""
-        self._sends.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s: a sending failed", self._name, exc_info=error)
-
-    async def _open(self, requests: dict[int, WriteRequest]) -> None:
+    async def _exchange(self, orders: Orders, sent: list[int], *, after: frozenset[asyncio.Task[None]]) -> None:
+        """Send orders; hand out the news, but not before the news of the exchanges sent ``after``."""
+        wait_s = self._wait_s if self._inboxes or self._reads else 0.0
         try:
-            await self._within(self._handle.open_streams.remote(self._client_id, requests), "opening streams")
+            call = self._handle.exchange.remote(self._client_id, orders, wait_s)
+            news: News = await self._within(call, "an answer")
         except EngineCallError as error:
-            self._fail(list(requests), str(error))
+            # What was sent and heard of since may be lost with it: the engine is gone, or does not answer.
+            self._fail({*sent, *self._inboxes, *self._reads}, str(error))
             return
-        if self._polling is None or self._polling.done():
-            self._polling = asyncio.ensure_future(self._poll())
+        if after:
+            await asyncio.wait(after)
+        for call_id, written in news.written.unpack():
+            if (inbox := self._inboxes.get(call_id)) is not None:
+                inbox.pieces.append(written)
+                inbox.news.set()
+        for call_id, top in news.rows.unpack():
+            if (rows := self._reads.get(call_id)) is not None and not rows.done():
+                rows.set_result(top)
+        for call_id, failure in news.failures.items():
+            self._fail({call_id}, f"{self._name}: {failure}")
 
-    async def _resume(self, stream_ids: list[int]) -> None:
-        try:
-            await self._within(self._handle.resume_streams.remote(self._client_id, stream_ids), "resuming streams")
-        except EngineCallError as error:
-            self._fail(stream_ids, str(error))
+    def _exchanged(self, exchange: asyncio.Task[None]) -> None:
+        """Ask again while somebody waits; a fault of ours must at least be seen."""
+        self._exchanges.discard(exchange)
+        if exchange.cancelled():
+            return
+        if (error := exchange.exception()) is not None:
+            logger.error("%s: an exchange failed", self._name, exc_info=error)
+        if not self._exchanges and (self._inboxes or self._reads):
+            self._send_soon()
 
-    async def _close(self, stream_ids: list[int]) -> None:
-        try:
-            await self._within(self._handle.close_streams.remote(self._client_id, stream_ids), "closing streams")
-        except EngineCallError as error:
-            logger.warning("could not end %d dropped streams: %s", len(stream_ids), error)
-
-    async def _score(self, asked: list[tuple[ScoreRequest, asyncio.Future[TopLogprobs]]]) -> None:
-        try:
-            call = self._handle.score.remote(ReadBatch.pack([request for request, _ in asked]))
-            batch: RowsBatch = await self._within(call, f"{len(asked)} scores")
-            results = [f"{self._name}: {rows}" if isinstance(rows, str) else rows for rows in batch.unpack()]
-        except EngineCallError as error:
-            results = [str(error)] * len(asked)
-        for (_, rows), result in zip(asked, results, strict=True):
-            if rows.done():
-                continue  # the caller no longer waits
-            if isinstance(result, str):
-                rows.set_exception(EngineCallError(result))
-            else:
-                rows.set_result(result)
-
-    async def _poll(self) -> None:
-        """Consumes the actor's batches; produces into the inboxes; stops when no stream is open."""
-        clock = asyncio.get_running_loop().time
-        next_poll_s = clock()
-        while self._inboxes:
-            await asyncio.sleep(max(0.0, next_poll_s - clock()))
-            next_poll_s = clock() + _SPACING_S
-            try:
-                batch: WrittenBatch = await self._within(
-                    self._handle.poll.remote(self._client_id, self._poll_wait_s), "a poll"
-                )
-            except EngineCallError as error:
-                self._fail(list(self._inboxes), str(error))
-                return
-            for stream_id, written in batch.unpack():
-                if (inbox := self._inboxes.get(stream_id)) is not None:
-                    inbox.pieces.append(written)
-                    inbox.news.set()
-            for stream_id, failure in batch.failures.items():
-                self._fail([stream_id], f"{self._name}: {failure}")
-
-    def _fail(self, stream_ids: list[int], failure: str) -> None:
-        for stream_id in stream_ids:
-            if (inbox := self._inboxes.get(stream_id)) is not None:
+    def _fail(self, call_ids: set[int], failure: str) -> None:
+        for call_id in call_ids:
+            if (inbox := self._inboxes.get(call_id)) is not None:
                 inbox.failure = failure
                 inbox.news.set()
+            if (rows := self._reads.get(call_id)) is not None and not rows.done():
+                rows.set_exception(EngineCallError(failure))
 
     async def _within(self, call: Awaitable[Any], what: str) -> Any:
         """The call's result. EngineCallError when it fails, or takes longer than the time-out."""

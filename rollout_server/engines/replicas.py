@@ -13,7 +13,15 @@ from typing import TypeVar
 
 from common.sequence import TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import Engine, EngineCallError, ScoreRequest, WriteRequest, Written, write_whole
+from rollout_server.engine import (
+    Engine,
+    EngineCallError,
+    ScoreRequest,
+    WriteRequest,
+    Written,
+    next_piece,
+    write_whole,
+)
 
 T = TypeVar("T")
 
@@ -32,23 +40,27 @@ class ReplicatedEngine:
         self._failed: set[int] = set()
         self._homes: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
-        num_taken = 0
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+        num_taken, token_id = 0, None
+        sent: dict[int, int | None] = {}  # after so many tokens -> what the reader sent
         with self._at(self._home(request.sequence_id)) as replica:
             try:
                 async with aclosing(self.replicas[replica].stream(request)) as pieces:
-                    async for written in pieces:
+                    while (written := await next_piece(pieces, token_id)) is not None:
                         num_taken += len(written)
-                        yield written
+                        token_id = sent[num_taken] = yield written
                 return
             except EngineCallError as error:
                 other = self._move(request.sequence_id, replica, error)
+        num_written, token_id = 0, None
         with self._at(other) as replica:
             async with aclosing(self.replicas[replica].stream(request)) as pieces:
-                async for written in pieces:
-                    if len(written) > num_taken:
-                        yield written[num_taken:]
-                    num_taken = max(0, num_taken - len(written))
+                while (written := await next_piece(pieces, token_id)) is not None:
+                    num_known, num_written = num_taken - num_written, num_written + len(written)
+                    if num_written <= num_taken:
+                        token_id = sent.get(num_written)
+                    else:
+                        token_id = yield written[max(0, num_known) :]
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)

@@ -154,9 +154,10 @@ class ScriptedEngine:
         self.num_written_tokens = 0
         self.num_untaken_tokens = 0  # of these: never handed over, because the stream was closed
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
         pieces: list[Written] = []
-        news, wanted = asyncio.Event(), asyncio.Event()
+        news = asyncio.Event()
+        wanted: asyncio.Queue[int | None] = asyncio.Queue(1)
         with self._call("write") as number:
             writing = asyncio.create_task(self._write(request, number, pieces, news, wanted))
             try:
@@ -169,10 +170,10 @@ class ScriptedEngine:
                     written = concatenate_written(pieces)
                     pieces.clear()
                     finish_reason = written.finish_reason
-                    yield written
+                    token_id = yield written
                     num_taken += len(written)
                     if num_taken in request.pause_after:
-                        wanted.set()
+                        wanted.put_nowait(token_id)
             finally:
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
@@ -215,7 +216,12 @@ class ScriptedEngine:
             raise ScriptedError(f"{kind} {number} fails, as scripted")
 
     async def _write(
-        self, request: WriteRequest, number: int, pieces: list[Written], news: asyncio.Event, wanted: asyncio.Event
+        self,
+        request: WriteRequest,
+        number: int,
+        pieces: list[Written],
+        news: asyncio.Event,
+        wanted: "asyncio.Queue[int | None]",
     ) -> None:
         """Consumes the reader's wish to go on after a pause; produces pieces, taken or not; waits for the delay and at
         pauses; stops at the end or when cancelled.
@@ -233,8 +239,9 @@ class ScriptedEngine:
                 pieces.append(piece)
                 news.set()
                 if text.size - request.prefix.size in request.pause_after:
-                    await wanted.wait()
-                    wanted.clear()
+                    token_id = await wanted.get()
+                    if token_id is not None:
+                        text = np.append(text[:-1], np.int32(token_id))
         finally:
             news.set()
 
@@ -249,7 +256,8 @@ class ScriptedEngine:
             rows.append(self._script.next_logprobs(text))
             token_ids.append(_choose(rows[-1], request, rng))
             text = np.append(text, np.int32(token_ids[-1]))
-            if token_ids[-1] == self._script.eos_token_id or token_ids[-1] in request.stop_token_ids:
+            ends = token_ids[-1] == self._script.eos_token_id or token_ids[-1] in request.stop_token_ids
+            if ends and not request.ignore_eos:
                 finish_reason = "stop"
             elif text.size == request.prefix.size + request.max_tokens:
                 finish_reason = "length"

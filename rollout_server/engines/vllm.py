@@ -37,6 +37,7 @@ from rollout_server.engine import (
     WriteRequest,
     Written,
     concatenate_written,
+    next_piece,
     write_whole,
 )
 from rollout_server.weight_receiver import apply_update, init_transfer
@@ -82,7 +83,7 @@ class VLLMEngine:
         """Requests not finished yet."""
         return int(self._llm.output_processor.get_num_unfinished_requests())
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
         """See the protocol. Pieces end where the whole text's length is a multiple of ``chunk_tokens``.
 
         Whoever reads the text along then finds its cached blocks ending there too, and computes no token twice (where
@@ -90,8 +91,9 @@ class VLLMEngine:
         """
         if request.pause_after:
             async with aclosing(self._stream_in_turns(request)) as pieces:
-                async for piece in pieces:
-                    yield piece
+                token_id = None
+                while (piece := await next_piece(pieces, token_id)) is not None:
+                    token_id = yield piece
             return
         params = self._write_params(request, RequestOutputKind.DELTA)
         held: list[Written] = []
@@ -108,11 +110,12 @@ class VLLMEngine:
                     held = [written[end:]] if end < num_held else []
                     num_wanted = request.chunk_tokens
 
-    async def _stream_in_turns(self, request: WriteRequest) -> AsyncGenerator[Written, None]:
+    async def _stream_in_turns(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
         """A stream with pauses: one session of vLLM, a turn from pause to pause.
 
         Between turns the session keeps its cache and its random state and gives up its place in the batch. Its next
-        turn begins with the last token of the one before, which vLLM has sampled but not yet read.
+        turn begins with the last token of the one before, which vLLM has sampled but not yet read, or with the one that
+        the reader puts in its place.
         """
         turns: asyncio.Queue[StreamingInput] = asyncio.Queue(1)
 
@@ -139,8 +142,8 @@ class VLLMEngine:
                 if written.finish_reason == "stop" or end == request.max_tokens:
                     yield written
                     return
-                yield replace(written, finish_reason=None)
-                prompt = written.token_ids[-1:]
+                token_id = yield replace(written, finish_reason=None)
+                prompt = written.token_ids[-1:] if token_id is None else np.array([token_id], np.int32)
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)
@@ -195,6 +198,7 @@ class VLLMEngine:
             seed=request.seed if request.temperature > 0 else None,
             max_tokens=request.max_tokens,
             stop_token_ids=list(request.stop_token_ids),
+            ignore_eos=request.ignore_eos,
             logit_bias=dict.fromkeys(request.excluded_token_ids, _NEVER) or None,
             logprobs=self._top_logprobs,
             flat_logprobs=True,

