@@ -118,6 +118,7 @@ class RowsBatch:
 class Orders:
     """What a client wants from now on."""
 
+    number: int  # of this message among the client's, from 0
     opens: dict[int, WriteRequest]
     resumes: dict[int, int | None]  # streams that pause -> the token to go on after, None for the one they wrote
     closes: list[int]  # streams and reads nobody waits for any more
@@ -131,3 +132,7 @@ class News:
     written: WrittenBatch
     rows: RowsBatch
     failures: dict[int, str]  # call id -> error; such a call has ended
+
+    @classmethod
+    def nothing(cls) -> "News":
+        return cls(written=WrittenBatch.pack([]), rows=RowsBatch.pack([]), failures={})

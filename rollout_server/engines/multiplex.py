@@ -8,6 +8,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from common.sequence import TopLogprobs
+from common.waiting import within
 from rollout_server.engine import Engine, ScoreRequest, WriteRequest, Written, next_piece
 from rollout_server.engines.messages import News, Orders, RowsBatch, WrittenBatch
 
@@ -26,7 +27,9 @@ class _Client:
     written: list[tuple[int, Written]] = field(default_factory=list)
     rows: list[tuple[int, TopLogprobs]] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
-    waiting: asyncio.Event | None = None  # of the exchange under way
+    waiting: asyncio.Event | None = None  # of the last exchange, while it is under way
+    num_exchanges: int = 0
+    overtaking: dict[int, asyncio.Event] = field(default_factory=dict)  # set when its turn has come
     heard_s: float = 0.0  # on the event loop's clock
 
     def ring(self) -> None:
@@ -55,19 +58,27 @@ class StreamMultiplexer:
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
         """Take orders; return all news since the client's last exchange, or wait for some for ``wait_s``.
 
-        An exchange ends the wait of the client's one before, so orders need not wait for news.
+        An exchange ends the wait of the client's one before, which then returns empty-handed: so orders need not wait
+        for news, and news keep their order. Exchanges are taken in the order of their numbers, whatever Ray does.
         """
         client = self._clients.setdefault(client_id, _Client())
         client.heard_s = asyncio.get_running_loop().time()
+        if orders.number != client.num_exchanges:
+            turn = client.overtaking[orders.number] = asyncio.Event()
+            await within(_FORGET_S, turn.wait(), f"exchange {client.num_exchanges} of a client")
+        client.num_exchanges += 1
         self._take(client, orders)
-        self._forget_the_silent(client.heard_s)
         client.ring()
         waiting = client.waiting = asyncio.Event()
+        if (turn_of_next := client.overtaking.pop(client.num_exchanges, None)) is not None:
+            turn_of_next.set()
+        self._forget_the_silent(client.heard_s)
         if not (client.written or client.rows or client.failures):
             with suppress(TimeoutError):
                 await asyncio.wait_for(waiting.wait(), wait_s)
-        if client.waiting is waiting:
-            client.waiting = None
+        if client.waiting is not waiting:
+            return News.nothing()
+        client.waiting = None
         return client.take_news()
 
     def _take(self, client: _Client, orders: Orders) -> None:
@@ -117,7 +128,8 @@ class StreamMultiplexer:
 
     async def _read(self, client: _Client, call_id: int, request: ScoreRequest) -> None:
         try:
-            client.rows.append((call_id, await self._engine.score(request)))
+            rows = await self._engine.score(request)
+            client.rows.append((call_id, rows))
             client.ring()
         except Exception as error:
             self._fail(client, call_id, error)

@@ -56,6 +56,7 @@ class RemoteEngine:
         self._wait_s = min(_WAIT_S, call_timeout_s / 2)
         self._client_id = uuid4().hex
         self._call_numbers = count()
+        self._message_numbers = count()
         self._inboxes: dict[int, _Inbox] = {}
         self._reads: dict[int, asyncio.Future[TopLogprobs]] = {}
         self._to_open: dict[int, WriteRequest] = {}
@@ -126,6 +127,7 @@ class RemoteEngine:
         self._is_scheduled = False
         self._next_s = asyncio.get_running_loop().time() + _SPACING_S
         orders = Orders(
+            number=next(self._message_numbers),
             opens=self._to_open,
             resumes=self._to_resume,
             closes=self._to_close,

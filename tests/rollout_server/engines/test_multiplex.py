@@ -1,6 +1,9 @@
 import asyncio
 import logging
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -20,6 +23,17 @@ REQUEST = WriteRequest(
 ENDLESS = replace(REQUEST, max_tokens=100_000, chunk_tokens=1)
 
 
+class NumberedStreams(StreamMultiplexer):
+    """Numbers each client's orders as they are given."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        super().__init__(engine)
+        self._numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
+
+    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
+        return await super().exchange(client_id, replace(orders, number=next(self._numbers[client_id])), wait_s)
+
+
 def orders(
     opens: dict[int, WriteRequest] | None = None,
     resumes: dict[int, int | None] | None = None,
@@ -27,7 +41,11 @@ def orders(
     reads: dict[int, ScoreRequest] | None = None,
 ) -> Orders:
     return Orders(
-        opens=opens or {}, resumes=resumes or {}, closes=closes or [], reads=ReadBatch.pack(list((reads or {}).items()))
+        number=0,
+        opens=opens or {},
+        resumes=resumes or {},
+        closes=closes or [],
+        reads=ReadBatch.pack(list((reads or {}).items())),
     )
 
 
@@ -53,7 +71,7 @@ async def drain(streams: StreamMultiplexer, client_id: str, news: News, num_stre
 
 async def test_scores_come_back_as_they_were_asked_for() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
     requests = {
         10 + n: ScoreRequest(token_ids=np.arange(n, n + 6, dtype=np.int32)[: 3 + n], start=start, sequence_id=str(n))
         for n, start in enumerate((1, 4, 2))
@@ -70,7 +88,7 @@ async def test_scores_come_back_as_they_were_asked_for() -> None:
 
 async def test_many_streams_arrive_whole() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
     requests = {number: replace(REQUEST, seed=number) for number in range(20)}
     news = await streams.exchange("client", orders(requests), 5.0)
     written = await drain(streams, "client", news, len(requests))
@@ -83,7 +101,7 @@ async def test_many_streams_arrive_whole() -> None:
 
 async def test_two_clients_may_choose_the_same_ids() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
 
     async def write(client_id: str, request: WriteRequest) -> Written:
         news = await streams.exchange(client_id, orders({0: request}), 5.0)
@@ -97,7 +115,7 @@ async def test_two_clients_may_choose_the_same_ids() -> None:
 
 async def test_a_paused_stream_goes_on_after_the_token_it_is_sent() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
     request = replace(REQUEST, pause_after=(3,), temperature=0.0, max_tokens=8, chunk_tokens=8, ignore_eos=True)
     first = dict((await streams.exchange("client", orders({0: request}), 5.0)).written.unpack())[0]
     other = (int(first.token_ids[-1]) + 1) % SCRIPT.vocabulary_size
@@ -108,7 +126,7 @@ async def test_a_paused_stream_goes_on_after_the_token_it_is_sent() -> None:
 
 async def test_orders_need_not_wait_for_news() -> None:
     """An exchange ends the wait of the one before, and only then waits itself."""
-    streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K))
+    streams = NumberedStreams(ScriptedEngine(SCRIPT, top_logprobs=K))
     waiting = asyncio.create_task(streams.exchange("client", orders(), 30.0))
     await asyncio.sleep(0.01)
     news = await asyncio.wait_for(streams.exchange("client", orders({0: REQUEST}), 30.0), 5.0)
@@ -116,9 +134,31 @@ async def test_orders_need_not_wait_for_news() -> None:
     assert {call_id for call_id, _ in [*earlier.written.unpack(), *news.written.unpack()]} == {0}
 
 
+async def test_an_exchange_that_overtook_another_waits_for_its_turn() -> None:
+    streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K))
+    later = asyncio.create_task(streams.exchange("client", replace(orders(closes=[0]), number=1), 0.0))
+    await asyncio.sleep(0.01)
+    earlier = await streams.exchange("client", replace(orders({0: REQUEST}), number=0), 0.0)
+    news = await asyncio.wait_for(later, 5.0)
+    assert (list(earlier.written.unpack()), list(news.written.unpack())) == ([], [])
+
+
+async def test_no_read_is_lost_while_others_are_reported() -> None:
+    delays = iter(0.001 * number for number in range(40))
+    streams = NumberedStreams(ScriptedEngine(SCRIPT, top_logprobs=K, delay=lambda: next(delays)))
+    reads = {number: ScoreRequest(token_ids=REQUEST.prefix, start=1) for number in range(40)}
+    news = await streams.exchange("client", orders(reads=reads), 5.0)
+    read = set(news.rows.call_ids.tolist())
+    async with asyncio.timeout(10.0):
+        while len(read) < 40:
+            news = await streams.exchange("client", orders(), 5.0)
+            read |= set(news.rows.call_ids.tolist())
+    assert read == set(reads)
+
+
 async def test_closing_ends_the_streams_named_and_forgets_what_they_wrote() -> None:
     engine = ScriptedEngine(replace(SCRIPT, eos_probability=1e-9), top_logprobs=K, delay=lambda: 0.001)
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
     await streams.exchange("client", orders({0: ENDLESS, 1: ENDLESS, 2: ENDLESS}), 0.0)
     await asyncio.sleep(0.02)
     news = await streams.exchange("client", orders(closes=[0, 2]), 1.0)
@@ -130,7 +170,7 @@ async def test_closing_ends_the_streams_named_and_forgets_what_they_wrote() -> N
 
 async def test_a_read_can_be_closed_too() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=1, hangs=True))
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
     await streams.exchange("client", orders(reads={5: ScoreRequest(token_ids=REQUEST.prefix, start=1)}), 0.01)
     await until_still(engine, 1)
     await streams.exchange("client", orders(closes=[5]), 0.0)
@@ -139,7 +179,7 @@ async def test_a_read_can_be_closed_too() -> None:
 
 async def test_a_stream_may_be_closed_before_it_began_or_after_it_ended() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
     await streams.exchange("client", orders({0: REQUEST}, closes=[0]), 0.0)
     assert engine.num_calls["write"] == 0
     news = await streams.exchange("client", orders({1: REQUEST}), 5.0)
@@ -150,7 +190,7 @@ async def test_a_stream_may_be_closed_before_it_began_or_after_it_ended() -> Non
 async def test_what_a_client_left_behind_that_died_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiplex, "_FORGET_S", 0.05)
     engine = ScriptedEngine(replace(SCRIPT, eos_probability=1e-9), top_logprobs=K, delay=lambda: 0.001)
-    streams = StreamMultiplexer(engine)
+    streams = NumberedStreams(engine)
     await streams.exchange("dead", orders({0: ENDLESS}), 1.0)
     await streams.exchange("alive", orders({0: ENDLESS}), 1.0)
     await asyncio.sleep(0.03)
@@ -164,7 +204,7 @@ async def test_what_a_client_left_behind_that_died_is_ended(monkeypatch: pytest.
 
 
 async def test_a_failed_stream_is_reported_and_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
-    streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="write", number=1)))
+    streams = NumberedStreams(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="write", number=1)))
     with caplog.at_level(logging.CRITICAL):
         news = await streams.exchange("client", orders({7: REQUEST, 8: REQUEST}), 5.0)
         failures, ended = dict(news.failures), {i for i, written in news.written.unpack() if written.finish_reason}
@@ -177,7 +217,7 @@ async def test_a_failed_stream_is_reported_and_leaves_the_others_alone(caplog: p
 
 
 async def test_a_failed_score_is_reported_and_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
-    streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=2)))
+    streams = NumberedStreams(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=2)))
     reads = {number: ScoreRequest(token_ids=REQUEST.prefix, start=1) for number in range(3)}
     failures: dict[int, str] = {}
     rows: dict[int, TopLogprobs] = {}
@@ -194,5 +234,5 @@ async def test_a_failed_score_is_reported_and_leaves_the_others_alone(caplog: py
 
 
 async def test_an_exchange_without_news_returns_empty_handed_when_its_time_is_over() -> None:
-    news = await StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K)).exchange("client", orders(), 0.01)
+    news = await NumberedStreams(ScriptedEngine(SCRIPT, top_logprobs=K)).exchange("client", orders(), 0.01)
     assert (list(news.written.unpack()), list(news.rows.unpack()), news.failures) == ([], [], {})
