@@ -10,9 +10,10 @@ replica answers. P = prompt tokens, T = new tokens, k = length of a top list.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,12 +22,14 @@ from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TopLogprobs
 from rollout_server.draft import Draft, Judged
 from rollout_server.drawing import can_draw, draw_place
-from rollout_server.engine import Engine, WriteRequest, Written
+from rollout_server.engine import Engine, WriteRequest, Written, next_piece
 from rollout_server.given import read_answer
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
-from rollout_server.schedule import pauses_between_switches
+from rollout_server.schedule import goes_in_step, pauses_before_the_switch, pauses_between_switches
 from rollout_server.verdicts import Verdicts
+
+T = TypeVar("T")
 
 
 class RolloutError(RuntimeError):
@@ -67,10 +70,12 @@ class SwitchingController:
         """
         gate = asyncio.Semaphore(self._sampling.max_in_flight)
 
+        others_wait = len(prompts) > self._sampling.max_in_flight
+
         async def write(prompt: Prompt) -> MixedSequence:
             async with gate:
                 try:
-                    return await self.generate(prompt)
+                    return await self.generate(prompt, others_wait=others_wait)
                 except Exception as error:
                     raise RolloutError(f"prompt {prompt.sequence_id}: {type(error).__name__}: {error}") from error
 
@@ -83,18 +88,25 @@ class SwitchingController:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def generate(self, prompt: Prompt) -> MixedSequence:
-        """Student and teacher write one sequence together, or the teacher reads the answer that was given."""
+    async def generate(self, prompt: Prompt, *, others_wait: bool = False) -> MixedSequence:
+        """Student and teacher write one sequence together, or the teacher reads the answer that was given.
+
+        ``others_wait``: more sequences are to be written than the engines hold, so that whatever is written in vain
+        takes the place of something else. Changes no token.
+        """
         if self._policy.takes_given_answer(prompt.seed):
             return await read_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
         draft = Draft(prompt, self._top_logprobs)
         while draft.finish_reason is None:
-            teacher_takes_over, refused = await self._explore(draft)
+            if self._goes_in_step(draft, is_in_step=False):
+                await self._go_in_step(draft)
+                continue
+            teacher_takes_over, refused = await self._explore(draft, others_wait)
             if teacher_takes_over:
                 await self._guide(draft, refused)
         return draft.seal(self._policy_name)
 
-    async def _explore(self, draft: Draft) -> tuple[bool, Judged | None]:
+    async def _explore(self, draft: Draft, others_wait: bool) -> tuple[bool, Judged | None]:
         """The student writes until the policy switches or the sequence ends.
 
         Returns whether the teacher takes over at the draft's end, and the proposal it refused there, if there was one.
@@ -106,7 +118,7 @@ class SwitchingController:
         # After guidance the teacher has the text in its cache: it is read with the first proposal.
         reading = TeacherReading(self._teacher, draft.text, draft.prompt.sequence_id, ahead=not draft.num_switches)
         max_tokens = last_position - len(draft)
-        pauses = self._pauses(draft, max_tokens)
+        pauses = self._pauses(draft, max_tokens, others_wait)
         request = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=pauses)
         try:
             async with aclosing(self._student.stream(request)) as proposals:
@@ -125,16 +137,54 @@ class SwitchingController:
         draft.finish_reason = proposal.finish_reason
         return False, None
 
-    def _pauses(self, draft: Draft, max_tokens: int) -> tuple[int, ...]:
-        """After how many tokens the student waits for the verdict: never, but where it will be interrupted again."""
+    def _pauses(self, draft: Draft, max_tokens: int, others_wait: bool) -> tuple[int, ...]:
+        """After how many tokens the student waits for the verdict.
+
+        A student that is interrupted once at most, and whose place nobody waits for, runs on.
+        """
         if self._policy.guidance_tokens is None:
-            return ()
+            if not others_wait or not self._policy.watches:
+                return ()
+            return pauses_before_the_switch(
+                text_tokens=draft.text.size, max_tokens=max_tokens, block_tokens=self._sampling.chunk_tokens
+            )
         return pauses_between_switches(
             position=len(draft),
             num_switches=draft.num_switches,
             max_tokens=max_tokens,
             block_tokens=self._sampling.chunk_tokens,
         )
+
+    def _goes_in_step(self, draft: Draft, *, is_in_step: bool) -> bool:
+        return self._policy.guidance_tokens == 1 and goes_in_step(
+            position=len(draft), num_switches=draft.num_switches, is_in_step=is_in_step
+        )
+
+    async def _go_in_step(self, draft: Draft) -> None:
+        """Both engines go over the same text token by token, the student proposing and the teacher reading, until the
+        sequence ends or switches have become rare.
+        """
+        max_tokens = self._sampling.max_new_tokens - len(draft)
+        writes = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=tuple(range(1, max_tokens)))
+        reads = replace(writes, temperature=0.0, stop_token_ids=(), ignore_eos=True)
+        token_id: int | None = None
+        async with aclosing(self._student.stream(writes)) as proposals, aclosing(self._teacher.stream(reads)) as rows:
+            while True:
+                proposal, row = await _both(next_piece(proposals, token_id), next_piece(rows, token_id))
+                assert proposal is not None, "the student ended without a finish reason"
+                assert row is not None, "the teacher ended before the text did"
+                judged, switch = await self._judge(draft, proposal, row.top)
+                if switch is None:
+                    draft.keep(judged)
+                    draft.finish_reason = proposal.finish_reason
+                else:
+                    draft.num_wasted_tokens += 1
+                    await self._guide(draft, judged)
+                if draft.finish_reason is not None or proposal.finish_reason is not None:
+                    return
+                if not self._goes_in_step(draft, is_in_step=True):
+                    return
+                token_id = draft.last_token_id
 
     async def _judge(self, draft: Draft, proposal: Written, scores: TopLogprobs) -> tuple[Judged, int | None]:
         """What verifier and policy say of a proposal, and the index in it that the teacher takes, if any."""
@@ -202,3 +252,14 @@ class SwitchingController:
             sequence_id=draft.prompt.sequence_id,
             pause_after=pause_after,
         )
+
+
+async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, T]) -> tuple[T, T]:
+    """Both results; where one fails, the other has ended too when the error is raised."""
+    tasks = asyncio.create_task(first), asyncio.create_task(second)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

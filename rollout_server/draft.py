@@ -64,6 +64,10 @@ class Draft:
         return np.concatenate([self.prompt.token_ids, *self._columns.get("token_ids", [])])
 
     @property
+    def last_token_id(self) -> int:
+        return int(self._columns["token_ids"][-1][-1])
+
+    @property
     def divergences(self) -> Floats:
         """[T so far] nats, NaN where the teacher wrote without a proposal to judge."""
         return np.concatenate([np.empty(0, np.float32), *self._columns.get("divergences", [])])

@@ -60,6 +60,11 @@ class SwitchPolicy(Protocol):
         """How many tokens the teacher writes at a switch; None for all the rest."""
         ...
 
+    @property
+    def watches(self) -> bool:
+        """Whether what the student proposes can bring the switch on."""
+        ...
+
     def takes_given_answer(self, sequence_seed: int) -> bool:
         """Whether the prompt's own answer is the sequence, and nobody writes."""
         ...
@@ -73,6 +78,8 @@ class SwitchPolicy(Protocol):
 
 class _Watching:
     """A policy that decides by what the student proposes."""
+
+    watches = True
 
     def takes_given_answer(self, sequence_seed: int) -> bool:
         return False
@@ -146,6 +153,7 @@ class _Blind:
     """A policy that knows beforehand where the teacher takes over, and to the end."""
 
     guidance_tokens = None
+    watches = False
 
     def takes_given_answer(self, sequence_seed: int) -> bool:
         return False

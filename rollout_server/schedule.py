@@ -1,8 +1,8 @@
-"""Where the student pauses for a verdict, under policies that give the sequence back. Pure functions of what stands
-written, never of time or other sequences, so that a sequence's record does not depend on arrival.
+"""How far the student runs before a verdict. Pure functions of what stands written and of how many sequences there are,
+never of time or of what others wrote, so that a sequence's record does not depend on arrival.
 
-What the student writes past a switch is dropped, and such policies switch often: let run, nearly all it writes is. Each
-pause costs a call to either engine. docs/decisions weighs the two.
+What the student writes past a switch is dropped. Each pause costs a call to either engine, and an idle student where no
+other sequence takes its place. docs/decisions weighs them.
 """
 
 import math
@@ -14,11 +14,42 @@ _ROOM = 1.5
 """Tokens between two pauses over the mean run between switches, where a sequence switches often."""
 
 
+_PART = 3 / 8
+"""How far into a block the student first pauses: of the splits measured the one with the least waste and rereading."""
+
+_SHORT_RUN, _LONG_RUN = 6.0, 9.0
+"""Mean runs between switches below which both engines go token by token, and from which they no longer do."""
+
+
+def goes_in_step(*, position: int, num_switches: int, is_in_step: bool) -> bool:
+    """Whether student and teacher had better go over the text together, token by token.
+
+    Then nothing is written in vain and nothing read twice, at the price of a decode step of the teacher for each token;
+    reading a short run costs it the part of a block before it too.
+    """
+    return num_switches >= 2 and _mean_run(position, num_switches) < (_LONG_RUN if is_in_step else _SHORT_RUN)
+
+
+def pauses_before_the_switch(*, text_tokens: int, max_tokens: int, block_tokens: int) -> tuple[int, ...]:
+    """Pauses for a policy that hands over once and for all, in tokens after a text of ``text_tokens``.
+
+    At the ends of the text's whole blocks, which are read once, and part-way into each, which is read again with the
+    rest of the block.
+    """
+    first_block = text_tokens - text_tokens % block_tokens
+    blocks = range(first_block, text_tokens + max_tokens, block_tokens)
+    ends = sorted({end for block in blocks for end in (block + round(_PART * block_tokens), block + block_tokens)})
+    return tuple(end - text_tokens for end in ends if text_tokens < end < text_tokens + max_tokens)
+
+
 def pauses_between_switches(*, position: int, num_switches: int, max_tokens: int, block_tokens: int) -> tuple[int, ...]:
     """Pauses for a policy that gives the sequence back, in tokens after ``position``, by how often it switched."""
     pauses, end = [], 0
     while end < max_tokens:
-        mean_run = (position + end + _FIRST_RUN) / (num_switches + 1)
-        end += min(block_tokens, math.ceil(_ROOM * mean_run))
+        end += min(block_tokens, math.ceil(_ROOM * _mean_run(position + end, num_switches)))
         pauses.append(end)
     return tuple(pause for pause in pauses if pause < max_tokens)
+
+
+def _mean_run(position: int, num_switches: int) -> float:
+    return (position + _FIRST_RUN) / (num_switches + 1)

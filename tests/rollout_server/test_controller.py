@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -32,7 +32,7 @@ from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TokenSource, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.controller import RolloutError, SwitchingController
-from rollout_server.engine import ScoreRequest, WriteRequest
+from rollout_server.engine import ScoreRequest, WriteRequest, Written
 from rollout_server.engines.scripted import Fault, HashedScript, Script, ScriptedEngine
 from rollout_server.policies import ScoredPositions, make_policy
 
@@ -208,6 +208,45 @@ async def test_skd_takes_one_token_wherever_the_students_is_not_among_the_teache
 
 
 @greedy_and_sampled
+@every_policy
+async def test_that_others_wait_for_the_student_changes_only_what_is_wasted(policy: Policy, temperature: float) -> None:
+    """More sequences than may be in flight: then the student waits for verdicts."""
+    students = [ScriptedEngine(STUDENT, top_logprobs=K) for _ in range(2)]
+    alone, crowded = [
+        await collect(make_controller(policy, student, temperature=temperature, max_in_flight=max_in_flight))
+        for student, max_in_flight in zip(students, (len(PROMPTS), 2), strict=True)
+    ]
+    for sequence, expected in zip(crowded, alone, strict=True):
+        assert_equal(sequence, expected)
+        assert sequence.num_wasted_tokens <= 8 * sequence.switches.size
+    assert students[1].num_written_tokens <= students[0].num_written_tokens
+
+
+@greedy_and_sampled
+async def test_what_goes_in_step_is_written_once_and_read_once(temperature: float) -> None:
+    """A policy that refuses all the time: after its first two switches no token is in vain."""
+    student, teacher = ScriptedEngine(STUDENT, top_logprobs=K), AskedEngine(TEACHER, top_logprobs=K)
+    policy = Decay(initial_threshold=0.0, rate=0.0)
+    sequences = await collect(make_controller(policy, student, teacher, temperature=temperature, top_p=1.0))
+    for sequence in sequences:
+        assert sequence.num_wasted_tokens <= sequence.switches.size + 2 * 8
+    num_kept = sum(sequence.num_student_tokens for sequence in sequences)
+    assert student.num_written_tokens == num_kept + sum(sequence.num_wasted_tokens for sequence in sequences)
+    # Each sequence's first two proposals were read whole.
+    assert teacher.num_scored_rows <= 2 * 9 * len(sequences)
+
+
+class AskedEngine(ScriptedEngine):
+    """Counts the requests to write, apart from those that only read along."""
+
+    num_asked = 0
+
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+        self.num_asked += not request.ignore_eos
+        return super().stream(request)
+
+
+@greedy_and_sampled
 @pytest.mark.parametrize("policy", [SKD(top_k=3), DECAY], ids=lambda policy: policy.type)
 async def test_one_token_guidance_asks_the_teacher_only_for_tokens_outside_its_list(
     policy: Policy, temperature: float
@@ -215,7 +254,7 @@ async def test_one_token_guidance_asks_the_teacher_only_for_tokens_outside_its_l
     """And gives the same whatever the chunks are."""
     results = []
     for chunk_tokens in (1, 8, 40):
-        teacher = ScriptedEngine(TEACHER, top_logprobs=K)
+        teacher = AskedEngine(TEACHER, top_logprobs=K)
         controller = make_controller(
             policy, teacher=teacher, temperature=temperature, top_p=1.0, chunk_tokens=chunk_tokens
         )
@@ -224,7 +263,7 @@ async def test_one_token_guidance_asks_the_teacher_only_for_tokens_outside_its_l
             int(np.isnan(sequence.teacher_top.logprob_of(sequence.token_ids))[sequence.switches].sum())
             for sequence in results[-1]
         )
-        assert teacher.num_calls["write"] == taken_outside
+        assert teacher.num_asked == taken_outside
         assert temperature > 0.0 or taken_outside == 0
     for sequences in results[1:]:
         for sequence, expected in zip(sequences, results[0], strict=True):

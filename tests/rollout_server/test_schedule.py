@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_server.schedule import pauses_between_switches
+from rollout_server.schedule import goes_in_step, pauses_before_the_switch, pauses_between_switches
 
 positive = st.integers(1, 300)
 
@@ -24,3 +24,30 @@ def test_pauses_between_switches_ascend_and_are_at_most_a_block_apart(
     )
     steps = [after - pause for pause, after in pairwise((0, *pauses, max_tokens))]
     assert all(0 < step <= block_tokens for step in steps)
+
+
+@given(text_tokens=positive, max_tokens=positive, block_tokens=positive)
+def test_pauses_before_the_switch_ascend_and_include_the_ends_of_the_texts_blocks(
+    text_tokens: int, max_tokens: int, block_tokens: int
+) -> None:
+    pauses = pauses_before_the_switch(text_tokens=text_tokens, max_tokens=max_tokens, block_tokens=block_tokens)
+    assert all(before < after for before, after in pairwise((0, *pauses, max_tokens)))
+    ends = {end for end in range(text_tokens + 1, text_tokens + max_tokens) if end % block_tokens == 0}
+    assert ends <= {text_tokens + pause for pause in pauses}
+    assert len(pauses) <= 2 * (len(ends) + 1)
+
+
+def test_a_block_is_judged_once_on_the_way_and_once_at_its_end() -> None:
+    assert pauses_before_the_switch(text_tokens=64, max_tokens=96, block_tokens=32) == (12, 32, 44, 64, 76)
+    assert pauses_before_the_switch(text_tokens=70, max_tokens=30, block_tokens=32) == (6, 26)
+
+
+@pytest.mark.parametrize(
+    ("position", "num_switches", "is_in_step", "expected"),
+    [(0, 0, False, False), (3, 1, False, False), (10, 2, False, True), (20, 2, False, False), (20, 2, True, True),
+     (30, 2, True, False)],
+)  # fmt: skip
+def test_engines_go_in_step_while_runs_are_short(
+    position: int, num_switches: int, is_in_step: bool, expected: bool
+) -> None:
+    assert goes_in_step(position=position, num_switches=num_switches, is_in_step=is_in_step) == expected
