@@ -67,7 +67,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConf
         raise UserError(one_line_each(error, values, origins)) from error
     return ResolvedConfig(
         config=config,
-        origins=MappingProxyType({key: origins.get(key, "default") for key, _ in _config_leaves(config)}),
+        origins=MappingProxyType({key: origins.get(key, "default") for key, _ in config_leaves(config)}),
     )
 
 
@@ -171,11 +171,12 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Given]]:
             yield prefix + name, entry
 
 
-def _config_leaves(part: Part, prefix: str = "") -> Iterator[tuple[str, object]]:
+def config_leaves(part: Part, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of every setting, in the order of the tree."""
     for name in type(part).model_fields:
         value = getattr(part, name)
         if isinstance(value, Part):
-            yield from _config_leaves(value, f"{prefix}{name}.")
+            yield from config_leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -4,6 +4,15 @@ import os
 from pathlib import Path
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write or replace a file: after a crash the old text is there, or the new one, and no piece of either."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    fsync(unfinished)
+    unfinished.rename(path)
+    fsync(path.parent)
+
+
 def fsync(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -75,7 +75,13 @@ def config(file: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(file: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run of this run_dir, from its last good checkpoint.")
+    ] = False,
+) -> None:
     """Distil the teacher into the student and print what came of it."""
     from common.config_source import read_config
     from common.logs import set_up_logging
@@ -85,7 +91,7 @@ def train(file: ConfigFile, overrides: Overrides = None) -> None:
 
     from deploy.launch import train
 
-    train(resolved)
+    train(resolved, resume=resume)
 
 
 @app.command("eval")

@@ -1,31 +1,45 @@
-"""A run from its configuration to its summary. Wires preflight, cluster, loop, run folder and display together."""
+"""A run on Ray, from the command to its summary: who is hired, and how the run ends."""
 
 import asyncio
 import signal
-import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.config import RunConfig
 from common.config_source import ResolvedConfig
 from common.errors import UserError
 from deploy.cluster import joined
-from deploy.preflight import prepare
-from deploy.provenance import hardware, write_versions
-from deploy.run_folder import RunFolder, metrics_of, summarise_run
-from deploy.terminal import ProgressDisplay, StepLine, print_summary
-from deploy.trackers import Trackers
+from deploy.preflight import Inputs, prepare
+from deploy.resume import find_resumable, refuse_other_settings
+from deploy.run_folder import RunFolder
+from deploy.steps import Crew, run
+from deploy.terminal import ProgressDisplay, make_console, print_summary
+from rollout_server.actors import Collected
 from rollout_server.engine import EngineFacts
 from trainer.evaluate import EvaluationReport, evaluate
-from trainer.loop import Evaluated, Trained, distill
 
 T = TypeVar("T")
 
 
-def train(resolved: ResolvedConfig) -> None:
-    """Run the whole distillation and print its summary."""
-    print_summary(_run(_train(resolved)))
+def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
+    """Run the whole distillation, or the rest of one that was interrupted, and print its summary."""
+    resumed = None
+    if resume:
+        resumed = find_resumable(resolved.config)
+        refuse_other_settings(resumed.folder, resolved)
+        if (summary := resumed.finished_summary(resolved.config.trainer.num_steps)) is not None:
+            make_console(stderr=True).print(
+                f"{resumed.folder.path} is finished, after step {resumed.state.step}; to train on, raise "
+                "trainer.num_steps"
+            )
+            print_summary(summary)
+            return
+
+    print_summary(_run(run(resolved, partial(_hired, resolved.config), resumed)))
 
 
 def evaluate_student(resolved: ResolvedConfig) -> None:
@@ -34,39 +48,16 @@ def evaluate_student(resolved: ResolvedConfig) -> None:
     print_summary({"student": resolved.config.models.student, **asdict(report)})
 
 
-async def _train(resolved: ResolvedConfig) -> dict[str, object]:
-    config = resolved.config
-    started_s = time.perf_counter()
-    inputs = prepare(config)
-    folder = RunFolder.create(config.run_dir, resolved)
-    records: list[Trained | Evaluated] = []
-    write_versions(folder.path)
-    with Trackers.open(config, folder.path) as trackers, ProgressDisplay(config.trainer.num_steps) as display:
-        display.note(f"run folder {folder.path}; {hardware()}")
-        display.note("starting the engines and the learner")
-        async with joined(config) as cluster:
-            learner_actor = cluster.spawn_learner()
-            pair = await cluster.start_pair(inputs, folder)
-            learner = await cluster.connect_learner(learner_actor, pair)
-            display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
-            steps = distill(
-                config.trainer,
-                prompts=inputs.prompts,
-                rollouts=pair.rollouts,
-                learner=learner,
-                held_out=inputs.held_out,
-                num_probe_prompts=config.sync.num_probe_prompts,
-            )
-            async for record in steps:
-                records.append(record)
-                folder.append_metrics(metrics_of(record))
-                trackers.log(metrics_of(record))
-                _show(display, record)
-            display.note("saving the student")
-            await learner.save(folder.student)
-    summary = summarise_run(records, run_dir=folder.path, seconds=time.perf_counter() - started_s)
-    folder.write_summary(summary)
-    return summary
+@asynccontextmanager
+async def _hired(config: RunConfig, inputs: Inputs, folder: RunFolder, display: ProgressDisplay) -> AsyncIterator[Crew]:
+    """The run's actors, started and wired; ended when the run is."""
+    display.note("starting the engines and the learner")
+    async with joined(config) as cluster:
+        learner_actor = cluster.spawn_learner()
+        pair = await cluster.start_pair(inputs, folder)
+        learner = await cluster.connect_learner(learner_actor, pair)
+        display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
+        yield Crew(rollouts=pair.rollouts, learner=learner, put=Collected.put)
 
 
 async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
@@ -86,28 +77,6 @@ async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
 
 def _describe(engine: EngineFacts) -> str:
     return f"in {engine.dtype}, {engine.max_model_len} tokens of context, top {engine.top_logprobs} log-probs"
-
-
-def _show(display: ProgressDisplay, record: Trained | Evaluated) -> None:
-    if isinstance(record, Evaluated):
-        report = record.report
-        accuracy = "" if report.accuracy is None else f"accuracy {report.accuracy:.3f}  "
-        divergence = "" if report.mean_divergence is None else f"divergence {report.mean_divergence:.4f} nats"
-        display.note(f"held out after {record.step} steps: {accuracy}{divergence}")
-        return
-    display.step(
-        StepLine(
-            step=record.step,
-            loss=record.training.loss,
-            switch_rate=record.rollout.switch_rate,
-            teacher_share=record.rollout.teacher_token_share,
-            tokens_per_s=record.rollout.num_tokens / record.rollout.seconds,
-            rollout_s=record.rollout.seconds,
-            train_s=record.training.seconds,
-            sync_s=record.sync.seconds,
-            probe=record.sync.probe.max_difference,
-        )
-    )
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

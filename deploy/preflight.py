@@ -17,7 +17,7 @@ from trainer.answers import AnswerReader
 from trainer.evaluate import compile_answer_pattern
 from trainer.loop import HeldOut
 from trainer.pretrained import load_tokenizer
-from trainer.prompts import PromptStream
+from trainer.prompts import PromptCursor, PromptStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,8 +37,11 @@ class Inputs:
         return self.prompts.all()[0].token_ids
 
 
-def prepare(config: RunConfig) -> Inputs:
-    """Load tokenizers and prompts and check them against each other and the models."""
+def prepare(config: RunConfig, *, cursor: PromptCursor | None = None) -> Inputs:
+    """Load tokenizers and prompts and check them against each other and the models.
+
+    ``cursor`` is where a resumed run goes on in the prompts.
+    """
     refuse_missing_packages(config.logging)
     remote_code = config.engines.trust_remote_code
     student = load_tokenizer(config.models.student, key="models.student", trust_remote_code=remote_code)
@@ -61,6 +64,7 @@ def prepare(config: RunConfig) -> Inputs:
         seed=config.seed,
         max_prompt_tokens=max_prompt_tokens,
         samples_per_prompt=config.trainer.samples_per_prompt,
+        cursor=cursor,
         answers=_answers(config, student),
     )
     return Inputs(

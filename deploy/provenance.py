@@ -1,4 +1,4 @@
-"""What a run ran on: versions of what it is made of, and the machine. Written once into the run's folder.
+"""What a run ran on: versions of what it is made of, and the machine. Written at its start and whenever it is resumed.
 
 Names no host, no user and no path. It is the machine of the driver; engines on other nodes may have other GPUs.
 """
@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from common.files import write_whole
 
 PACKAGES = (
     "adaswitch",
@@ -30,10 +32,22 @@ PACKAGES = (
 )
 
 
-def write_versions(folder: Path) -> None:
-    """``versions.json``: Python, packages, hardware."""
-    facts = {"python": platform.python_version(), "packages": package_versions(), "hardware": hardware()}
-    (folder / "versions.json").write_text(json.dumps(facts, indent=2) + "\n")
+def write_versions(folder: Path, *, after_step: int = 0) -> int:
+    """Add a leg to ``versions.json``: the step it begins after, Python, packages, hardware. Returns the number of legs,
+    which is one more than the run has been resumed.
+    """
+    path = folder / "versions.json"
+    legs: list[dict[str, object]] = json.loads(path.read_text())["legs"] if path.exists() else []
+    legs.append(
+        {
+            "after_step": after_step,
+            "python": platform.python_version(),
+            "packages": package_versions(),
+            "hardware": hardware(),
+        }
+    )
+    write_whole(path, json.dumps({"legs": legs}, indent=2) + "\n")
+    return len(legs)
 
 
 def package_versions() -> dict[str, str]:

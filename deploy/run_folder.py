@@ -1,17 +1,26 @@
-"""A run's folder: it explains itself. ``config.yaml``, ``metrics.jsonl``, ``traces/``, ``student/``, ``summary.json``.
+"""A run's folder: it explains itself. ``config.yaml``, ``metrics.jsonl``, ``traces/``, ``checkpoints/``, ``student/``,
+``summary.json``.
 
 Owns names and formats of these files. docs/metrics.md says what each metric means.
 """
 
+import fcntl
 import json
-import os
+import re
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from common.config_source import ResolvedConfig, dump_config
-from trainer.loop import Evaluated, Trained
+from common.errors import UserError
+from common.files import fsync, write_whole
+from rollout_server.traces.writer import drop_segments_after
+from trainer.reports import Evaluated, Trained
+
+Metrics = dict[str, float | int]
 
 _EDGE_STEPS = 5  # how many first and last steps the summary averages over
 
@@ -33,9 +42,20 @@ class RunFolder:
                 if any(path.iterdir()):
                     continue
             folder = cls(path)
-            (path / "config.yaml").write_text(dump_config(resolved))
+            folder.write_config(resolved)
             return folder
         raise AssertionError("count() does not end")
+
+    @classmethod
+    def all(cls, wanted: str) -> "list[RunFolder]":
+        """Those that ``create`` made for this ``run_dir``, from old to new."""
+        first = Path(wanted).absolute()
+        numbered = re.compile(rf"{re.escape(first.name)}-([1-9]\d*)")
+        matches = [
+            match for path in first.parent.glob("*") if path.is_dir() and (match := numbered.fullmatch(path.name))
+        ]
+        later = sorted((match for match in matches if int(match[1]) >= 2), key=lambda match: int(match[1]))
+        return [cls(path) for path in (first, *(first.parent / match[0] for match in later)) if path.is_dir()]
 
     @property
     def traces(self) -> Path:
@@ -46,23 +66,70 @@ class RunFolder:
         """The trained student in Hugging Face format."""
         return self.path / "student"
 
-    def append_metrics(self, metrics: dict[str, float | int]) -> None:
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from going on with the same run. Gone with the process, however it ends.
+
+        Raises UserError where another process has it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.path}: another process is at this run; wait for it, or end it") from error
+            yield
+
+    def write_config(self, resolved: ResolvedConfig) -> None:
+        write_whole(self.path / "config.yaml", dump_config(resolved))
+
+    def append_metrics(self, metrics: Metrics) -> None:
         """One line of JSON: what one step or one evaluation measured."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with self._metrics_file.open("a") as file:
             file.write(json.dumps({"time": time.time(), **metrics}) + "\n")
+
+    def read_metrics(self) -> list[Metrics]:
+        """All lines but one that a crash left half-written."""
+        if not self._metrics_file.exists():
+            return []
+        lines = self._metrics_file.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def cut_after(self, step: int, *, last_collected: int) -> None:
+        """Forget what was measured after ``step`` and what was traced for steps after ``last_collected``."""
+        kept = [metrics for metrics in self.read_metrics() if metrics["step"] <= step]
+        write_whole(self._metrics_file, "".join(f"{json.dumps(metrics)}\n" for metrics in kept))
+        drop_segments_after(self.traces, last_collected)
+
+    def sync_metrics(self) -> None:
+        """Wait until what was measured is on the disk: before a checkpoint that relies on it."""
+        fsync(self._metrics_file)
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     def write_summary(self, summary: dict[str, object]) -> None:
         """Whole or not at all."""
-        unfinished = self.path / ".summary.json.unfinished"
-        with unfinished.open("w") as file:
-            json.dump(summary, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(self.path / "summary.json")
+        write_whole(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def remove_summary(self) -> None:
+        """The run is not finished any more."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
+    def read_summary(self) -> dict[str, object] | None:
+        """None where the run has not finished."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            return None
+        summary: dict[str, object] = json.loads(path.read_text())
+        return summary
 
 
-def metrics_of(record: Trained | Evaluated) -> dict[str, float | int]:
+def metrics_of(record: Trained | Evaluated) -> Metrics:
     """A record's numbers under their documented names. What a step has none of is left out."""
     if isinstance(record, Evaluated):
         metrics: dict[str, float | int | None] = {
@@ -81,6 +148,7 @@ def metrics_of(record: Trained | Evaluated) -> dict[str, float | int]:
             "rollout/tokens": rollout.num_tokens,
             "rollout/tokens_per_s": rollout.num_tokens / rollout.seconds,
             "rollout/wasted_tokens": rollout.num_wasted_tokens,
+            "rollout/refused_sequences": rollout.num_refused,
             "rollout/seconds": rollout.seconds,
             "switch/rate": rollout.switch_rate,
             "switch/mean_position": rollout.mean_switch_position,
@@ -93,6 +161,7 @@ def metrics_of(record: Trained | Evaluated) -> dict[str, float | int]:
             "train/covered_mass": training.covered_mass,
             "train/grad_norm": training.grad_norm,
             "train/learning_rate": training.learning_rate,
+            "train/staleness": rollout.mean_staleness,
             "train/micro_batches": training.num_micro_batches,
             "train/seconds": training.seconds,
             "train/tokens_per_s": training.num_tokens / training.seconds,
@@ -103,42 +172,50 @@ def metrics_of(record: Trained | Evaluated) -> dict[str, float | int]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def summarise_run(records: list[Trained | Evaluated], *, run_dir: Path, seconds: float) -> dict[str, object]:
-    """What the run came to: the content of ``summary.json``. None where a run has no such thing."""
-    trained = [record for record in records if isinstance(record, Trained)]
-    evaluated = [record for record in records if isinstance(record, Evaluated)]
-    num_tokens = sum(record.rollout.num_tokens for record in trained)
-    rollout_s = sum(record.rollout.seconds for record in trained)
-    switched = [record.rollout for record in trained if record.rollout.mean_switch_position is not None]
-    num_switched = sum(rollout.switch_rate * rollout.num_sequences for rollout in switched)
+def summarise_run(lines: Sequence[Metrics], *, run_dir: Path, seconds: float, num_resumed: int) -> dict[str, object]:
+    """What the run came to, from all its metrics: the content of ``summary.json``. None where a run has no such thing.
+
+    ``seconds`` are those of the whole run but for what was lost between a checkpoint and a crash.
+    """
+    trained = [line for line in lines if "train/loss_nats" in line]
+    evaluated = [line for line in lines if "evaluation/prompts" in line]
+    switch_rates = [line["switch/rate"] for line in trained]
+    num_tokens = sum(line["rollout/tokens"] for line in trained)
+    rollout_s = sum(line["rollout/seconds"] for line in trained)
+    teacher_shares = [(line["switch/teacher_token_share"], line["rollout/tokens"]) for line in trained]
+    switch_positions = [
+        (line["switch/mean_position"], line["switch/rate"] * line["rollout/sequences"])
+        for line in trained
+        if "switch/mean_position" in line
+    ]
     return {
-        "accuracy_before": evaluated[0].report.accuracy if evaluated else None,
-        "accuracy_after": evaluated[-1].report.accuracy if evaluated else None,
-        "held_out_prompts": evaluated[0].report.num_prompts if evaluated else None,
-        "switch_rate": _mean([record.rollout.switch_rate for record in trained]),
-        "switch_rate_first": _mean([record.rollout.switch_rate for record in trained[:_EDGE_STEPS]]),
-        "switch_rate_last": _mean([record.rollout.switch_rate for record in trained[-_EDGE_STEPS:]]),
-        "teacher_share": sum(r.rollout.teacher_token_share * r.rollout.num_tokens for r in trained) / num_tokens
-        if num_tokens
-        else None,
-        "mean_switch_position": sum(
-            (rollout.mean_switch_position or 0.0) * rollout.switch_rate * rollout.num_sequences for rollout in switched
-        )
-        / num_switched
-        if switched
-        else None,
+        "accuracy_before": evaluated[0].get("evaluation/accuracy") if evaluated else None,
+        "accuracy_after": evaluated[-1].get("evaluation/accuracy") if evaluated else None,
+        "held_out_prompts": evaluated[0]["evaluation/prompts"] if evaluated else None,
+        "switch_rate": _mean(switch_rates),
+        "switch_rate_first": _mean(switch_rates[:_EDGE_STEPS]),
+        "switch_rate_last": _mean(switch_rates[-_EDGE_STEPS:]),
+        "teacher_share": _weighted_mean(teacher_shares),
+        "mean_switch_position": _weighted_mean(switch_positions),
         "tokens_per_s": num_tokens / rollout_s if rollout_s else None,
         "rollout_s": rollout_s,
-        "train_s": sum(record.training.seconds for record in trained),
-        "sync_s": sum(record.sync.seconds for record in trained),
-        "max_probe_nats": max((record.sync.probe.max_difference for record in trained), default=None),
+        "train_s": sum(line["train/seconds"] for line in trained),
+        "sync_s": sum(line["sync/seconds"] for line in trained),
+        "max_probe_nats": max((line["sync/probe_nats"] for line in trained), default=None),
         "steps": len(trained),
-        "sequences": sum(record.rollout.num_sequences for record in trained),
+        "sequences": sum(line["rollout/sequences"] for line in trained),
         "tokens": num_tokens,
         "seconds": seconds,
+        "resumed": num_resumed,
         "run_dir": str(run_dir),
     }
 
 
-def _mean(values: list[float]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Of (value, weight) pairs."""
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None

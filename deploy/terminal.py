@@ -252,6 +252,7 @@ _ROWS: dict[str, tuple[str, str]] = {
     "sync_s": ("seconds in weight sync", "{:.1f}"),
     "seconds": ("seconds in all", "{:.1f}"),
     "max_probe_nats": ("largest probe difference, nats", "{:.1e}"),
+    "resumed": ("resumed", "{}"),
     "steps": ("steps", "{}"),
     "sequences": ("sequences", "{}"),
     "tokens": ("tokens", "{}"),

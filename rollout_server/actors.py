@@ -6,7 +6,7 @@ What they do is in ``engines/`` and ``rollouts``. vLLM is imported by the proces
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import ray
 import torch
@@ -89,8 +89,10 @@ class RolloutActor:
         self._tokenizer = tokenizer
         self._rollouts: Rollouts | None = None
 
-    async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[MixedSequence, None]:
-        async with aclosing(self._on_this_loop().collect(prompts, step)) as sequences:
+    async def collect(
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence]
+    ) -> AsyncGenerator[MixedSequence, None]:
+        async with aclosing(self._on_this_loop().collect(prompts, step, kept)) as sequences:
             async for sequence in sequences:
                 yield sequence
 
@@ -124,6 +126,11 @@ class Collected:
     sequence: MixedSequence
     reference: "ray.ObjectRef[MixedSequence]"
 
+    @classmethod
+    def put(cls, sequence: MixedSequence) -> Self:
+        """One that no rollout actor holds, for it comes from a file."""
+        return cls(sequence=sequence, reference=ray.put(sequence))
+
 
 class RemoteRollouts:
     """The driver's side of a RolloutActor."""
@@ -132,9 +139,11 @@ class RemoteRollouts:
         self._handle = handle
         self._timeout_s = timeout_s
 
-    async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[Collected, None]:
+    async def collect(
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
+    ) -> AsyncGenerator[Collected, None]:
         """Yield sequences as they finish. Closing it ends what is still being written."""
-        references = self._handle.collect.options(num_returns="streaming").remote(prompts, step)
+        references = self._handle.collect.options(num_returns="streaming").remote(prompts, step, kept)
         try:
             while True:
                 reference = await within(self._timeout_s, anext(references), f"a sequence of step {step}")

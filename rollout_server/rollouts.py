@@ -64,9 +64,14 @@ class Rollouts:
         greedy = spec.sampling.model_copy(update={"temperature": 0.0})
         self._student_alone = controller(OnPolicy(), greedy)
 
-    async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[MixedSequence, None]:
-        """Yield the step's sequences as they finish; the trace's segment is on disk when the last has been taken."""
-        sequences = []
+    async def collect(
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
+    ) -> AsyncGenerator[MixedSequence, None]:
+        """Yield the step's sequences as they finish; the trace's segment is on disk when the last has been taken.
+
+        ``kept`` are sequences of the step that need not be written again; the segment holds them too.
+        """
+        sequences = list(kept)
         async with aclosing(self._controller.collect(prompts)) as finished:
             async for sequence in finished:
                 sequences.append(sequence)

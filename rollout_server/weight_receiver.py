@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from common.weights import WeightUpdate
+from rollout_server.engines.lifeline import end_with_parent
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -31,7 +32,10 @@ HOST_MEMORY = "host_memory"
 
 
 def register() -> None:
-    """Make ``WeightTransferConfig(backend="host_memory")`` known in this process. vLLM may call it more than once."""
+    """What each of vLLM's own processes needs of us: ``WeightTransferConfig(backend="host_memory")``, and an end when
+    its parent ends. vLLM may call it more than once.
+    """
+    end_with_parent()
     with contextlib.suppress(ValueError):  # what vLLM raises when the name is taken
         WeightTransferEngineFactory.register_engine(HOST_MEMORY, __name__, "HostMemoryWeightTransferEngine")
 

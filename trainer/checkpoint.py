@@ -26,9 +26,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from common.files import fsync
 from trainer.prompts import PromptCursor
+from trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+LEARNER, STUDENT, AHEAD = "learner", "student", "ahead.npz"
+"""What a checkpoint holds besides its state and its manifest: the learner's state, the student as it can be served, and
+the next step's sequences where they have been collected."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -43,9 +47,14 @@ class RunState:
     step: int
     weight_version: int
     cursor: PromptCursor
-    num_resumed: int
     seconds: float  # of the run so far
     accuracy: float | None = None  # held out, of these weights; None where they were not evaluated
+    ahead_seconds: float | None = None  # it took to collect the next step's sequences; None where none are here
+
+    @property
+    def last_collected_step(self) -> int:
+        """The last step whose sequences are trained, or are in the checkpoint."""
+        return self.step if self.ahead_seconds is None else self.step + 1
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -110,6 +119,19 @@ def check(path: Path) -> None:
             raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found.get(name)}, expected {expected.get(name)}")
 
 
+def clear_after(folder: Path, step: int) -> None:
+    """Make room for a run that goes on from ``step``: what was being written is removed, and later checkpoints, which
+    are damaged or the run would go on from one, are named ``damaged-step-NNNNNN``, to count no more.
+    """
+    for unfinished in folder.glob(".step-*.unfinished"):
+        shutil.rmtree(unfinished)
+    for path in _checkpoints(folder):
+        if _step_of(path) > step:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
     """Remove all but the last ``keep_last`` and, with ``keep_best``, the one of the highest held-out accuracy.
 
@@ -129,21 +151,30 @@ def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
 
 
 def save_tensors(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object]
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object], ranks: Ranks
 ) -> None:
-    """Model, optimizer, scheduler and torch's random state of a learner of one rank. Raises OSError if it can't."""
+    """Model, optimizer, scheduler and torch's random state. Every rank writes its part into the same folder, at once.
+
+    Raises OSError, on every rank, if one can't.
+    """
     try:
-        save(_tensors(model, optimizer, scheduler), checkpoint_id=folder, no_dist=True)
+        save(_tensors(model, optimizer, scheduler), checkpoint_id=folder, no_dist=ranks.mesh is None)
     except CheckpointException as error:  # a BaseException, which would pass by those who handle a full disk
         raise OSError(f"can't write {folder}: {error}") from error
 
 
 def load_tensors(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object]
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object], ranks: Ranks
 ) -> dict[str, object]:
-    """Put back what ``save_tensors`` wrote, in place. Returns the scheduler's state."""
+    """Put back what ``save_tensors`` wrote, in place, on every rank. Returns the scheduler's state.
+
+    Raises OSError if it can't.
+    """
     tensors = _tensors(model, optimizer, scheduler)
-    load(tensors, checkpoint_id=folder, no_dist=True)
+    try:
+        load(tensors, checkpoint_id=folder, no_dist=ranks.mesh is None)
+    except CheckpointException as error:
+        raise OSError(f"can't read {folder}: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     torch.set_rng_state(tensors["rng"])
     scheduler_state: dict[str, object] = tensors["scheduler"]
@@ -159,8 +190,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Finished ones, from old to new."""
     if not folder.is_dir():
         return []
-    steps = {path: match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
-    return sorted(steps, key=lambda path: int(steps[path][1]))
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _best(paths: list[Path]) -> list[Path]:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config import Trainer
-from common.errors import UserError
 from common.files import fsync
 from common.sequence import MixedSequence, TokenSource
 from trainer.batch import MicroBatch, collate, divide, empty_micro_batch
@@ -78,9 +78,7 @@ class Learner:
             with self._autocast():
                 refuse_leaking_rows(self.model)
         self.optimizer = make_optimizer(self.model, config)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(step, config)
-        )
+        self.scheduler = self._schedule(num_steps_done=0)
 
     def step(self, sequences: list[MixedSequence]) -> StepReport:
         """One update on the weighted mean loss over all new tokens of these sequences, however they fall into ranks and
@@ -156,16 +154,20 @@ class Learner:
         """Write model and tokenizer in Hugging Face format: whole under that name, or not there at all. An adapter is
         merged in, and lies beside it in ``adapter`` as peft has it.
 
-        A folder of that name is replaced. Rank 0 writes, and holds all weights for it on the CPU.
+        A folder of that name is replaced. Rank 0 writes, and holds all weights for it on the CPU. OSError where the
+        disk fails.
         """
         weights = whole_weights(self.model, self.ranks)
         if self.ranks.rank != 0:
             return
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        self.model.save_pretrained(unfinished, state_dict=merged_weights(self.model, weights))
-        if self.adapter is not None:
-            self.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
+        try:
+            self.model.save_pretrained(unfinished, state_dict=merged_weights(self.model, weights))
+            if self.adapter is not None:
+                self.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
+        except SafetensorError as error:  # no OSError, though a full disk is what it says
+            raise OSError(f"can't write {unfinished}: {error}") from error
         self.tokenizer.save_pretrained(unfinished)
         for path in (*unfinished.rglob("*"), unfinished):
             fsync(path)
@@ -175,21 +177,23 @@ class Learner:
         fsync(folder.parent)
 
     def save_state(self, folder: Path) -> None:
-        """Write all that the next step depends on into ``folder``. One rank only. OSError where the disk fails."""
-        self._refuse_several_ranks()
-        save_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict())
+        """Write all that the next step depends on into ``folder``, each rank its part. OSError where the disk fails."""
+        save_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict(), self.ranks)
 
     def load_state(self, folder: Path) -> None:
         """Go on where ``save_state`` left off: the same sequences then give the same weights bit for bit.
 
         What is read can run code (see ``checkpoint.py``): the folder must have been checked.
         """
-        self._refuse_several_ranks()
-        self.scheduler.load_state_dict(load_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict()))
+        scheduler = load_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict(), self.ranks)
+        self.scheduler.load_state_dict(scheduler)
+        # Anew, for trainer.num_steps may have changed, and the next step's learning rate with it.
+        self.scheduler = self._schedule(num_steps_done=self.scheduler.last_epoch)
 
-    def _refuse_several_ranks(self) -> None:
-        if self.ranks.num_ranks > 1:
-            raise UserError(f"trainer.num_ranks must be 1 where checkpoints are taken, got {self.ranks.num_ranks}")
+    def _schedule(self, *, num_steps_done: int) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(step, self.config), last_epoch=num_steps_done - 1
+        )
 
     def _load(self, student: str, *, trust_remote_code: bool) -> PreTrainedModel:
         """The student, whole or this rank's part of it. Only rank 0 reads the weights."""

@@ -2,41 +2,42 @@
 
     PromptStream --prompts--> Rollouts --mixed sequences--> Learner --weights--> the student engines behind Rollouts
 
-Owns the order of these steps. It returns measurements; showing and storing them is the caller's. Knows neither Ray nor
-vLLM: ``trainer/actors.py`` and the rollout server's actors stand behind the two protocols.
+Owns the order of these steps, and how far rollouts may run ahead of training. It returns measurements; showing and
+storing them, checkpoints included, is the caller's. Knows neither Ray nor vLLM: ``trainer/actors.py`` and the rollout
+server's actors stand behind the two protocols.
 """
 
+import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from common.config import Trainer
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightVersion
-from trainer.evaluate import EvaluationReport, evaluate
+from trainer.evaluate import evaluate
 from trainer.learner import StepReport
 from trainer.probe import ProbeReport
 from trainer.prompts import PromptStream
+from trainer.reports import Batch, Collected, Evaluated, StepDone, SyncReport, Trained, staleness, summarise
 
-
-class Collected(Protocol):
-    """A sequence to look at, and a reference to pass on without copying it."""
-
-    @property
-    def sequence(self) -> MixedSequence: ...
-    @property
-    def reference(self) -> Any: ...
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Rollouts(Protocol):
-    """The rollout server, as the loop sees it."""
+    """The rollout server, as the loop sees it. ``kept`` are sequences of the step that are already there, for its
+    trace.
+    """
 
-    def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[Collected, None]: ...
+    def collect(
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
+    ) -> AsyncGenerator[Collected, None]: ...
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]: ...
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]: ...
 
@@ -47,6 +48,10 @@ class Learner(Protocol):
     async def step(self, references: Sequence[Any]) -> StepReport: ...
     async def sync(self, version: WeightVersion) -> None: ...
     async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport: ...
+
+
+class StaleSequences(RuntimeError):
+    """Sequences came back too old a second time: an engine does not hold the weights it was sent. Stops the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,45 +65,14 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutReport:
-    """One step's sequences. None where no sequence switched, or none was judged."""
+class Start:
+    """Where the run begins. Past step 0 the learner holds that step's weights and the engines do not yet."""
 
-    num_sequences: int
-    num_tokens: int
-    switch_rate: float  # share of the sequences with a switch
-    teacher_token_share: float
-    mean_switch_position: float | None  # of each sequence's first switch
-    mean_divergence: float | None  # nats, over the positions where the student proposed
-    num_wasted_tokens: int
-    seconds: float
+    step: int = 0
+    ahead: Batch | None = None  # the next step's sequences, where they had been collected already
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncReport:
-    """One weight sync: send and load, then the probe; that of the replica that differs most."""
-
-    version: WeightVersion
-    seconds: float
-    probe: ProbeReport
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """One step of the loop."""
-
-    step: int
-    rollout: RolloutReport
-    training: StepReport
-    sync: SyncReport
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """The weights after ``step`` steps, 0 for those the run began with."""
-
-    step: int
-    report: EvaluationReport
-    seconds: float
+BEGINNING = Start()
 
 
 async def distill(
@@ -109,31 +83,81 @@ async def distill(
     learner: Learner,
     held_out: HeldOut | None,
     num_probe_prompts: int,
-) -> AsyncIterator[Trained | Evaluated]:
-    """Train for ``config.num_steps`` steps, yielding each step's and each evaluation's measurements as they are made.
+    start: Start = BEGINNING,
+) -> AsyncIterator[Trained | Evaluated | StepDone]:
+    """Train up to step ``config.num_steps``, yielding each step's and each evaluation's measurements as they are made.
 
-    Strictly on-policy: a step's sequences are written by the weights of the step before. Raises what the rollouts, the
-    learner or the probe raise; closing the iterator ends what is being written.
+    The weights after step n are weight version n. With ``max_staleness`` 0 a step's sequences are written by the
+    weights of the step before. With 1 the next step's are written while this one trains, and are whole before the
+    new weights go out: no sequence is torn between two versions, rollouts are never more than one step ahead, and
+    nothing is under way whenever this yields.
+
+    Raises what the rollouts, the learner or the probe raise, and StaleSequences; closing the iterator ends what is
+    being written.
     """
-    if held_out is not None:
+    if start.step > 0:
+        probe_texts = [prompt.token_ids for prompt in prompts.peek(num_probe_prompts)]
+        await _synchronise(rollouts, learner, version=start.step, probe_texts=probe_texts)
+    elif held_out is not None:
         yield await _evaluate(rollouts, held_out, step=0)
-    for step in range(1, config.num_steps + 1):
-        started_s = time.perf_counter()
-        collected: list[Collected] = []
-        async with aclosing(rollouts.collect(prompts.take(config.prompts_per_step), step)) as sequences:
-            async for sequence in sequences:
-                collected.append(sequence)
-        # In the order of the prompts, not of arrival: the same sequences give the same step.
-        collected.sort(key=lambda item: item.sequence.sequence_id)
-        rollout = summarise([item.sequence for item in collected], seconds=time.perf_counter() - started_s)
+    batch = start.ahead
+    for step in range(start.step + 1, config.num_steps + 1):
+        if batch is None:
+            batch = await _collect(rollouts, prompts.take(config.prompts_per_step), step=step)
+        batch = await _refuse_stale(batch, rollouts, step=step, max_staleness=config.max_staleness)
 
-        training = await learner.step([item.reference for item in collected])
-        probe_texts = [_probe_text(item.sequence) for item in collected[:num_probe_prompts]]
+        references = [item.reference for item in batch.items]
+        ahead: Batch | None = None
+        if config.max_staleness > 0 and step < config.num_steps:
+            next_prompts = prompts.take(config.prompts_per_step)
+            training, ahead = await _both(learner.step(references), _collect(rollouts, next_prompts, step=step + 1))
+        else:
+            training = await learner.step(references)
+
+        probe_texts = [_probe_text(sequence) for sequence in batch.sequences[:num_probe_prompts]]
         sync = await _synchronise(rollouts, learner, version=step, probe_texts=probe_texts)
-        yield Trained(step=step, rollout=rollout, training=training, sync=sync)
+        yield Trained(step=step, rollout=summarise(batch, version=step - 1), training=training, sync=sync)
 
         if held_out is not None and (step % held_out.every_steps == 0 or step == config.num_steps):
             yield await _evaluate(rollouts, held_out, step=step)
+        yield StepDone(step=step, cursor=prompts.cursor, ahead=ahead)
+        batch = ahead
+
+
+async def _collect(
+    rollouts: Rollouts, prompts: Sequence[Prompt], *, step: int, kept: Sequence[MixedSequence] = ()
+) -> Batch:
+    """The prompts' sequences, in the order of the prompts and not of arrival: the same sequences give the same step."""
+    started_s = time.perf_counter()
+    collected: list[Collected] = []
+    async with aclosing(rollouts.collect(prompts, step, kept)) as sequences:
+        async for sequence in sequences:
+            collected.append(sequence)
+    return Batch(items=sorted(collected, key=_sequence_id), seconds=time.perf_counter() - started_s)
+
+
+async def _refuse_stale(batch: Batch, rollouts: Rollouts, *, step: int, max_staleness: int) -> Batch:
+    """The batch, with the sequences that are too old to be trained in this step collected again, once."""
+
+    def is_stale(item: Collected) -> bool:
+        return (staleness(item.sequence, step - 1) or 0) > max_staleness
+
+    refused = [item.sequence for item in batch.items if is_stale(item)]
+    if not refused:
+        return batch
+    kept = [item for item in batch.items if not is_stale(item)]
+    prompts = [sequence.prompt for sequence in refused]
+    again = await _collect(rollouts, prompts, step=step, kept=[item.sequence for item in kept])
+    if stale := [item.sequence.sequence_id for item in again.items if is_stale(item)]:
+        raise StaleSequences(
+            f"step {step} trains weight version {step - 1}; {len(stale)} of {len(refused)} sequences collected again "
+            f"were still more than {max_staleness} versions older (trainer.max_staleness), the first {stale[0]}"
+        )
+    return Batch(
+        items=sorted([*kept, *again.items], key=_sequence_id),
+        seconds=batch.seconds + again.seconds,
+        num_refused=len(refused),
+    )
 
 
 async def _synchronise(
@@ -153,22 +177,19 @@ async def _evaluate(rollouts: Rollouts, held_out: HeldOut, *, step: int) -> Eval
     return Evaluated(step=step, report=report, seconds=time.perf_counter() - started_s)
 
 
-def summarise(sequences: list[MixedSequence], *, seconds: float) -> RolloutReport:
-    """What a step's sequences look like together."""
-    num_tokens = sum(map(len, sequences))
-    switches = [sequence.first_switch for sequence in sequences if sequence.first_switch is not None]
-    divergences = np.concatenate([sequence.divergences for sequence in sequences]).astype(np.float64)
-    judged = divergences[~np.isnan(divergences)]
-    return RolloutReport(
-        num_sequences=len(sequences),
-        num_tokens=num_tokens,
-        switch_rate=len(switches) / len(sequences),
-        teacher_token_share=sum(sequence.num_teacher_tokens for sequence in sequences) / num_tokens,
-        mean_switch_position=float(np.mean(switches)) if switches else None,
-        mean_divergence=float(judged.mean()) if judged.size else None,
-        num_wasted_tokens=sum(sequence.num_wasted_tokens for sequence in sequences),
-        seconds=seconds,
-    )
+async def _both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
+    """Both at once. When one fails or the caller is cancelled neither goes on; the error is the one that came first."""
+    tasks = asyncio.create_task(first), asyncio.create_task(second)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _sequence_id(item: Collected) -> str:
+    return item.sequence.sequence_id
 
 
 def _probe_text(sequence: MixedSequence) -> Ids:

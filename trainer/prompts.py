@@ -98,17 +98,25 @@ class PromptStream:
 
     def take(self, num_rows: int) -> list[Prompt]:
         """The next rows' prompts, samples_per_prompt for each row, on into the next epoch where this one ends."""
-        taken: list[Prompt] = []
+        taken, self._cursor = self._from_cursor(num_rows)
+        return taken
+
+    def peek(self, num_rows: int) -> list[Prompt]:
+        """What ``take`` would give. The cursor stays."""
+        return self._from_cursor(num_rows)[0]
+
+    def _from_cursor(self, num_rows: int) -> tuple[list[Prompt], PromptCursor]:
+        """The next rows' prompts, and the cursor behind them."""
+        prompts: list[Prompt] = []
         epoch, position = self._cursor.epoch, self._cursor.position
         while num_rows > 0:
             rows = self._order(epoch)[position : position + num_rows]
-            taken += self._prompts(rows, epoch)
+            prompts += self._prompts(rows, epoch)
             num_rows -= rows.size
             position += rows.size
             if position == len(self):
                 epoch, position = epoch + 1, 0
-        self._cursor = PromptCursor(epoch=epoch, position=position)
-        return taken
+        return prompts, PromptCursor(epoch=epoch, position=position)
 
     def all(self) -> list[Prompt]:
         """Every prompt of epoch 0 in the order of the rows, whatever the cursor and ``shuffle``. For evaluation."""

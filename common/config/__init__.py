@@ -46,6 +46,7 @@ from common.config.policies import (
     Relay,
 )
 from common.config.recording import (
+    Checkpoints,
     Logging,
     MLflow,
     Trace,
@@ -66,6 +67,7 @@ __all__ = [
     "SKD",
     "TVD",
     "AdaSwitch",
+    "Checkpoints",
     "CrossEntropy",
     "Data",
     "Dataset",

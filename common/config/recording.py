@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from common.config.part import Part
+from common.config.part import Part, Positive
 
 
 class Trace(Part):
@@ -14,6 +14,17 @@ class Trace(Part):
     enabled: bool = True
     top_alternatives: Annotated[int, Field(ge=0)] = 5
     """Alternatives of both models stored per token."""
+
+
+class Checkpoints(Part):
+    """What a run can be taken up from again (``adaswitch train CONFIG --resume``), in ``RUN/checkpoints``."""
+
+    every_steps: Positive | None = 50
+    """Besides the last step, after which there always is one. null: none at all, and no way to resume."""
+    keep_last: Positive = 2
+    """Older ones are removed once a newer one is whole."""
+    keep_best: bool = True
+    """And the one with the highest held-out accuracy, if any was taken in a step that is evaluated."""
 
 
 class Wandb(Part):

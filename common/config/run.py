@@ -8,7 +8,7 @@ from common.config.data import Data, Evaluation
 from common.config.engines import Engines, Models, Sampling
 from common.config.part import Part, Seconds
 from common.config.policies import SKD, AdaSwitch, Dataset, Mixture, Policy, Relay
-from common.config.recording import Logging, Trace
+from common.config.recording import Checkpoints, Logging, Trace
 from common.config.training import Sync, Trainer
 
 
@@ -31,7 +31,8 @@ class RunConfig(Part):
     """A whole run."""
 
     run_dir: str
-    """Folder for the trace, the weights and the summary. Must not hold another run."""
+    """Folder for the trace, the weights, the checkpoints and the summary. Where it holds a run already, -2, -3, ... is
+    added."""
     seed: int = 0
     models: Models
     engines: Engines = Engines()
@@ -41,6 +42,7 @@ class RunConfig(Part):
     evaluation: Evaluation | None = None
     trainer: Trainer = Trainer()
     sync: Sync = Sync()
+    checkpoints: Checkpoints = Checkpoints()
     trace: Trace = Trace()
     logging: Logging = Logging()
     placement: Placement = Placement()

@@ -28,6 +28,9 @@ class Trainer(Part):
     num_steps: Positive = 100
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
+    max_staleness: Literal[0, 1] = 0
+    """Weight versions by which the student that wrote a sequence may be older than the one trained on it. 0: strictly
+    on-policy. 1: the next step's sequences are collected while this one trains; never more than one step ahead."""
     loss: Loss = ForwardKL()
     """On the teacher's top k and one bucket for the rest; a weighted mean over all tokens of a step."""
     student_token_weight: Weight = 1.0

@@ -162,6 +162,25 @@ class TraceWriter:
         return pa.DictionaryArray.from_arrays(indices_N.astype(np.int32), texts)
 
 
+def drop_segments_after(folder: Path, step: int) -> None:
+    """Take away what was collected for later steps, which a run that goes on from ``step`` collects again.
+
+    Each is gone from sight at once. A folder that is not there holds none.
+    """
+    later = [name for name in (os.listdir(folder) if folder.is_dir() else ()) if _step_of(name) > step]
+    for name in sorted(later, reverse=True):
+        dropped = folder / f".{name}.dropped"
+        shutil.rmtree(dropped, ignore_errors=True)  # a crash's
+        (folder / name).rename(dropped)
+        shutil.rmtree(dropped)
+
+
+def _step_of(name: str) -> int:
+    """-1 for what is no segment."""
+    parsed = parse_segment_name(name)
+    return parsed[0] if parsed else -1
+
+
 def _repeated(values_S: list[str], lengths_S: npt.NDArray[np.int64]) -> pa.DictionaryArray:
     indices_N = np.repeat(np.arange(len(values_S), dtype=np.int32), lengths_S)
     return pa.DictionaryArray.from_arrays(indices_N, pa.array(values_S, pa.string()))

@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from common.config_source import read_config
 from deploy.run_folder import RunFolder, metrics_of, summarise_run
 from trainer.evaluate import EvaluationReport
 from trainer.learner import StepReport
-from trainer.loop import Evaluated, RolloutReport, SyncReport, Trained
 from trainer.probe import ProbeReport
+from trainer.reports import Evaluated, RolloutReport, SyncReport, Trained
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -25,6 +26,8 @@ def trained(step: int, *, switch_rate: float = 0.5, mean_switch_position: float 
             mean_switch_position=mean_switch_position,
             mean_divergence=0.1,
             num_wasted_tokens=3,
+            num_refused=1,
+            mean_staleness=0.0,
             seconds=2.0,
         ),
         training=StepReport(
@@ -58,6 +61,10 @@ def trained(step: int, *, switch_rate: float = 0.5, mean_switch_position: float 
 def evaluated(step: int, accuracy: float | None) -> Evaluated:
     report = EvaluationReport(num_prompts=50, num_answers=50, accuracy=accuracy, mean_divergence=0.2, mean_length=38.0)
     return Evaluated(step=step, report=report, seconds=1.0)
+
+
+def summary_of(records: Sequence[Trained | Evaluated]) -> dict[str, object]:
+    return summarise_run([metrics_of(record) for record in records], run_dir=Path("r"), seconds=20.0, num_resumed=2)
 
 
 @pytest.fixture
@@ -104,7 +111,7 @@ def test_every_metric_is_documented_and_every_documented_metric_exists() -> None
 
 
 def test_every_row_of_the_summary_is_documented() -> None:
-    summary = summarise_run([trained(1)], run_dir=Path("r"), seconds=1.0)
+    summary = summary_of([trained(1)])
     text = DOCS.read_text()
     missing = [key for key in summary if f"`{key}`" not in text and not key.endswith(("_first", "_last"))]
     assert not missing
@@ -118,7 +125,7 @@ def test_the_summary_averages_over_the_run() -> None:
         trained(3, switch_rate=0.0, mean_switch_position=None),
         evaluated(3, 0.9),
     ]
-    summary = summarise_run(records, run_dir=Path("r"), seconds=20.0)
+    summary = summary_of(records)
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.4, 0.9)
     assert summary["switch_rate"] == 0.5
     assert summary["mean_switch_position"] == pytest.approx((4 * 6.0 + 2 * 12.0) / 6)
@@ -129,7 +136,7 @@ def test_the_summary_averages_over_the_run() -> None:
 
 
 def test_a_run_without_a_switch_has_no_mean_position() -> None:
-    summary = summarise_run([trained(1, switch_rate=0.0, mean_switch_position=None)], run_dir=Path("r"), seconds=1.0)
+    summary = summary_of([trained(1, switch_rate=0.0, mean_switch_position=None)])
     assert summary["mean_switch_position"] is None
     assert summary["accuracy_before"] is None
 

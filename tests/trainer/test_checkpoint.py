@@ -18,7 +18,7 @@ from trainer.prompts import PromptCursor
 
 def state(step: int, accuracy: float | None = None) -> RunState:
     cursor = PromptCursor(epoch=1, position=step)
-    return RunState(step=step, weight_version=step, cursor=cursor, num_resumed=0, seconds=1.5, accuracy=accuracy)
+    return RunState(step=step, weight_version=step, cursor=cursor, seconds=1.5, accuracy=accuracy)
 
 
 async def save_bytes(folder: Path) -> None:
@@ -87,15 +87,16 @@ def test_files_that_may_not_grow_leave_the_older_checkpoint_and_nothing_unfinish
         import torch
         from trainer.checkpoint import RunState, save_tensors, write_checkpoint
         from trainer.prompts import PromptCursor
+        from trainer.ranks import ALONE
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        state = RunState(step=2, weight_version=2, cursor=PromptCursor(), num_resumed=0, seconds=0.0)
+        state = RunState(step=2, weight_version=2, cursor=PromptCursor(), seconds=0.0)
         model = torch.nn.Linear(300, 300)
         optimizer = torch.optim.AdamW(model.parameters())
 
         async def save(folder):
-            save_tensors(folder / "learner", model, optimizer, {"last_epoch": 2})
+            save_tensors(folder / "learner", model, optimizer, {"last_epoch": 2}, ALONE)
 
         assert asyncio.run(write_checkpoint(Path(sys.argv[1]), state, save)) is None
     """

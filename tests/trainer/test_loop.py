@@ -1,9 +1,10 @@
 """The loop over stand-ins that record what they are asked, in order."""
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from common.config import Trainer
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from trainer.learner import StepReport
-from trainer.loop import Evaluated, HeldOut, Trained, distill, summarise
+from trainer.loop import BEGINNING, HeldOut, StaleSequences, Start, distill
 from trainer.probe import ProbeReport, WeightSyncError
+from trainer.prompts import PromptCursor
+from trainer.reports import Batch, Evaluated, StepDone, Trained, summarise
 
 
 def probe_report(max_difference: float) -> ProbeReport:
@@ -43,16 +46,31 @@ class House:
     probe_texts: list[Ids] = field(default_factory=list)
     probe_differences: tuple[float, ...] = (1e-5,)  # one a replica
     collecting: int = 0
+    version: int = 0  # the engines hold
+    loads_weights: bool = True
+    slow_step: asyncio.Event | None = None  # a step waits for it
+    kept: dict[int, list[str]] = field(default_factory=dict)
 
-    async def collect(self, prompts: Sequence[Prompt], step: int) -> AsyncGenerator[Collected, None]:
+    async def collect(
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
+    ) -> AsyncGenerator[Collected, None]:
         self.calls.append(f"collect {step}")
+        if kept:
+            self.kept[step] = [sequence.sequence_id for sequence in kept]
         self.collecting += 1
         try:
             for prompt in reversed(prompts):  # they arrive in no particular order
-                sequence = self.make_sequence(prompt_id=prompt.prompt_id, epoch=prompt.epoch, seed=prompt.seed % 1000)
+                await asyncio.sleep(0)
+                sequence = self.make_sequence(
+                    prompt_id=prompt.prompt_id,
+                    epoch=prompt.epoch,
+                    seed=prompt.seed % 1000,
+                    weight_version=self.version,
+                )
                 yield Collected(sequence, f"reference of {sequence.sequence_id}")
         finally:
             self.collecting -= 1
+        self.calls.append(f"collected {step}")
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         self.calls.append("evaluate")
@@ -66,6 +84,8 @@ class House:
     async def step(self, references: Sequence[Any]) -> StepReport:
         self.calls.append("step")
         self.references = list(references)
+        if self.slow_step is not None:
+            await self.slow_step.wait()
         return StepReport(
             loss=0.5,
             loss_student_tokens=None,
@@ -80,6 +100,8 @@ class House:
 
     async def sync(self, version: int) -> None:
         self.calls.append(f"sync {version}")
+        if self.loads_weights:
+            self.version = version
 
     async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
         difference = self.probe_differences[self.calls.count("check") % len(self.probe_differences)]
@@ -95,17 +117,31 @@ class Prompts:
     def __init__(self) -> None:
         self._number = 0
 
+    @property
+    def cursor(self) -> PromptCursor:
+        return PromptCursor(position=self._number)
+
     def take(self, num_rows: int) -> list[Prompt]:
-        taken = range(self._number, self._number + num_rows)
+        taken = self.peek(num_rows)
         self._number += num_rows
+        return taken
+
+    def peek(self, num_rows: int) -> list[Prompt]:
+        taken = range(self._number, self._number + num_rows)
         return [Prompt(prompt_id=f"p{n:02d}", token_ids=np.arange(3, dtype=np.int32), seed=n) for n in taken]
 
 
-def run(house: House, *, num_steps: int = 3, held_out: bool = True):
-    prompts = Prompts()
+def run(
+    house: House,
+    *,
+    num_steps: int = 3,
+    held_out: bool = True,
+    max_staleness: Literal[0, 1] = 0,
+    start: Start = BEGINNING,
+):
     return distill(
-        Trainer(num_steps=num_steps, prompts_per_step=4),
-        prompts=prompts,  # type: ignore[arg-type]  # all the loop asks of a stream is take
+        Trainer(num_steps=num_steps, prompts_per_step=4, max_staleness=max_staleness),
+        prompts=Prompts(),  # type: ignore[arg-type]  # a stream's interface, without its file
         rollouts=house,
         learner=house,
         held_out=HeldOut(
@@ -117,13 +153,18 @@ def run(house: House, *, num_steps: int = 3, held_out: bool = True):
         if held_out
         else None,
         num_probe_prompts=2,
+        start=start,
     )
+
+
+def made_steps(records: Sequence[object]) -> list[Trained]:
+    return [record for record in records if isinstance(record, Trained)]
 
 
 async def test_each_step_is_collected_trained_synced_and_probed_in_this_order(make_mixed_sequence) -> None:
     house = House(make_mixed_sequence)
     records = [record async for record in run(house)]
-    step = ["collect {}", "step", "sync {}", "probe", "check"]
+    step = ["collect {0}", "collected {0}", "step", "sync {0}", "probe", "check"]
     expected = ["evaluate"]
     for number in (1, 2, 3):
         expected += [call.format(number) for call in step] + (["evaluate"] if number in (2, 3) else [])
@@ -131,11 +172,15 @@ async def test_each_step_is_collected_trained_synced_and_probed_in_this_order(ma
     assert [(type(record), record.step) for record in records] == [
         (Evaluated, 0),
         (Trained, 1),
+        (StepDone, 1),
         (Trained, 2),
         (Evaluated, 2),
+        (StepDone, 2),
         (Trained, 3),
         (Evaluated, 3),
+        (StepDone, 3),
     ]
+    assert [record.cursor.position for record in records if isinstance(record, StepDone)] == [4, 8, 12]
 
 
 async def test_a_step_trains_its_sequences_in_the_order_of_the_prompts_whatever_the_order_they_come_in(
@@ -157,8 +202,7 @@ async def test_a_probe_text_lacks_the_sequences_last_token(make_mixed_sequence) 
 
 async def test_the_sync_reports_the_replica_that_differs_most(make_mixed_sequence) -> None:
     house = House(make_mixed_sequence, probe_differences=(1e-5, 3e-4, 2e-5))
-    (trained,) = [record async for record in run(house, num_steps=1, held_out=False)]
-    assert isinstance(trained, Trained)
+    (trained,) = made_steps([record async for record in run(house, num_steps=1, held_out=False)])
     assert trained.sync.probe.max_difference == 3e-4
     assert trained.sync.version == 1
 
@@ -182,7 +226,7 @@ def test_a_steps_summary_counts_sequences_and_tokens(make_mixed_sequence) -> Non
     switched = make_mixed_sequence(num_tokens=12, switches=(4,), num_wasted_tokens=3)
     late = make_mixed_sequence(num_tokens=8, switches=(6,))
     kept = make_mixed_sequence(num_tokens=4, switches=())
-    report = summarise([switched, late, kept], seconds=2.0)
+    report = summarised(switched, late, kept)
     assert (report.num_sequences, report.num_tokens, report.num_wasted_tokens) == (3, 24, 3)
     assert report.switch_rate == pytest.approx(2 / 3)
     assert report.teacher_token_share == pytest.approx((8 + 2) / 24)
@@ -192,7 +236,105 @@ def test_a_steps_summary_counts_sequences_and_tokens(make_mixed_sequence) -> Non
 
 
 def test_a_step_without_a_switch_or_a_proposal_has_no_mean(make_mixed_sequence) -> None:
-    kept = summarise([make_mixed_sequence(switches=())], seconds=1.0)
+    kept = summarised(make_mixed_sequence(switches=()))
     assert (kept.switch_rate, kept.mean_switch_position) == (0.0, None)
-    taught = summarise([make_mixed_sequence(switches=(0,))], seconds=1.0)
-    assert (taught.teacher_token_share, taught.mean_divergence) == (1.0, None)
+    taught = summarised(make_mixed_sequence(switches=(0,)))
+    assert (taught.teacher_token_share, taught.mean_divergence, taught.mean_staleness) == (1.0, None, None)
+
+
+# --------------------------------------------------------------------------------------------------- one step ahead
+
+
+async def test_with_staleness_1_the_next_step_is_collected_while_this_one_trains(make_mixed_sequence) -> None:
+    house = House(make_mixed_sequence, slow_step=asyncio.Event())
+    steps = run(house, num_steps=2, held_out=False, max_staleness=1)
+    first = asyncio.ensure_future(anext(steps))
+    while "collected 2" not in house.calls:
+        await asyncio.sleep(0)
+    assert house.calls == ["collect 1", "collected 1", "step", "collect 2", "collected 2"]
+    house.slow_step.set()
+    assert isinstance(await first, Trained)
+    assert house.calls[-3:] == ["sync 1", "probe", "check"]
+
+
+async def test_no_sync_tears_a_collection_and_nothing_is_under_way_when_the_loop_yields(make_mixed_sequence) -> None:
+    house = House(make_mixed_sequence)
+    async for record in run(house, num_steps=4, max_staleness=1):
+        assert house.collecting == 0
+        if isinstance(record, StepDone):
+            assert (record.ahead is None) == (record.step == 4)
+            assert record.cursor.position == 4 * min(record.step + 1, 4)
+    syncs = [call for call in house.calls if call.startswith(("sync", "collect"))]
+    assert syncs[:6] == ["collect 1", "collected 1", "collect 2", "collected 2", "sync 1", "collect 3"]
+    assert syncs.count("collect 5") == 0
+
+
+@pytest.mark.parametrize(("max_staleness", "ages"), [(0, [0.0, 0.0, 0.0]), (1, [0.0, 1.0, 1.0])])
+async def test_the_age_of_what_is_trained_is_reported(make_mixed_sequence, max_staleness, ages) -> None:
+    house = House(make_mixed_sequence)
+    records = [record async for record in run(house, held_out=False, max_staleness=max_staleness)]
+    assert [record.rollout.mean_staleness for record in made_steps(records)] == ages
+    assert [record.rollout.num_refused for record in made_steps(records)] == [0, 0, 0]
+
+
+async def test_an_error_while_both_are_under_way_is_raised_as_it_was_and_ends_the_other(make_mixed_sequence) -> None:
+    class Broken(House):
+        async def step(self, references: Sequence[Any]) -> StepReport:
+            await asyncio.sleep(0)
+            raise FloatingPointError("the loss is not finite")
+
+    house = Broken(make_mixed_sequence)
+    with pytest.raises(FloatingPointError, match="the loss is not finite"):
+        _ = [record async for record in run(house, held_out=False, max_staleness=1)]
+    assert "collect 2" in house.calls
+    assert house.collecting == 0
+
+
+async def test_sequences_that_are_too_old_are_refused_counted_and_collected_again(make_mixed_sequence) -> None:
+    """As where a run goes on with max_staleness 0 and sequences from a checkpoint of 1; two of four are fresh."""
+    house = House(make_mixed_sequence)
+    items = [
+        Collected(make_mixed_sequence(prompt_id=f"p0{n}", seed=n, weight_version=version), f"old reference {n}")
+        for n, version in enumerate((5, 4, 5, 4))
+    ]
+    start = Start(step=5, ahead=Batch(items=items, seconds=1.0))
+    (trained,) = made_steps([r async for r in run(house, num_steps=6, held_out=False, start=start)])
+    assert house.references == ["old reference 0", "reference of p01.0.0", "old reference 2", "reference of p03.0.0"]
+    assert house.kept == {6: ["p00.0.0", "p02.0.0"]}
+    assert (trained.rollout.num_refused, trained.rollout.num_sequences, trained.rollout.mean_staleness) == (2, 4, 0.0)
+    assert trained.rollout.seconds > 1.0
+
+
+async def test_engines_that_never_take_new_weights_end_the_run(make_mixed_sequence) -> None:
+    house = House(make_mixed_sequence, loads_weights=False)
+    with pytest.raises(StaleSequences, match=r"step 2 trains weight version 1; 4 of 4 .* the first p04\.0\.0"):
+        _ = [record async for record in run(house, held_out=False)]
+
+
+# ------------------------------------------------------------------------------------------------------------ resumed
+
+
+async def test_a_resumed_run_syncs_and_probes_before_it_collects_and_evaluates_nothing_twice(
+    make_mixed_sequence,
+) -> None:
+    house = House(make_mixed_sequence)
+    records = [record async for record in run(house, num_steps=3, start=Start(step=2))]
+    assert house.calls[:5] == ["sync 2", "probe", "check", "collect 3", "collected 3"]
+    assert [(type(record), record.step) for record in records] == [(Trained, 3), (Evaluated, 3), (StepDone, 3)]
+    assert made_steps(records)[0].rollout.mean_staleness == 0.0
+
+
+async def test_a_resumed_run_trains_what_was_collected_before_it_collects_more(make_mixed_sequence) -> None:
+    house = House(make_mixed_sequence)
+    items = [Collected(make_mixed_sequence(weight_version=1), "stored")]
+    start = Start(step=2, ahead=Batch(items=items, seconds=7.0))
+    steps = run(house, num_steps=3, held_out=False, max_staleness=1, start=start)
+    (trained,) = made_steps([record async for record in steps])
+    assert house.calls == ["sync 2", "probe", "check", "step", "sync 3", "probe", "check"]
+    assert house.references == ["stored"]
+    assert (trained.rollout.mean_staleness, trained.rollout.seconds) == (1.0, 7.0)
+
+
+def summarised(*sequences: MixedSequence):
+    items = [Collected(sequence, "") for sequence in sequences]
+    return summarise(Batch(items=items, seconds=2.0), version=0)

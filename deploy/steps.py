@@ -1,0 +1,167 @@
+"""A run's steps: the loop's records into the run's folder, the trackers and the display; checkpoints as they fall due.
+
+Knows the loop's protocols and not what stands behind them: Ray's actors in a real run, local objects in tests.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from common.config import Checkpoints
+from common.config_source import ResolvedConfig
+from common.sequence import MixedSequence
+from deploy.preflight import Inputs, prepare
+from deploy.provenance import hardware, write_versions
+from deploy.resume import Resumable, rewind
+from deploy.run_folder import RunFolder, metrics_of, summarise_run
+from deploy.terminal import ProgressDisplay, StepLine
+from deploy.trackers import Trackers
+from trainer.checkpoint import AHEAD, LEARNER, STUDENT, RunState, prune, write_checkpoint
+from trainer.loop import BEGINNING, Learner, Rollouts, distill
+from trainer.reports import Collected, Evaluated, StepDone, Trained
+from trainer.sequence_files import write_sequences
+
+
+class StoredLearner(Learner, Protocol):
+    """A learner that can be stored, to be served or to go on from, and brought back."""
+
+    async def save(self, folder: Path) -> None: ...
+    async def save_state(self, folder: Path) -> None: ...
+    async def load_state(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """Who does the work of a run."""
+
+    rollouts: Rollouts
+    learner: StoredLearner
+    put: Callable[[MixedSequence], Collected]  # a sequence from a checkpoint, as rollouts would have handed it out
+
+
+Hire = Callable[[Inputs, RunFolder, ProgressDisplay], AbstractAsyncContextManager[Crew]]
+
+
+async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = None) -> dict[str, object]:
+    """A run from its beginning, or from a checkpoint, to its summary."""
+    config, started_s = resolved.config, time.perf_counter()
+    inputs = prepare(config, cursor=None if resumed is None else resumed.state.cursor)
+    folder = RunFolder.create(config.run_dir, resolved) if resumed is None else resumed.folder
+    after_step = 0 if resumed is None else resumed.state.step
+    with ExitStack() as stack:
+        stack.enter_context(folder.locked())
+        if resumed is not None:
+            rewind(resumed, resolved)
+            started_s -= resumed.state.seconds
+        num_resumed = write_versions(folder.path, after_step=after_step) - 1
+        trackers = stack.enter_context(Trackers.open(config, folder.path))
+        display = stack.enter_context(ProgressDisplay(config.trainer.num_steps, first_step=after_step + 1))
+        display.note(f"run folder {folder.path}; {hardware()}")
+        async with hire(inputs, folder, display) as crew:
+            start = BEGINNING
+            if resumed is not None:
+                display.note(f"going on after step {after_step}")
+                await crew.learner.load_state(resumed.checkpoint / LEARNER)
+                start = resumed.start(crew.put)
+            steps = distill(
+                config.trainer,
+                prompts=inputs.prompts,
+                rollouts=crew.rollouts,
+                learner=crew.learner,
+                held_out=inputs.held_out,
+                num_probe_prompts=config.sync.num_probe_prompts,
+                start=start,
+            )
+            checkpoints = CheckpointTaker(
+                config.checkpoints, folder, crew.learner, num_steps=config.trainer.num_steps, started_s=started_s
+            )
+            await _follow(steps, checkpoints, folder, trackers, display)
+            display.note("saving the student")
+            await crew.learner.save(folder.student)
+    seconds = time.perf_counter() - started_s
+    summary = summarise_run(folder.read_metrics(), run_dir=folder.path, seconds=seconds, num_resumed=num_resumed)
+    folder.write_summary(summary)
+    return summary
+
+
+async def _follow(
+    steps: AsyncIterator[Trained | Evaluated | StepDone],
+    checkpoints: "CheckpointTaker",
+    folder: RunFolder,
+    trackers: Trackers,
+    display: ProgressDisplay,
+) -> None:
+    """Pass on what the loop measures, until its last step."""
+    accuracy = None  # of the weights as they are now
+    async for record in steps:
+        if isinstance(record, StepDone):
+            await checkpoints.take_if_due(record, accuracy)
+            continue
+        accuracy = record.report.accuracy if isinstance(record, Evaluated) else None
+        folder.append_metrics(metrics_of(record))
+        trackers.log(metrics_of(record))
+        _show(display, record)
+
+
+class CheckpointTaker:
+    """Takes a run's checkpoints when they are due, and removes the old ones."""
+
+    def __init__(
+        self, config: Checkpoints, folder: RunFolder, learner: StoredLearner, *, num_steps: int, started_s: float
+    ) -> None:
+        """``started_s``: when an uninterrupted run would have begun, as ``time.perf_counter`` has it."""
+        self._config = config
+        self._folder = folder
+        self._learner = learner
+        self._num_steps = num_steps
+        self._started_s = started_s
+
+    async def take_if_due(self, done: StepDone, accuracy: float | None) -> None:
+        """``accuracy``: held out, of these weights, where they were evaluated."""
+        every_steps = self._config.every_steps
+        if every_steps is None or (done.step % every_steps and done.step != self._num_steps):
+            return
+        ahead = done.ahead
+
+        async def save(unfinished: Path) -> None:
+            await self._learner.save_state(unfinished / LEARNER)
+            await self._learner.save(unfinished / STUDENT)
+            if ahead is not None:
+                write_sequences(unfinished / AHEAD, ahead.sequences)
+
+        state = RunState(
+            step=done.step,
+            weight_version=done.step,
+            cursor=done.cursor,
+            seconds=time.perf_counter() - self._started_s,
+            accuracy=accuracy,
+            ahead_seconds=None if ahead is None else ahead.seconds,
+        )
+        self._folder.sync_metrics()
+        if await write_checkpoint(self._folder.checkpoints, state, save) is not None:
+            prune(self._folder.checkpoints, keep_last=self._config.keep_last, keep_best=self._config.keep_best)
+
+
+def _show(display: ProgressDisplay, record: Trained | Evaluated) -> None:
+    if isinstance(record, Evaluated):
+        report = record.report
+        accuracy = "" if report.accuracy is None else f"accuracy {report.accuracy:.3f}  "
+        divergence = "" if report.mean_divergence is None else f"divergence {report.mean_divergence:.4f} nats"
+        display.note(f"held out after {record.step} steps: {accuracy}{divergence}")
+        return
+    display.step(
+        StepLine(
+            step=record.step,
+            loss=record.training.loss,
+            switch_rate=record.rollout.switch_rate,
+            teacher_share=record.rollout.teacher_token_share,
+            tokens_per_s=record.rollout.num_tokens / record.rollout.seconds,
+            rollout_s=record.rollout.seconds,
+            train_s=record.training.seconds,
+            sync_s=record.sync.seconds,
+            probe=record.sync.probe.max_difference,
+        )
+    )

@@ -1,0 +1,156 @@
+"""Runs that are killed and taken up again end as if nothing had happened."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rollout_server.traces.reader import TraceReader
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_ROWS, PROMPTS_PER_STEP, NUM_STEPS, NUM_KILLS = 10, 4, 10, 3  # steps 3, 5, 8 and 10 reach over or end an epoch
+CONFIG = """
+run_dir: {run_dir}
+models: {{student: {models}/student, teacher: {models}/teacher}}
+policy: {{window: 3, floor: 0.2}}
+sampling: {{max_new_tokens: 24, chunk_tokens: 4}}
+data: {{path: {models}/prompts.jsonl}}
+trainer:
+  num_steps: {num_steps}
+  prompts_per_step: {prompts_per_step}
+  max_staleness: {max_staleness}
+  learning_rate: 0.01
+  warmup_steps: 2
+  decay_fraction: 0.4
+  num_threads: 1
+checkpoints: {{every_steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def models(
+    make_model: Callable[..., Any], make_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        make_model(seed=seed).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    rows = [json.dumps({"prompt": f"w{row} w{row + 1} w{2 * row}"}) for row in range(NUM_ROWS)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def write_config(models: Path, run_dir: Path, *, max_staleness: int) -> Path:
+    path = run_dir.with_suffix(".yaml")
+    path.write_text(
+        CONFIG.format(
+            run_dir=run_dir,
+            models=models,
+            num_steps=NUM_STEPS,
+            prompts_per_step=PROMPTS_PER_STEP,
+            max_staleness=max_staleness,
+        )
+    )
+    return path
+
+
+def started(config: Path, *options: str) -> "subprocess.Popen[bytes]":
+    with log_of(config).open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.trainer.interrupted", str(config), *options], cwd=REPOSITORY, stderr=log
+        )
+
+
+def log_of(config: Path) -> Path:
+    return config.with_suffix(".log")
+
+
+def finish(config: Path, *options: str) -> None:
+    process = started(config, *options)
+    try:
+        assert process.wait(timeout=300) == 0, log_of(config).read_text()[-4000:]
+    finally:
+        process.kill()
+
+
+def kill_after(config: Path, *options: str, step: int, delay_s: float) -> None:
+    """Ended at once and without a word, so long after the step was measured."""
+    process, deadline_s = started(config, *options), time.monotonic() + 300
+    try:
+        while last_step(config.with_suffix("")) < step:
+            assert process.poll() is None, log_of(config).read_text()[-4000:]
+            assert time.monotonic() < deadline_s, f"waited 300 s for step {step}"
+            time.sleep(0.002)
+        time.sleep(delay_s)
+        assert process.poll() is None, "it was done before it could be killed"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def last_step(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    text = metrics.read_text() if metrics.exists() else ""
+    return max((json.loads(line)["step"] for line in text.split("\n")[:-1]), default=0)
+
+
+def traced(run: Path) -> dict[int, list[str]]:
+    """The sequences that every step was trained on."""
+    with TraceReader(run / "traces") as reader:
+        assert not reader.skipped
+        records = reader.sequences(limit=1000)
+    steps: dict[int, list[str]] = {}
+    for record in records:
+        steps.setdefault(record.step, []).append(record.sequence_id)
+    return steps
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_run_that_is_killed_at_random_ends_with_the_weights_of_one_that_is_not(
+    models: Path, tmp_path: Path, max_staleness: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(write_config(models, whole, max_staleness=max_staleness))
+
+    config = write_config(models, broken, max_staleness=max_staleness)
+    seed = random.SystemRandom().randrange(10_000)
+    print(f"seed {seed}")  # shown where the test fails
+    rng = random.Random(seed)
+    for kill in range(NUM_KILLS):
+        step = min(2 + 3 * kill + rng.randrange(3), NUM_STEPS - 1)  # 2 to 4, 5 to 7, 8 to 9
+        kill_after(config, *(["--resume"] if kill else []), step=step, delay_s=rng.uniform(0.0, 0.1))
+    finish(config, "--resume")
+
+    expected = load_file(whole / "student" / "model.safetensors")
+    found = load_file(broken / "student" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+    steps = traced(broken)
+    assert steps == traced(whole)
+    assert [len(steps[step]) for step in range(1, NUM_STEPS + 1)] == [PROMPTS_PER_STEP] * NUM_STEPS
+    trained = Counter(sequence_id for step in steps.values() for sequence_id in step)
+    assert trained == Counter(f"{row}.{epoch}.0" for epoch in range(4) for row in range(NUM_ROWS))
+
+    losses, ages = ([(line["step"], line[name]) for line in metrics(broken)] for name in LOSS_AND_AGE)
+    assert losses == [(line["step"], line["train/loss_nats"]) for line in metrics(whole)]
+    assert ages == [(1, 0.0), *((step, float(max_staleness)) for step in range(2, NUM_STEPS + 1))]
+    summary = json.loads((broken / "summary.json").read_text())
+    assert (summary["resumed"], summary["steps"], summary["sequences"]) == (NUM_KILLS, NUM_STEPS, 40)
+
+
+LOSS_AND_AGE = ("train/loss_nats", "train/staleness")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,120 @@
+"""What the loop hands out after each of its steps, and how a step's sequences are summed up. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.sequence import MixedSequence
+from common.weights import WeightVersion
+from trainer.evaluate import EvaluationReport
+from trainer.learner import StepReport
+from trainer.probe import ProbeReport
+from trainer.prompts import PromptCursor
+
+
+class Collected(Protocol):
+    """A sequence to look at, and a reference to pass on without copying it."""
+
+    @property
+    def sequence(self) -> MixedSequence: ...
+    @property
+    def reference(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A step's sequences, collected and not yet trained, in the order of their prompts."""
+
+    items: Sequence[Collected]
+    seconds: float  # it took to collect them
+    num_refused: int = 0  # sequences that were too old and were collected again
+
+    @property
+    def sequences(self) -> list[MixedSequence]:
+        return [item.sequence for item in self.items]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutReport:
+    """One step's sequences. None where no sequence switched, none was judged, or the student wrote in none."""
+
+    num_sequences: int
+    num_tokens: int
+    switch_rate: float  # share of the sequences with a switch
+    teacher_token_share: float
+    mean_switch_position: float | None  # of each sequence's first switch
+    mean_divergence: float | None  # nats, over the positions where the student proposed
+    num_wasted_tokens: int
+    num_refused: int
+    mean_staleness: float | None  # weight versions between a sequence's oldest proposal and the weights trained
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """One weight sync: send and load, then the probe; that of the replica that differs most."""
+
+    version: WeightVersion
+    seconds: float
+    probe: ProbeReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """One step of the loop."""
+
+    step: int
+    rollout: RolloutReport
+    training: StepReport
+    sync: SyncReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """The weights after ``step`` steps, 0 for those the run began with."""
+
+    step: int
+    report: EvaluationReport
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """All of ``step`` has been told and nothing is under way: where a checkpoint can be taken.
+
+    With the learner's state this is all that the run needs to go on as if it had not stopped.
+    """
+
+    step: int
+    cursor: PromptCursor  # the prompts up to here have been trained, or are in ``ahead``
+    ahead: Batch | None  # the next step's sequences, where they have been collected already
+
+
+def staleness(sequence: MixedSequence, version: WeightVersion) -> int | None:
+    """How many weight versions older than ``version`` its oldest proposal is. None where the student proposed none."""
+    versions = sequence.weight_versions[sequence.weight_versions >= 0]
+    return version - int(versions.min()) if versions.size else None
+
+
+def summarise(batch: Batch, *, version: WeightVersion) -> RolloutReport:
+    """What a step's sequences look like together, to the weights ``version`` that are trained with them."""
+    sequences = batch.sequences
+    num_tokens = sum(map(len, sequences))
+    switches = [sequence.first_switch for sequence in sequences if sequence.first_switch is not None]
+    divergences = np.concatenate([sequence.divergences for sequence in sequences]).astype(np.float64)
+    judged = divergences[~np.isnan(divergences)]
+    ages = [age for sequence in sequences if (age := staleness(sequence, version)) is not None]
+    return RolloutReport(
+        num_sequences=len(sequences),
+        num_tokens=num_tokens,
+        switch_rate=len(switches) / len(sequences),
+        teacher_token_share=sum(sequence.num_teacher_tokens for sequence in sequences) / num_tokens,
+        mean_switch_position=float(np.mean(switches)) if switches else None,
+        mean_divergence=float(judged.mean()) if judged.size else None,
+        num_wasted_tokens=sum(sequence.num_wasted_tokens for sequence in sequences),
+        num_refused=batch.num_refused,
+        mean_staleness=float(np.mean(ages)) if ages else None,
+        seconds=batch.seconds,
+    )
