@@ -33,7 +33,7 @@ class Case:
     student: str
     config: Trainer
     sequences: list[MixedSequence]
-    save_to: Path | None = None  # then a third step, a sync, probes and a save follow
+    save_to: Path | None = None  # then a third step, a sync, probes, saves and a fourth step follow
     dies: bool = False  # rank 1, before the first step
 
 
@@ -48,6 +48,7 @@ class Seen:
     sent: dict[str, Tensor]  # what an engine would have read after the steps; rank 0
     weights: dict[str, Tensor]  # after the steps, gathered
     probes: list[str]  # what became of a probe with an engine's right rows, and of one with rows of old weights
+    resumed_otherwise: list[str] | None  # parameters that a learner which went on from a checkpoint has otherwise
 
 
 def run(case: Case, ranks: Any) -> Seen:
@@ -74,7 +75,14 @@ def run(case: Case, ranks: Any) -> Seen:
     }
     sent, weights, probes = _exports(learner, case) if case.save_to is not None else ({}, {}, [])
     return Seen(
-        reports=reports, gradients=gradients, parts=parts, error=error, sent=sent, weights=weights, probes=probes
+        reports=reports,
+        gradients=gradients,
+        parts=parts,
+        error=error,
+        sent=sent,
+        weights=weights,
+        probes=probes,
+        resumed_otherwise=_resumed_otherwise(learner, case, case.save_to) if case.save_to is not None else None,
     )
 
 
@@ -110,6 +118,20 @@ def _exports(learner: Learner, case: Case) -> tuple[dict[str, Tensor], dict[str,
     sender.shutdown()
     weights = {name: whole(p.detach()).cpu() for name, p in learner.model.named_parameters()}
     return sent, weights, probes
+
+
+def _resumed_otherwise(learner: Learner, case: Case, save_to: Path) -> list[str]:
+    """Store the state; take a step here, and one in a new learner that goes on from it; name what differs in a bit."""
+    state = save_to.with_name(f"{save_to.name} state")
+    learner.save_state(state)
+    learner.step(case.sequences[::-1])
+    resumed = Learner(case.student, case.config, seed=0, ranks=learner.ranks)
+    resumed.load_state(state)
+    resumed.step(case.sequences[::-1])
+    found = dict(resumed.model.named_parameters())
+    return [
+        name for name, p in learner.model.named_parameters() if not torch.equal(whole(found[name]), whole(p.detach()))
+    ]
 
 
 def _rows(learner: Learner, case: Case) -> list[TopLogprobs]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from common.config import LoRA, Trainer
 from common.sequence import MixedSequence
-from trainer.checkpoint import RunState, find_last_good, prune, write_checkpoint
+from trainer.checkpoint import RunState, clear_after, find_last_good, prune, write_checkpoint
 from trainer.learner import Learner
 from trainer.prompts import PromptCursor
 
@@ -79,6 +79,18 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
 
 
+def test_a_damaged_checkpoint_takes_no_good_one_s_place(tmp_path: Path) -> None:
+    written(tmp_path, state(1), state(2), state(3))
+    damage_byte(tmp_path / "step-000003")
+    (tmp_path / ".step-000004.unfinished" / "learner").mkdir(parents=True)
+    clear_after(tmp_path, 2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["damaged-step-000003", "step-000001", "step-000002"]
+    written(tmp_path, state(3))
+    prune(tmp_path, keep_last=1, keep_best=False)
+    assert find_last_good(tmp_path) == tmp_path / "step-000003"
+
+
 def test_files_that_may_not_grow_leave_the_older_checkpoint_and_nothing_unfinished(tmp_path: Path) -> None:
     (older,) = written(tmp_path, state(1))
     script = """
@@ -136,3 +148,21 @@ def test_a_learner_that_is_taken_up_again_ends_with_the_same_weights_bit_for_bit
     assert [report.loss for report in again] == [report.loss for report in reports]
     expected = dict(learner.model.named_parameters())
     assert all(torch.equal(parameter, expected[name]) for name, parameter in resumed.model.named_parameters())
+
+
+def test_a_run_that_becomes_longer_has_the_longer_run_s_learning_rate_at_once(
+    tmp_path: Path,
+    make_model: Callable[..., PreTrainedModel],
+    save_model: Callable[..., str],
+    written_by: Callable[..., list[MixedSequence]],
+) -> None:
+    student, sequences = save_model(make_model(seed=0)), written_by(make_model(seed=1))
+    short, long = (Trainer(num_steps=steps, decay_fraction=0.5, learning_rate=1e-3) for steps in (2, 8))
+    learner = Learner(student, short, seed=0)
+    for _ in range(2):
+        learner.step(sequences)
+    learner.save_state(tmp_path / "state")
+    longer = Learner(student, long, seed=0)
+    longer.load_state(tmp_path / "state")
+    rates = [longer.step(sequences).learning_rate for _ in range(6)]
+    assert rates == pytest.approx([1e-3, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4])

@@ -106,18 +106,26 @@ def alone(cases: dict[str, Case]) -> dict[str, Seen]:
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def together(
-    request: pytest.FixtureRequest, cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Seen]]:
-    """What two ranks see of each case."""
+def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    elsewhere = tmp_path_factory.mktemp("together")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def saved_by_two(device: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks save what they save."""
+    return tmp_path_factory.mktemp("together")
+
+
+@pytest.fixture(scope="module")
+def together(device: str, cases: dict[str, Case], saved_by_two: Path) -> list[dict[str, Seen]]:
+    """What two ranks see of each case."""
     moved = {
-        name: case if case.save_to is None else replace(case, save_to=elsewhere / case.save_to.name)
+        name: case if case.save_to is None else replace(case, save_to=saved_by_two / case.save_to.name)
         for name, case in cases.items()
     }
-    return work(moved, elsewhere / "work", num_ranks=2, device=request.param)
+    return work(moved, saved_by_two / "work", num_ranks=2, device=device)
 
 
 def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, scale: float = 1.0) -> None:
@@ -222,15 +230,20 @@ def test_a_probe_of_split_weights_passes_and_names_old_ones(together: list[dict[
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_two_ranks_save_one_student(
-    cases: dict[str, Case], together: list[dict[str, Seen]], alone: dict[str, Seen], tied: bool
-) -> None:
+def test_two_ranks_save_one_student(saved_by_two: Path, together: list[dict[str, Seen]], tied: bool) -> None:
     seen = together[0][f"exported {tied=}"]
-    saved_by_one = cases[f"exported {tied=}"].save_to
-    assert saved_by_one is not None
-    model = LlamaForCausalLM.from_pretrained(saved_by_one)
+    model = LlamaForCausalLM.from_pretrained(saved_by_two / f"saved {tied=}")
     for name, weight in seen.weights.items():
-        torch.testing.assert_close(model.get_parameter(name).detach(), weight, rtol=0, atol=2e-3)
+        assert torch.equal(model.get_parameter(name).detach(), weight), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_ranks_go_on_from_the_checkpoint_of_two_bit_for_bit(
+    saved_by_two: Path, together: list[dict[str, Seen]], tied: bool
+) -> None:
+    state = saved_by_two / f"saved {tied=} state"
+    assert len(list(state.glob("__*_*.distcp"))) == 2  # each rank wrote its part
+    assert [seen[f"exported {tied=}"].resumed_otherwise for seen in together] == [[], []]
 
 
 # ------------------------------------------------------------------------------------------- ranks that do not answer
