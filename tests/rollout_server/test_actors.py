@@ -134,6 +134,19 @@ async def test_the_step_s_trace_is_on_disk_when_the_last_sequence_was_taken(serv
         assert record.switches == sequences[record.sequence_id].switches.tolist()
 
 
+async def test_sequences_that_were_kept_are_in_the_trace_of_the_step_they_are_kept_for(
+    server, held_out_prompts
+) -> None:
+    kept, others = held_out_prompts[:3], held_out_prompts[3:8]
+    sequences = list((await collect(server, kept, step=6)).values())
+    async with aclosing(server.rollouts.collect(others, 6, sequences)) as collected:
+        names = {item.sequence.sequence_id async for item in collected}
+    assert names == {prompt.sequence_id for prompt in others}
+    with TraceReader(server.trace_folder) as reader:
+        records = reader.sequences(SequenceFilter(first_step=6, last_step=6))
+    assert {record.sequence_id for record in records} == {prompt.sequence_id for prompt in held_out_prompts[:8]}
+
+
 async def test_the_evaluation_is_the_student_alone_and_greedy(server, engines, held_out_prompts) -> None:
     sequences = await server.rollouts.evaluate(held_out_prompts[:8])
     assert [len(sequence.switches) for sequence in sequences] == [0] * 8

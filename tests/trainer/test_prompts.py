@@ -173,6 +173,13 @@ def test_a_stream_made_from_a_cursor_goes_on_with_the_same_prompts(
     assert resumed.cursor == going_on.cursor
 
 
+def test_a_peek_leaves_the_cursor_where_it_was(open_stream: Open) -> None:
+    stream = open_stream(TEXTS)
+    stream.take(7)
+    seen = stream.peek(6)
+    assert identity(seen) == identity(stream.take(6))
+
+
 @pytest.mark.parametrize("size", [1, 3, 10, 30])
 def test_how_many_are_taken_at_once_changes_nothing(open_stream: Open, size: int) -> None:
     stream = open_stream(TEXTS)

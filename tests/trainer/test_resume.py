@@ -2,11 +2,14 @@
 
 import json
 import random
+import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +66,19 @@ def write_config(models: Path, run_dir: Path, *, max_staleness: int) -> Path:
     return path
 
 
-def started(config: Path, *options: str) -> "subprocess.Popen[bytes]":
+def started(config: Path, *options: str, max_file_bytes: int | None = None) -> "subprocess.Popen[bytes]":
+    """``max_file_bytes``: no file may grow beyond it, as where the disk is full."""
+
+    def limit() -> None:
+        if max_file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+
     with log_of(config).open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer.interrupted", str(config), *options], cwd=REPOSITORY, stderr=log
+            [sys.executable, "-m", "tests.trainer.interrupted", str(config), *options],
+            cwd=REPOSITORY,
+            stderr=log,
+            preexec_fn=limit,
         )
 
 
@@ -82,9 +94,9 @@ def finish(config: Path, *options: str) -> None:
         process.kill()
 
 
-def kill_after(config: Path, *options: str, step: int, delay_s: float) -> None:
+def kill_after(config: Path, *options: str, step: int, delay_s: float = 0.0, max_file_bytes: int | None = None) -> None:
     """Ended at once and without a word, so long after the step was measured."""
-    process, deadline_s = started(config, *options), time.monotonic() + 300
+    process, deadline_s = started(config, *options, max_file_bytes=max_file_bytes), time.monotonic() + 300
     try:
         while last_step(config.with_suffix("")) < step:
             assert process.poll() is None, log_of(config).read_text()[-4000:]
@@ -114,14 +126,40 @@ def traced(run: Path) -> dict[int, list[str]]:
     return steps
 
 
+@pytest.fixture(scope="module")
+def undisturbed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of a run that nobody killed, for each max_staleness."""
+
+    @cache
+    def run(max_staleness: int) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        finish(write_config(models, folder, max_staleness=max_staleness))
+        return folder
+
+    return run
+
+
+def assert_as_if_nothing_had_happened(found: Path, expected: Path) -> None:
+    """The same weights bit for bit, the same losses, and every prompt of every epoch trained once."""
+    weights, wanted = (load_file(run / "student" / "model.safetensors") for run in (found, expected))
+    assert weights.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert torch.equal(weights[name], weight), name
+    steps = traced(found)
+    assert steps == traced(expected)
+    assert [len(steps[step]) for step in range(1, NUM_STEPS + 1)] == [PROMPTS_PER_STEP] * NUM_STEPS
+    trained = Counter(sequence_id for step in steps.values() for sequence_id in step)
+    assert trained == Counter(f"{row}.{epoch}.0" for epoch in range(4) for row in range(NUM_ROWS))
+    losses, wanted_losses = ([(m["step"], m["train/loss_nats"]) for m in metrics(run)] for run in (found, expected))
+    assert losses == wanted_losses
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_run_that_is_killed_at_random_ends_with_the_weights_of_one_that_is_not(
-    models: Path, tmp_path: Path, max_staleness: int
+    models: Path, undisturbed: Callable[[int], Path], tmp_path: Path, max_staleness: int
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(write_config(models, whole, max_staleness=max_staleness))
-
-    config = write_config(models, broken, max_staleness=max_staleness)
+    run = tmp_path / "run"
+    config = write_config(models, run, max_staleness=max_staleness)
     seed = random.SystemRandom().randrange(10_000)
     print(f"seed {seed}")  # shown where the test fails
     rng = random.Random(seed)
@@ -130,26 +168,41 @@ def test_a_run_that_is_killed_at_random_ends_with_the_weights_of_one_that_is_not
         kill_after(config, *(["--resume"] if kill else []), step=step, delay_s=rng.uniform(0.0, 0.1))
     finish(config, "--resume")
 
-    expected = load_file(whole / "student" / "model.safetensors")
-    found = load_file(broken / "student" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        assert torch.equal(found[name], weight), name
-
-    steps = traced(broken)
-    assert steps == traced(whole)
-    assert [len(steps[step]) for step in range(1, NUM_STEPS + 1)] == [PROMPTS_PER_STEP] * NUM_STEPS
-    trained = Counter(sequence_id for step in steps.values() for sequence_id in step)
-    assert trained == Counter(f"{row}.{epoch}.0" for epoch in range(4) for row in range(NUM_ROWS))
-
-    losses, ages = ([(line["step"], line[name]) for line in metrics(broken)] for name in LOSS_AND_AGE)
-    assert losses == [(line["step"], line["train/loss_nats"]) for line in metrics(whole)]
+    assert_as_if_nothing_had_happened(run, undisturbed(max_staleness))
+    ages = [(line["step"], line["train/staleness"]) for line in metrics(run)]
     assert ages == [(1, 0.0), *((step, float(max_staleness)) for step in range(2, NUM_STEPS + 1))]
-    summary = json.loads((broken / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
     assert (summary["resumed"], summary["steps"], summary["sequences"]) == (NUM_KILLS, NUM_STEPS, 40)
 
 
-LOSS_AND_AGE = ("train/loss_nats", "train/staleness")
+def test_a_full_disk_a_damaged_checkpoint_and_half_of_one_cost_nothing_that_was_good(
+    models: Path, undisturbed: Callable[[int], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = write_config(models, run, max_staleness=1)
+    kill_after(config, step=5)
+    before = names_in(run / "checkpoints")
+    assert before == ["step-000002", "step-000004"]
+
+    kill_after(config, "--resume", step=7, max_file_bytes=60_000)  # too little for a checkpoint, enough for the rest
+    assert "no checkpoint after step 6, the run goes on" in log_of(config).read_text()
+    assert names_in(run / "checkpoints") == before
+
+    damaged = run / "checkpoints" / "step-000004" / "student" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    shutil.copytree(run / "checkpoints" / "step-000004" / "learner", run / "checkpoints" / ".step-000008.unfinished")
+    finish(config, "--resume")
+    assert "step-000004: student/model.safetensors is" in log_of(config).read_text()
+    legs = json.loads((run / "versions.json").read_text())["legs"]
+    assert [leg["after_step"] for leg in legs] == [0, 4, 2]
+    assert names_in(run / "checkpoints") == ["damaged-step-000004", "step-000008", "step-000010"]
+    assert_as_if_nothing_had_happened(run, undisturbed(1))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rollout_server.traces.schema import SCHEMA_VERSION, SEQUENCES_FILE, TOKENS_FILE, VERSION_KEY
-from rollout_server.traces.writer import TraceWriter
+from rollout_server.traces.writer import TraceWriter, drop_segments_after
 
 
 def test_a_segment_is_a_folder_named_after_its_step_with_two_files(writer, folder, make_sequence):
@@ -84,3 +84,12 @@ def test_a_failure_while_writing_leaves_the_earlier_segment_in_place(writer, fol
     with pytest.raises(RuntimeError, match="no such token"):
         TraceWriter(folder, decode=decode, token_texts=broken).write_segment(3, [make_sequence()])
     assert os.listdir(folder) == ["step-000003"]
+
+
+def test_later_steps_are_dropped_whatever_their_attempt(writer, folder, make_sequence):
+    for step in (1, 2, 2, 3, 1_000_000):
+        writer.write_segment(step, [make_sequence()])
+    (folder / ".step-000009.unfinished").mkdir()
+    drop_segments_after(folder, 2)
+    assert sorted(os.listdir(folder)) == [".step-000009.unfinished", "step-000001", "step-000002.1"]
+    drop_segments_after(folder / "absent", 0)
