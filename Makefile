@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
 
-.PHONY: help setup check format test bench bench-rollouts bench-capacity bench-trainer demo demo-models lock browser page-vendor clean
+.PHONY: help setup check format test bench bench-rollouts bench-capacity bench-staleness bench-trainer demo demo-models lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -34,13 +34,16 @@ format: $(READY)  ## Mend what ruff can mend
 test: $(READY)  ## All tests, on real engines
 	$(BIN)/pytest $(ARGS)
 
-bench: bench-rollouts bench-capacity bench-trainer  ## Measure everything; writes docs/benchmarks (under 30 minutes on a quiet machine)
+bench: bench-rollouts bench-capacity bench-trainer bench-staleness  ## Measure everything; writes docs/benchmarks (under 30 minutes on a quiet machine)
 
 bench-rollouts: $(READY)  ## Measure the rollouts (under 15 minutes)
 	$(BIN)/python -m tests.benchmarks.rollouts --quick $(ARGS)
 
 bench-capacity: $(READY)  ## Measure how many engines one controller keeps busy (about 4 minutes)
 	$(BIN)/python -m tests.benchmarks.capacity $(ARGS)
+
+bench-staleness: $(READY)  ## Measure what collecting one step ahead buys and costs (about 5 minutes)
+	$(BIN)/python -m tests.benchmarks.staleness $(ARGS)
 
 bench-trainer: $(READY)  ## Measure loss, weight sync and a whole step beside TRL's (under 10 minutes)
 	$(BIN)/python -m tests.benchmarks.trainer $(ARGS)

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    deadline_s = time.monotonic() + 120  # Ray's agents look for their parent every few seconds, and look again
+    deadline_s = time.monotonic() + 180  # Ray's agents look for their parent every few seconds, several times
     while (left := processes_with(marks[0])) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     (folder / "left").write_text(json.dumps(left))
