@@ -1,10 +1,12 @@
-"""No wait without a time-out, and none that does not say what it waited for."""
+"""Waiting: never without a time-out that says what was waited for, and never leaving anything behind."""
 
 import asyncio
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Coroutine
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class WaitedTooLong(TimeoutError):
@@ -20,3 +22,14 @@ async def within(timeout_s: float, awaitable: Awaitable[T], what: str) -> T:
         if limit.expired():
             raise WaitedTooLong(f"waited {timeout_s:g} s for {what}") from error
         raise
+
+
+async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
+    """Both at once. When one fails or the caller is cancelled neither goes on; the error is the one that came first."""
+    tasks = asyncio.create_task(first), asyncio.create_task(second)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

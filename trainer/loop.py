@@ -7,27 +7,24 @@ storing them, checkpoints included, is the caller's. Knows neither Ray nor vLLM:
 server's actors stand behind the two protocols.
 """
 
-import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from common.config import Trainer
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
+from common.waiting import both
 from common.weights import WeightVersion
 from trainer.evaluate import evaluate
 from trainer.learner import StepReport
 from trainer.probe import ProbeReport
 from trainer.prompts import PromptStream
 from trainer.reports import Batch, Collected, Evaluated, StepDone, SyncReport, Trained, staleness, summarise
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class Rollouts(Protocol):
@@ -110,7 +107,7 @@ async def distill(
         ahead: Batch | None = None
         if config.max_staleness > 0 and step < config.num_steps:
             next_prompts = prompts.take(config.prompts_per_step)
-            training, ahead = await _both(learner.step(references), _collect(rollouts, next_prompts, step=step + 1))
+            training, ahead = await both(learner.step(references), _collect(rollouts, next_prompts, step=step + 1))
         else:
             training = await learner.step(references)
 
@@ -175,17 +172,6 @@ async def _evaluate(rollouts: Rollouts, held_out: HeldOut, *, step: int) -> Eval
     started_s = time.perf_counter()
     report = evaluate(await rollouts.evaluate(held_out.prompts), held_out.answer_pattern, held_out.decode)
     return Evaluated(step=step, report=report, seconds=time.perf_counter() - started_s)
-
-
-async def _both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
-    """Both at once. When one fails or the caller is cancelled neither goes on; the error is the one that came first."""
-    tasks = asyncio.create_task(first), asyncio.create_task(second)
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _sequence_id(item: Collected) -> str:
