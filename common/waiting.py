@@ -28,7 +28,8 @@ async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) ->
     """Both at once. When one fails or the caller is cancelled neither goes on; the error is the one that came first."""
     tasks = asyncio.create_task(first), asyncio.create_task(second)
     try:
-        return await asyncio.gather(*tasks)
+        of_first, of_second = await asyncio.gather(*tasks)
+        return of_first, of_second
     finally:
         for task in tasks:
             task.cancel()
