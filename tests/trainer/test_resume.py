@@ -95,10 +95,12 @@ def finish(config: Path, *options: str) -> None:
 
 
 def kill_after(config: Path, *options: str, step: int, delay_s: float = 0.0, max_file_bytes: int | None = None) -> None:
-    """Ended at once and without a word, so long after the step was measured."""
+    """Ended at once and without a word, so long after this process has measured the step."""
+    run = config.with_suffix("")
+    num_legs = len(legs_of(run))
     process, deadline_s = started(config, *options, max_file_bytes=max_file_bytes), time.monotonic() + 300
     try:
-        while last_step(config.with_suffix("")) < step:
+        while len(legs_of(run)) == num_legs or last_step(run) < step:
             assert process.poll() is None, log_of(config).read_text()[-4000:]
             assert time.monotonic() < deadline_s, f"waited 300 s for step {step}"
             time.sleep(0.002)
@@ -107,6 +109,12 @@ def kill_after(config: Path, *options: str, step: int, delay_s: float = 0.0, max
     finally:
         process.kill()
         process.wait()
+
+
+def legs_of(run: Path) -> list[int]:
+    """The steps after which the run was started and taken up. A leg is there once what came later is cut."""
+    versions = run / "versions.json"
+    return [leg["after_step"] for leg in json.loads(versions.read_text())["legs"]] if versions.exists() else []
 
 
 def last_step(run: Path) -> int:
@@ -164,7 +172,7 @@ def test_a_run_that_is_killed_at_random_ends_with_the_weights_of_one_that_is_not
     print(f"seed {seed}")  # shown where the test fails
     rng = random.Random(seed)
     for kill in range(NUM_KILLS):
-        step = min(2 + 3 * kill + rng.randrange(3), NUM_STEPS - 1)  # 2 to 4, 5 to 7, 8 to 9
+        step = 3 + 2 * kill + rng.randrange(3)  # 3 to 5, 5 to 7, 7 to 9; after step 2 there is a checkpoint
         kill_after(config, *(["--resume"] if kill else []), step=step, delay_s=rng.uniform(0.0, 0.1))
     finish(config, "--resume")
 
@@ -195,8 +203,7 @@ def test_a_full_disk_a_damaged_checkpoint_and_half_of_one_cost_nothing_that_was_
     shutil.copytree(run / "checkpoints" / "step-000004" / "learner", run / "checkpoints" / ".step-000008.unfinished")
     finish(config, "--resume")
     assert "step-000004: student/model.safetensors is" in log_of(config).read_text()
-    legs = json.loads((run / "versions.json").read_text())["legs"]
-    assert [leg["after_step"] for leg in legs] == [0, 4, 2]
+    assert legs_of(run) == [0, 4, 2]
     assert names_in(run / "checkpoints") == ["damaged-step-000004", "step-000008", "step-000010"]
     assert_as_if_nothing_had_happened(run, undisturbed(1))
 
