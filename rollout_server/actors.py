@@ -90,7 +90,7 @@ class RolloutActor:
         self._rollouts: Rollouts | None = None
 
     async def collect(
-        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence]
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[MixedSequence, None]:
         async with aclosing(self._on_this_loop().collect(prompts, step, kept)) as sequences:
             async for sequence in sequences:
