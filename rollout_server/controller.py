@@ -10,16 +10,16 @@ replica answers. P = prompt tokens, T = new tokens, k = length of a top list.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, TypeVar
 
 import numpy as np
 
 from common.config import Policy, Sampling
 from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TopLogprobs
+from common.waiting import both
 from rollout_server.draft import Draft, Judged
 from rollout_server.drawing import can_draw, draw_place
 from rollout_server.engine import Engine, WriteRequest, Written, next_piece
@@ -28,8 +28,6 @@ from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
 from rollout_server.schedule import goes_in_step, pauses_before_the_switch, pauses_between_switches
 from rollout_server.verdicts import Verdicts
-
-T = TypeVar("T")
 
 
 class RolloutError(RuntimeError):
@@ -170,7 +168,7 @@ class SwitchingController:
         token_id: int | None = None
         async with aclosing(self._student.stream(writes)) as proposals, aclosing(self._teacher.stream(reads)) as rows:
             while True:
-                proposal, row = await _both(next_piece(proposals, token_id), next_piece(rows, token_id))
+                proposal, row = await both(next_piece(proposals, token_id), next_piece(rows, token_id))
                 assert proposal is not None, "the student ended without a finish reason"
                 assert row is not None, "the teacher ended before the text did"
                 judged, switch = await self._judge(draft, proposal, row.top)
@@ -252,14 +250,3 @@ class SwitchingController:
             sequence_id=draft.prompt.sequence_id,
             pause_after=pause_after,
         )
-
-
-async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, T]) -> tuple[T, T]:
-    """Both results; where one fails, the other has ended too when the error is raised."""
-    tasks = asyncio.create_task(first), asyncio.create_task(second)
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -37,6 +37,27 @@ class Judged:
         )
 
 
+class _Column:
+    """An array that grows at its end; what it holds is a view, whatever the number of pieces it came in."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._buffer = values.copy()
+        self._size = values.size
+
+    def extend(self, values: np.ndarray) -> None:
+        end = self._size + values.size
+        if end > self._buffer.size:
+            grown = np.empty(max(end, 2 * self._buffer.size), self._buffer.dtype)
+            grown[: self._size] = self._buffer[: self._size]
+            self._buffer = grown
+        self._buffer[self._size : end] = values
+        self._size = end
+
+    @property
+    def values(self) -> np.ndarray:
+        return self._buffer[: self._size]
+
+
 @dataclass(slots=True)
 class Draft:
     """Grows by ``keep`` (student) and ``take`` (teacher) until it has a finish_reason."""
@@ -46,10 +67,18 @@ class Draft:
     finish_reason: FinishReason | None = None
     num_wasted_tokens: int = 0
     _columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    _text: _Column = field(init=False)
+    _divergences: _Column = field(init=False)
+    _student_ranks: _Column = field(init=False)
     _student_top: list[TopLogprobs] = field(default_factory=list)
     _teacher_top: list[TopLogprobs] = field(default_factory=list)
     _switches: list[int] = field(default_factory=list)
     _num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._text = _Column(self.prompt.token_ids)
+        self._divergences = _Column(np.empty(0, np.float32))
+        self._student_ranks = _Column(np.empty(0, np.int32))
 
     def __len__(self) -> int:
         return self._num_tokens
@@ -60,22 +89,22 @@ class Draft:
 
     @property
     def text(self) -> Ids:
-        """[P + T so far] prompt and new tokens."""
-        return np.concatenate([self.prompt.token_ids, *self._columns.get("token_ids", [])])
+        """[P + T so far] prompt and new tokens. Stays as it is while the draft grows."""
+        return self._text.values
 
     @property
     def last_token_id(self) -> int:
-        return int(self._columns["token_ids"][-1][-1])
+        return int(self._text.values[-1])
 
     @property
     def divergences(self) -> Floats:
         """[T so far] nats, NaN where the teacher wrote without a proposal to judge."""
-        return np.concatenate([np.empty(0, np.float32), *self._columns.get("divergences", [])])
+        return self._divergences.values
 
     @property
     def student_ranks(self) -> Ids:
         """[T so far]"""
-        return np.concatenate([np.empty(0, np.int32), *self._columns.get("student_ranks", [])])
+        return self._student_ranks.values
 
     def keep(self, judged: Judged) -> None:
         """Append student tokens that the policy let pass."""
@@ -123,6 +152,9 @@ class Draft:
     def _append(self, student_top: TopLogprobs, teacher_top: TopLogprobs, **columns: np.ndarray) -> None:
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(values)
+        self._text.extend(columns["token_ids"])
+        self._divergences.extend(columns["divergences"])
+        self._student_ranks.extend(columns["student_ranks"])
         self._student_top.append(student_top)
         self._teacher_top.append(teacher_top)
         self._num_tokens += len(student_top)
