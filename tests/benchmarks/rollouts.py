@@ -192,7 +192,7 @@ def _result(
         **{field.name: median(getattr(times, field.name) for times in offline_times) for field in fields(OfflineTimes)}
     )
     wall_s = median(r.wall_s for r in repetitions)
-    if offline.parallel_s > 1.02 * wall_s:
+    if offline.split_parallel_s > 1.02 * wall_s:
         logger.warning("%s: slower offline than online: the machine was not quiet, measure again", policy.type)
     return PolicyResult(
         pair=plan.pair.name,
@@ -211,8 +211,8 @@ def _result(
         offline=offline,
         efficiency_serial=offline.serial_s / wall_s,
         efficiency_parallel=offline.parallel_s / wall_s,
-        plain_efficiency_serial=offline.plain_serial_s / wall_s,
-        plain_efficiency_parallel=offline.plain_parallel_s / wall_s,
+        split_efficiency_serial=offline.split_serial_s / wall_s,
+        split_efficiency_parallel=offline.split_parallel_s / wall_s,
         lockstep_s_per_token=lockstep_s_per_token,
         wasted_student_tokens=median(_wasted_share(r) for r in repetitions),
         recomputed_teacher_tokens=median(_recomputed_share(r) for r in repetitions),
@@ -251,7 +251,8 @@ def _describe(repetition: Repetition, offline: OfflineTimes) -> str:
     in_seconds = ", ".join(f"{field.name[:-2]} {getattr(offline, field.name):.1f}" for field in fields(offline))
     return (
         f"{repetition.wall_s:.1f} s, {repetition.num_tokens / repetition.wall_s:.0f} tok/s, "
-        f"serial {offline.serial_s / repetition.wall_s:.2f}, parallel {offline.parallel_s / repetition.wall_s:.2f} "
+        f"serial {offline.serial_s / repetition.wall_s:.2f}, parallel {offline.parallel_s / repetition.wall_s:.2f}, "
+        f"with split reads {offline.split_serial_s / repetition.wall_s:.2f}, {offline.split_parallel_s / repetition.wall_s:.2f} "
         f"(offline, s: {in_seconds}), "
         f"wasted {_wasted_share(repetition):.2f}, recomputed {_recomputed_share(repetition):.2f}, "
         f"controller {repetition.controller_cpu_s / repetition.num_tokens * 1e6:.0f} us/token"

@@ -65,16 +65,21 @@ def _write(prefix: np.ndarray, num_tokens: int, sequence: MixedSequence, samplin
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineTimes:
-    """Seconds of each offline batch, alone on the machine."""
+    """Seconds of each offline batch, alone on the machine. The bounds take the teacher's reading as one batch."""
 
     student_s: float
-    teacher_prompt_s: float
+    teacher_prompt_s: float  # the bare prompts
     teacher_read_s: float  # what the student wrote, the prompts being cached
-    teacher_plain_read_s: float  # both
+    teacher_plain_read_s: float  # both in one, with log-probs everywhere
     teacher_write_s: float  # what was read being cached; with the prompt where nothing was
 
     @property
     def teacher_s(self) -> float:
+        return self.teacher_plain_read_s + self.teacher_write_s
+
+    @property
+    def split_teacher_s(self) -> float:
+        """With the prompts read first, without log-probs, as the rollouts do."""
         return self.teacher_prompt_s + self.teacher_read_s + self.teacher_write_s
 
     @property
@@ -87,12 +92,12 @@ class OfflineTimes:
         return max(self.student_s, self.teacher_s)
 
     @property
-    def plain_serial_s(self) -> float:
-        return self.student_s + self.teacher_plain_read_s + self.teacher_write_s
+    def split_serial_s(self) -> float:
+        return self.student_s + self.split_teacher_s
 
     @property
-    def plain_parallel_s(self) -> float:
-        return max(self.student_s, self.teacher_plain_read_s + self.teacher_write_s)
+    def split_parallel_s(self) -> float:
+        return max(self.student_s, self.split_teacher_s)
 
 
 def num_tokens_teacher_must_read(sequence: MixedSequence) -> int:
@@ -104,16 +109,3 @@ def num_tokens_teacher_must_read(sequence: MixedSequence) -> int:
     num_runs = int(is_guided[:1].sum() + (np.diff(is_guided.astype(np.int8)) == 1).sum())
     num_left_in_cache = int(is_guided.sum()) - num_runs
     return int(sequence.prompt.token_ids.size) + len(sequence) - 1 - num_left_in_cache
-
-
-def predicted_overhead(on_policy: OfflineTimes, off_policy: OfflineTimes, teacher_share: float) -> tuple[float, float]:
-    """Cost over on-policy at the same token count, from unit costs alone: (engines one after another, side by side).
-
-    With w the teacher's share of the tokens: the student writes 1 - w of them; the teacher reads every prompt and 1 - w
-    of the tokens, and writes w.
-    """
-    explored = 1.0 - teacher_share
-    student_s = explored * on_policy.student_s
-    write_s = off_policy.teacher_write_s - on_policy.teacher_prompt_s  # which off-policy writing includes
-    teacher_s = on_policy.teacher_prompt_s + explored * on_policy.teacher_read_s + teacher_share * write_s
-    return (student_s + teacher_s) / on_policy.serial_s, max(student_s, teacher_s) / on_policy.parallel_s
