@@ -252,7 +252,8 @@ def _describe(repetition: Repetition, offline: OfflineTimes) -> str:
     return (
         f"{repetition.wall_s:.1f} s, {repetition.num_tokens / repetition.wall_s:.0f} tok/s, "
         f"serial {offline.serial_s / repetition.wall_s:.2f}, parallel {offline.parallel_s / repetition.wall_s:.2f}, "
-        f"with split reads {offline.split_serial_s / repetition.wall_s:.2f}, {offline.split_parallel_s / repetition.wall_s:.2f} "
+        f"with split reads {offline.split_serial_s / repetition.wall_s:.2f}, "
+        f"{offline.split_parallel_s / repetition.wall_s:.2f} "
         f"(offline, s: {in_seconds}), "
         f"wasted {_wasted_share(repetition):.2f}, recomputed {_recomputed_share(repetition):.2f}, "
         f"controller {repetition.controller_cpu_s / repetition.num_tokens * 1e6:.0f} us/token"
