@@ -13,6 +13,7 @@ import torch
 from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
+from common.cores import bind_to_cores
 from common.logs import set_up_logging
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import within
@@ -36,6 +37,8 @@ class EngineActor:
     async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
         """Load the model and check the engine's numbers. Raises UserError when they don't mean what they must."""
         set_up_logging()
+        if spec.settings.cpu_cores:
+            bind_to_cores(spec.settings.cpu_cores)
         self._engine = _start_engine(spec)
         self._streams = StreamMultiplexer(self._engine)
         facts = self._engine.facts

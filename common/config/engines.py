@@ -35,6 +35,9 @@ class EngineSettings(Part):
     """GiB for the key-value cache. Processors only; on GPUs gpu_memory_utilization decides."""
     num_threads: Positive = 1
     """OpenMP threads of one engine. Processors only."""
+    cpu_cores: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Numbers of the cores that this role's engines keep to, so that the roles don't take turns on the same ones. Default:
+    wherever there is room."""
     enforce_eager: bool = False
     """Skip graph capture: starts sooner, decodes slower on GPUs."""
 

@@ -5,12 +5,10 @@ that starts them.
 """
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -48,12 +46,8 @@ class CPUSeconds:
 class MeasuredEngineActor(EngineActor):
     """An engine that also runs offline batches and counts."""
 
-    async def start_on(self, core: int | None, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
-        """``start``, on one core. None for any."""
-        if core is not None:
-            for thread in Path("/proc/self/task").iterdir():
-                os.sched_setaffinity(int(thread.name), {core})
-        facts = await self.start(spec, self_test_prefix)
+    async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
+        facts = await super().start(spec, self_test_prefix)
         self._counters = EngineCounters()
         self._count_outputs()
         return facts

