@@ -36,8 +36,7 @@ class EngineSettings(Part):
     num_threads: Positive = 1
     """OpenMP threads of one engine. Processors only."""
     cpu_cores: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Numbers of the cores that this role's engines keep to, so that the roles don't take turns on the same ones. Default:
-    wherever there is room."""
+    """Cores that this role's engines keep to, so that the roles don't take turns on the same ones. Default: any."""
     enforce_eager: bool = False
     """Skip graph capture: starts sooner, decodes slower on GPUs."""
 

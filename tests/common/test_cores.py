@@ -14,9 +14,9 @@ threading.Thread(target=stop.wait).start()
 core = min(os.sched_getaffinity(0))
 bind_to_cores([core])
 threads = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
-child = subprocess.run([sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"], capture_output=True, text=True)
+child = subprocess.check_output([sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"], text=True)
 stop.set()
-print(len(threads), all(cores == {core} for cores in threads), child.stdout.strip() == str({core}))
+print(len(threads), all(cores == {core} for cores in threads), child.strip() == str({core}))
 """
 
 
