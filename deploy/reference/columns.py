@@ -13,7 +13,9 @@ def column_names() -> list[str]:
 def column_reference() -> str:
     """Markdown: a section for each file of a segment."""
     files = {SEQUENCES_FILE: SEQUENCES, TOKENS_FILE: TOKENS}
-    return "\n".join(f"## {code(name)}\n\n{table(('column', 'type', ''), _rows(schema))}" for name, schema in files.items())
+    return "\n".join(
+        f"## {code(name)}\n\n{table(('column', 'type', ''), _rows(schema))}" for name, schema in files.items()
+    )
 
 
 def _rows(schema: object) -> Iterator[tuple[str, str, str]]:

@@ -10,7 +10,13 @@ from common.config_schema import is_choice, parts_of, type_name
 from common.yaml_text import dump_scalar
 from deploy.reference.markdown import anchored, code, paragraphs, prose, table
 
-_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "nothing"}
+_TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "nothing",
+}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -49,32 +55,32 @@ def _sections(part: type[Part], prefix: str, note: str) -> Iterator[str]:
 
 
 def _choice(field: FieldInfo, prefix: str, level: str) -> Iterator[str]:
-    key = prefix[:-1]
-    members = parts_of(field)
-    default = f" Default: {code(type_name(type(field.default)))}." if isinstance(field.default, Part) else ""
+    key, members = prefix[:-1], parts_of(field)
     yield f"({_anchor(key)})=\n{level} {code(key)}\n"
     if field.description:
         yield prose(field.description) + "\n"
-    yield f"{anchored(key + '.type', _anchor(key + '.type'))} is one of {', '.join(code(type_name(member)) for member in members)}.{default}\n"
+    yield f"{anchored(f'{key}.type', _anchor(f'{key}.type'))} is {_types(field)}.\n"
     for member in members:
-        yield f"{level}# {code(key)}: {code('{type: ' + type_name(member) + '}')}\n"
+        yield f"{level}# {code(key)}: {code(type_name(member))}\n"
         yield paragraphs(member.__doc__ or "") + "\n"
         yield from _leaves(member, prefix, apart_from="type", anchor=False)
         for name, inner in member.model_fields.items():
             if is_choice(inner):
-                names = ", ".join(code(type_name(choice)) for choice in parts_of(inner))
-                settings = ", ".join(_settings_of(inner, f"{prefix}{name}."))
-                yield (
-                    f"{code(prefix + name + '.type')} is one of {names}"
-                    f" (default {code(type_name(type(inner.default)))}"
-                    f"), each with its settings as under [`trainer.loss`](#config-trainer-loss): {settings}. "
-                    f"{prose(inner.description or '')}\n"
-                )
+                yield from _inner_choice(inner, f"{prefix}{name}")
 
 
-def _settings_of(field: FieldInfo, prefix: str) -> Iterator[str]:
-    for member in parts_of(field):
-        yield from (code(prefix + name) for name in member.model_fields if name != "type")
+def _inner_choice(field: FieldInfo, key: str) -> Iterator[str]:
+    """A choice inside a type, in one paragraph: its types are described where they stand alone."""
+    settings = [f"{key}.{name}" for member in parts_of(field) for name in member.model_fields if name != "type"]
+    yield (
+        f"{prose(field.description or '')} {code(f'{key}.type')} is {_types(field)}, with the settings "
+        f"{', '.join(map(code, settings))} of the same types of [`trainer.loss`](#{_anchor('trainer.loss')}).\n"
+    )
+
+
+def _types(field: FieldInfo) -> str:
+    default = f" (default {code(type_name(type(field.default)))})" if isinstance(field.default, Part) else ""
+    return " or ".join(code(type_name(member)) for member in parts_of(field)) + default
 
 
 def _leaves(part: type[Part], prefix: str, apart_from: str = "", *, anchor: bool = True) -> Iterator[str]:

@@ -21,10 +21,12 @@ SHORT = ["trainer.num_steps=2", "trainer.prompts_per_step=16", "evaluation.data.
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """As in a shell in which the environment was activated."""
     home = tmp_path_factory.mktemp("home")
+    (home / ".curlrc").write_text("fail-with-body\nmax-time = 30\n")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "WANDB_", "MLFLOW_"))}
     return kept | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "CURL_HOME": str(home),
         "HF_DATASETS_CACHE": str(home / "datasets"),
         "INSPECTOR_TOKEN": "token-of-the-pages-tests",
     }
