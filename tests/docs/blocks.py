@@ -63,9 +63,14 @@ class Block:
 def blocks_of(page: Path) -> list[Block]:
     """A page's blocks in order. Raises BlockError for a note that says nothing, or that no block follows."""
     document = Document.parse(str(page))
-    notes = {document.text.index("-->", note.end) + len("-->"): note for note in _NOTES(document)}
+    fences = sorted(_FENCES(document), key=lambda fence: fence.start)
+    notes = {
+        document.text.index("-->", note.end) + len("-->"): note
+        for note in _NOTES(document)
+        if not any(fence.start < note.start < fence.end for fence in fences)  # shown, and not meant
+    }
     blocks = []
-    for region in sorted(_FENCES(document), key=lambda region: region.start):
+    for region in fences:
         place = f"{page.name}:{document.text.count(chr(10), 0, region.start) + 1}"
         before = document.text[: region.start].rstrip()
         note = notes.pop(len(before), None)
@@ -184,6 +189,8 @@ def _check_adaswitch(arguments: list[str], folder: Path) -> None:
         raise BlockError(f"adaswitch has no command {name!r}")
     try:
         context = command.make_context(name, list(arguments[1:]))
+    except typer.Exit:  # --help
+        return
     except Exception as error:  # typer's own errors, of a module it does not show
         raise BlockError(f"adaswitch {shlex.join(arguments)}: {getattr(error, 'message', error)}") from error
     if "overrides" in context.params:

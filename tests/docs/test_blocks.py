@@ -54,3 +54,7 @@ def test_a_block_that_does_not_work_is_named(try_page, text: str, message: str) 
 )
 def test_a_block_that_works_passes(try_page, text: str) -> None:
     try_page(text)
+
+
+def test_a_note_that_is_shown_is_none(try_page) -> None:
+    try_page("```text\n<!-- not-run: shown -->\n```\n\n```sh\ntrue\n```\n")
