@@ -94,7 +94,7 @@ def test_every_prometheus_metric_is_there(built: Path, tmp_path: Path) -> None:
     app.state.store.close()
     families = {name for pair in names for name in pair if name and not name.endswith("_created")}
     assert "adaswitch_inspector_skipped_segments" in families
-    assert families - codes(built / "metrics.html") == set()
+    assert families - {code for page in built.rglob("*.html") for code in codes(page)} == set()
 
 
 def test_a_page_needs_nothing_from_elsewhere(built: Path) -> None:
