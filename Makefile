@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
 
-.PHONY: help setup check format test bench bench-rollouts bench-capacity bench-staleness bench-trainer demo demo-models lock browser page-vendor clean
+.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer demo demo-models lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -21,11 +21,12 @@ $(READY): deploy/lock/cpu.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-check: $(READY)  ## Lint, format, types, import contracts
+check: $(READY)  ## Lint, format, types, import contracts, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m deploy.lock.audit deploy/lock/cpu.lock
 
 format: $(READY)  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
@@ -47,6 +48,12 @@ bench-staleness: $(READY)  ## Measure what collecting one step ahead buys and co
 
 bench-trainer: $(READY)  ## Measure loss, weight sync and a whole step beside TRL's (under 10 minutes)
 	$(BIN)/python -m tests.benchmarks.trainer $(ARGS)
+
+docs: $(READY)  ## The documentation, into build/docs; warnings are errors, nothing is fetched
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
+
+audit: $(READY)  ## Known vulnerabilities of the pinned packages; says so where no service can be asked
+	$(BIN)/python -m deploy.lock.audit deploy/lock/cpu.lock $(ARGS)
 
 demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 	$(BIN)/adaswitch train deploy/configs/demo.yaml $(ARGS)

@@ -85,9 +85,11 @@ def train(
     """Distil the teacher into the student and print what came of it."""
     from common.config_source import read_config
     from common.logs import set_up_logging
+    from deploy.loopback import keep_ray_on_loopback
 
     resolved = read_config(file, overrides or [])  # before the imports below, which take seconds
     set_up_logging()
+    keep_ray_on_loopback(resolved.config.placement)
 
     from deploy.launch import train
 
@@ -102,9 +104,11 @@ def evaluate(file: ConfigFile, overrides: Overrides = None) -> None:
     """
     from common.config_source import read_config
     from common.logs import set_up_logging
+    from deploy.loopback import keep_ray_on_loopback
 
     resolved = read_config(file, overrides or [])
     set_up_logging()
+    keep_ray_on_loopback(resolved.config.placement)
 
     from deploy.launch import evaluate_student
 

@@ -29,11 +29,17 @@ def load_tokenizer(
 
 
 def load_pretrained(name: str, *, key: str = "models.student", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder or hub name, in float32. Raises UserError naming the key, also when weights are missing."""
+    """The model of a folder or hub name, in float32, from safetensors alone. Raises UserError naming the key, also when
+    weights are missing.
+    """
     _refuse_missing_folder(name, key)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+            name,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # pickled weights can run code
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unloadable(name, key, "a causal language model", error) from error

@@ -4,8 +4,12 @@ With one rank there is no group, and every method gives back what it was given. 
 GPUs, which has not been run on a GPU.
 """
 
+import ipaddress
+import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,16 +59,26 @@ def join(rank: int, num_ranks: int, address: str, device: torch.device, *, timeo
         return ALONE
     # Objects and sums travel on the CPU, gradients and weights where they are.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{address}",
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        store = _meet(rank, num_ranks, address, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise WaitedTooLong(
             f"learner rank {rank} waited {timeout_s:g} s for all {num_ranks} ranks to meet at {address}: {error}"
         ) from error
     return Ranks(rank=rank, num_ranks=num_ranks, mesh=init_device_mesh(device.type, (num_ranks,)))
+
+
+def _meet(rank: int, num_ranks: int, address: str, timeout: timedelta) -> Any:  # torch does not export its type
+    """The ranks' common store. Rank 0 listens at the address alone; torch's own socket would take every interface.
+
+    Where the address is loopback, gloo is kept there too.
+    """
+    host, _, port = address.rpartition(":")
+    if ipaddress.ip_address(host).is_loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    listener = socket.create_server((host, int(port))).detach() if rank == 0 else None
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), num_ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listener
+    )

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from rollout_server.api import events, models, replays, routes
 from rollout_server.api.guard import Guard
-from rollout_server.api.problems import add_handlers
+from rollout_server.api.problems import add_handlers, add_to_document
 from rollout_server.api.runs import RunStore
 
 _PAGE = Path(__file__).parent / "page"
@@ -41,6 +41,7 @@ def create_app(runs_dir: Path, *, hosts: Collection[str], token: str | None = No
     for router in (events.router, replays.router, routes.router):
         app.include_router(router)
     _add_health(app)
+    add_to_document(app)
     if _PAGE.is_dir():
         app.mount("/", StaticFiles(directory=_PAGE, html=True), name="page")
     app.add_middleware(Guard, hosts=hosts, token=token)

@@ -249,6 +249,7 @@ def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     args = AsyncEngineArgs(
         model=spec.model,
         trust_remote_code=spec.trust_remote_code,
+        load_format="safetensors",  # by itself vLLM takes pickled weights where there are no others
         dtype=settings.dtype if settings.dtype != "auto" else _best_dtype(),
         tensor_parallel_size=settings.tensor_parallel_size,
         # Its own processes on the actor's GPUs. Left to itself vLLM sees Ray's placement group and asks it for more.

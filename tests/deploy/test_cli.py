@@ -1,10 +1,13 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -151,3 +154,36 @@ def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path):
         command.send_signal(signal.SIGINT)
         _, stderr = command.communicate(timeout=60)
     assert (command.returncode, stderr) == (130, "interrupted\n")
+
+
+def test_the_inspector_never_prints_its_token_nor_a_wrong_one(tmp_path):
+    token, wrong = "inspector-token-not-to-be-seen", "wrong-token-not-to-be-seen"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    service = subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", "serve", str(tmp_path), "--port", str(port), "--token-env", "TOKEN"],
+        env={**os.environ, "TOKEN": token},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}")
+        for _ in range(600):
+            try:
+                client.get("/healthz")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        statuses = [
+            client.get("/api/v1/runs", headers={"Authorization": f"Bearer {given}"}).status_code
+            for given in (token, wrong)
+        ]
+        answer = client.get(f"/api/v1/runs?token={wrong}").text
+    finally:
+        service.terminate()
+        printed, _ = service.communicate(timeout=30)
+    assert statuses == [200, 401]
+    assert "Uvicorn running" in printed
+    assert "not-to-be-seen" not in printed + answer

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,10 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
+from tests.deploy.listening import outward_listeners
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, PROMPTS_PER_STEP, NUM_HELD_OUT = 3, 8, 16
 MARK = "ADASWITCH_WALK"
+SECRETS = {
+    "HF_TOKEN": "hf_not-to-be-seen-1",
+    "WANDB_API_KEY": "not-to-be-seen-2" * 3,
+    "MLFLOW_TRACKING_PASSWORD": "not-to-be-seen-3",
+    "INSPECTOR_TOKEN": "not-to-be-seen-4",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +37,18 @@ def mark() -> str:
     return uuid4().hex
 
 
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What a run of the command left, and what was seen of it from outside."""
+
+    folder: Path
+    output: str
+    outward_listeners: frozenset[str]
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Path:
-    """The folder of a finished run of the demo, cut short."""
+def walk(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Walk:
+    """A finished run of the demo, cut short, with secrets in its environment."""
     folder = tmp_path_factory.mktemp("walk")
     settings = [
         f"run_dir={folder / 'run'}",
@@ -43,12 +61,28 @@ def run(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Path:
     for setting in settings:
         command += ["--set", setting]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {MARK: mark, "HF_DATASETS_CACHE": str(folder / "datasets")}
-    finished = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=540, check=False
-    )
-    assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
-    return folder / "run"
+    environment |= SECRETS | {MARK: mark, "HF_DATASETS_CACHE": str(folder / "datasets")}
+    listeners: set[str] = set()
+    deadline = time.monotonic() + 540.0
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
+        while process.poll() is None and time.monotonic() < deadline:
+            listeners |= outward_listeners(mark)
+            time.sleep(1.0)
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=60)
+    text = (folder / "output").read_text()
+    assert process.returncode == 0, text
+    return Walk(folder / "run", text, frozenset(listeners))
+
+
+@pytest.fixture(scope="module")
+def run(walk: Walk) -> Path:
+    """The run's folder."""
+    return walk.folder
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -133,3 +167,17 @@ def processes_with(mark: str) -> list[str]:
         except OSError:  # it ended while we looked, or is another user's
             continue
     return found
+
+
+def test_nothing_listens_beyond_loopback(walk: Walk) -> None:
+    assert walk.outward_listeners == frozenset()
+
+
+def test_no_secret_is_written(walk: Walk) -> None:
+    secret = b"not-to-be-seen"
+    assert secret.decode() not in walk.output
+    files = [file for file in walk.folder.rglob("*") if file.is_file()]
+    assert {"config.yaml", "summary.json", "metrics.jsonl", "versions.json"} <= {file.name for file in files}
+    assert [file for file in files if secret in file.read_bytes()] == []
+    for file in walk.folder.rglob("*.parquet"):  # compressed
+        assert secret.decode() not in str(pq.read_table(file).to_pydict())

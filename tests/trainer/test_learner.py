@@ -496,6 +496,14 @@ def test_a_damaged_weight_file_is_refused(student: str) -> None:
         load_pretrained(student)
 
 
+def test_pickled_weights_are_not_read(student: str) -> None:
+    path = Path(student) / "model.safetensors"
+    torch.save(load_file(path), Path(student) / "pytorch_model.bin")
+    path.unlink()
+    with pytest.raises(UserError, match=r"^models.student: can't load .*safetensors"):
+        load_pretrained(student)
+
+
 def test_missing_weights_are_refused_and_not_made_up(student: str) -> None:
     path = Path(student) / "model.safetensors"
     tensors = load_file(path)

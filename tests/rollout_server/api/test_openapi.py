@@ -1,5 +1,7 @@
 """Whatever the document allows, and what it does not, is answered as the document says, and never with a 5xx."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,12 @@ def schema(runs_dir: Path):
 def test_every_operation_is_listed_here(schema) -> None:
     documented = {(method.upper(), path) for path, item in schema.raw_schema["paths"].items() for method in item}
     assert documented == {*OPERATIONS, *STREAMS}
+
+
+def test_the_document_holds_every_schema_it_refers_to(schema) -> None:
+    referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema.raw_schema)))
+    assert referred
+    assert referred <= schema.raw_schema["components"]["schemas"].keys()
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])

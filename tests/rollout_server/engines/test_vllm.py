@@ -69,6 +69,12 @@ async def ask_vllm(engine: VLLMEngine, text: Ids, request_id: str) -> RequestOut
     return [output async for output in engine._llm.generate(prompt, params, request_id)][-1]
 
 
+async def test_no_engine_would_take_pickled_weights(engines) -> None:
+    for engine in (engines.student, engines.teacher):
+        assert engine._llm.vllm_config.load_config.load_format == "safetensors"
+        assert not engine._llm.vllm_config.model_config.trust_remote_code
+
+
 # -------------------------------------------------------------------------------------------------------------- scores
 
 

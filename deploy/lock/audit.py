@@ -1,0 +1,114 @@
+"""Hold the lock file against the Python Packaging Advisory Database, through pip-audit.
+
+Exit code 1 on a finding that ``audit.toml`` does not allow, and on a permission that has ended. Where the service can't
+be asked, that is said and, unless ``--required`` is given, is no failure: nothing was checked, nothing was found.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ALLOWED_FILE = Path(__file__).parent / "audit.toml"
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Permission:
+    """One advisory that is known and borne for a while."""
+
+    id: str
+    package: str
+    reason: str
+    until: date
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What an audit came to."""
+
+    num_asked: int
+    num_unanswered: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def was_possible(self) -> bool:
+        return self.num_unanswered < self.num_asked
+
+
+def read_permissions(file: Path) -> list[Permission]:
+    """Raises TypeError or KeyError for one without id, package, reason and date."""
+    return [Permission(**entry) for entry in tomllib.loads(file.read_text()).get("allow", [])]
+
+
+def judge(packages: Sequence[dict[str, Any]], permissions: Sequence[Permission], today: date) -> Verdict:
+    """``packages``: pip-audit's ``dependencies``: a name and a version with ``vulns``, or a ``skip_reason``."""
+    valid = {(p.package, p.id) for p in permissions if p.until >= today}
+    found: dict[tuple[str, str], str] = {}
+    borne = set()
+    for package in packages:
+        for advisory in package.get("vulns", []):
+            keys = {(package["name"], name) for name in (advisory["id"], *advisory.get("aliases", []))}
+            if keys & valid:
+                borne |= keys
+                continue
+            fixed = ", ".join(advisory.get("fix_versions", [])) or "no version"
+            found[package["name"], advisory["id"]] = (
+                f"{package['name']} {package['version']}: {advisory['id']}, fixed in {fixed}"
+            )
+    ended = [f"{p.package}: the permission for {p.id} ended on {p.until}" for p in permissions if p.until < today]
+    unneeded = [p for p in permissions if (p.package, p.id) not in borne]
+    unanswered = [package["name"] for package in packages if "skip_reason" in package]
+    return Verdict(
+        num_asked=len(packages),
+        num_unanswered=len(unanswered),
+        problems=(*found.values(), *ended),
+        notes=(
+            *(f"{p.package}: {p.id} is allowed but was not found" for p in unneeded),
+            *([f"not known to the service: {', '.join(unanswered)}"] if unanswered else []),
+        ),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lock_file", type=Path)
+    parser.add_argument("--required", action="store_true", help="fail where the service can't be asked")
+    options = parser.parse_args(arguments)
+    packages, reason = _ask(options.lock_file)
+    verdict = judge(packages, read_permissions(ALLOWED_FILE), date.today())
+    if not verdict.was_possible:
+        print(f"audit: NOTHING WAS CHECKED, the advisory service can't be asked: {reason}")
+        return int(options.required)
+    for line in verdict.notes:
+        print(f"audit: note: {line}")
+    for line in verdict.problems:
+        print(f"audit: {line}", file=sys.stderr)
+    asked = verdict.num_asked - verdict.num_unanswered
+    print(f"audit: {asked} of {verdict.num_asked} packages checked, {len(verdict.problems)} problems")
+    return int(bool(verdict.problems))
+
+
+def _ask(lock_file: Path) -> tuple[list[dict[str, Any]], str]:
+    """pip-audit's answer for each package; none where it got none. And why not, in a line."""
+    command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--no-deps", "--format", "json"]
+    command += ["--progress-spinner", "off", "--requirement", str(lock_file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return [], f"no answer within {_TIMEOUT_S:g} s"
+    try:
+        return json.loads(done.stdout)["dependencies"], "it knows none of the packages"
+    except (json.JSONDecodeError, KeyError):
+        return [], (done.stderr.strip().splitlines() or ["no answer"])[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

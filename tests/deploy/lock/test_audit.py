@@ -1,0 +1,50 @@
+from datetime import date
+
+import pytest
+
+from deploy.lock.audit import ALLOWED_FILE, Permission, judge, read_permissions
+
+TODAY = date(2026, 11, 24)
+CLEAN = {"name": "clean", "version": "1", "vulns": []}
+UNKNOWN = {"name": "unknown", "skip_reason": "not found"}
+HOLED = {
+    "name": "holed",
+    "version": "1.0",
+    "vulns": [{"id": "PYSEC-1", "aliases": ["CVE-1"], "fix_versions": ["1.1"], "description": "x"}],
+}
+
+
+def permission(*, id: str = "PYSEC-1", package: str = "holed", until: date = TODAY) -> Permission:
+    return Permission(id=id, package=package, reason="no way in", until=until)
+
+
+def test_a_finding_is_a_problem_and_names_the_version_that_mends_it() -> None:
+    assert judge([CLEAN, HOLED], [], TODAY).problems == ("holed 1.0: PYSEC-1, fixed in 1.1",)
+
+
+@pytest.mark.parametrize("name", ["PYSEC-1", "CVE-1"])
+def test_an_allowed_finding_is_none(name: str) -> None:
+    assert judge([HOLED], [permission(id=name)], TODAY).problems == ()
+
+
+def test_a_permission_ends() -> None:
+    problems = judge([HOLED], [permission(until=date(2026, 11, 23))], TODAY).problems
+    assert problems == ("holed 1.0: PYSEC-1, fixed in 1.1", "holed: the permission for PYSEC-1 ended on 2026-11-23")
+
+
+def test_a_permission_is_for_one_package_and_one_that_is_not_needed_is_said() -> None:
+    verdict = judge([HOLED], [permission(package="other")], TODAY)
+    assert len(verdict.problems) == 1
+    assert verdict.notes == ("other: PYSEC-1 is allowed but was not found",)
+
+
+def test_an_audit_without_a_single_answer_was_none() -> None:
+    assert not judge([UNKNOWN, UNKNOWN], [], TODAY).was_possible
+    assert not judge([], [], TODAY).was_possible
+    verdict = judge([CLEAN, UNKNOWN], [], TODAY)
+    assert verdict.was_possible
+    assert verdict.notes == ("not known to the service: unknown",)
+
+
+def test_every_permission_says_all_it_must() -> None:
+    assert all(p.reason and p.until for p in read_permissions(ALLOWED_FILE))
