@@ -17,12 +17,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import RunConfig
 from common.errors import UserError
 from common.waiting import WaitedTooLong, within
+from deploy.attach import NAMESPACE
 from deploy.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.preflight import Inputs
 from deploy.run_folder import RunFolder
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec
-from rollout_server.rollouts import RolloutSpec
+from rollout_server.rollouts import LiveContext, RolloutSpec
 from trainer.actors import LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class Cluster:
         self._use_gpus = use_gpus
         self._actors: list[ActorHandle] = []
 
-    async def start_pair(self, inputs: Inputs, folder: RunFolder) -> Pair:
-        """Start all engines side by side and the rollouts over them.
+    async def start_pair(self, inputs: Inputs, folder: RunFolder, *, name: str | None = None) -> Pair:
+        """Start all engines side by side and the rollouts over them, which others find under ``name``.
 
         Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
         """
@@ -78,6 +79,7 @@ class Cluster:
             trace_folder=folder.traces,
             top_logprobs=inputs.top_logprobs,
             stop_token_ids=inputs.stop_token_ids,
+            live=LiveContext(max_model_len=inputs.max_model_len, prompts_as_chat=self._config.data.as_chat),
         )
         rollouts = self._spawn(
             RolloutActor,
@@ -86,6 +88,7 @@ class Cluster:
             self._addresses(students, "student engine"),
             self._addresses(teachers, "teacher engine"),
             self._config.models.student,
+            name=name,
         )
         return Pair(
             students=students,
@@ -152,8 +155,9 @@ class Cluster:
                     logger.debug("an actor did not end in an orderly way", exc_info=True)
             ray.kill(actor)
 
-    def _spawn(self, shell: type, place: Seat, *arguments: Any) -> ActorHandle:
+    def _spawn(self, shell: type, place: Seat, *arguments: Any, name: str | None = None) -> ActorHandle:
         remote = ray.remote(shell).options(
+            **({"name": name, "namespace": NAMESPACE} if name else {}),
             num_cpus=CPUS_PER_ACTOR,
             num_gpus=place.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(

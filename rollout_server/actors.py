@@ -24,6 +24,8 @@ from rollout_server.engines.messages import News, Orders
 from rollout_server.engines.multiplex import StreamMultiplexer
 from rollout_server.engines.remote import RemoteEngine
 from rollout_server.engines.replicas import ReplicatedEngine
+from rollout_server.live.records import LivePiece, LiveRefusal, LiveRequest
+from rollout_server.live.writer import LiveWriter
 from rollout_server.rollouts import Rollouts, RolloutSpec
 from rollout_server.selftest import check_engine
 
@@ -91,6 +93,7 @@ class RolloutActor:
         self._addresses = (students, teachers)
         self._tokenizer = tokenizer
         self._rollouts: Rollouts | None = None
+        self._live: LiveWriter | None = None
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
@@ -104,6 +107,15 @@ class RolloutActor:
 
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         return await self._on_this_loop().probe(texts)
+
+    async def write_live(self, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
+        """One sequence for who watches it; goes on beside the other calls. Raises LiveRefusal or LiveFailure."""
+        self._on_this_loop()
+        if self._live is None:
+            raise LiveRefusal("invalid", "this run writes nothing live")
+        async with aclosing(self._live.write(request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def _on_this_loop(self) -> Rollouts:
         """Made at the first call: remote engines belong to the event loop the calls run on."""
@@ -119,6 +131,10 @@ class RolloutActor:
             )
             decoder = AutoTokenizer.from_pretrained(self._tokenizer)
             self._rollouts = Rollouts(self._spec, student=student, teacher=teacher, decoder=decoder)
+            if self._spec.live is not None:
+                self._live = LiveWriter(
+                    self._spec, self._spec.live, student=student, teacher=teacher, tokenizer=decoder
+                )
         return self._rollouts
 
 
