@@ -68,8 +68,9 @@ class AttachedRollouts:
         except (RayActorError, WaitedTooLong) as error:
             raise LiveFailure(" ".join(str(error).split())) from error
         finally:
+            # Not what the actor called meanwhile: one poll of an engine serves every stream, the training's too.
             with suppress(RayError):
-                ray.cancel(references)
+                ray.cancel(references, recursive=False)
 
     async def _handle(self, run: str | None) -> Any:
         found = await self._actors()

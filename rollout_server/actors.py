@@ -170,7 +170,8 @@ class RemoteRollouts:
         except StopAsyncIteration:
             return
         finally:
-            ray.cancel(references)
+            # Not what the actor called meanwhile: one poll of an engine serves every stream of the actor.
+            ray.cancel(references, recursive=False)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         return await within(self._timeout_s, self._handle.evaluate.remote(prompts), "the evaluation")
