@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -12,17 +13,22 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PORT = 8642
+README_PORT = 8642
 
 
 def commands() -> list[str]:
     section = (ROOT / "README.md").read_text().split("## Inspector", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"^curl .*$", section, re.MULTILINE)
+    found: list[str] = re.findall(r"^curl .*$", section, re.MULTILINE)
+    return [command for command in found if "/generate" not in command]
 
 
 @pytest.fixture
-def service(runs_dir: Path) -> Iterator[None]:
-    command = [sys.executable, "-m", "deploy.cli", "serve", str(runs_dir)]
+def port(runs_dir: Path) -> Iterator[int]:
+    """Of an inspector, free a moment ago: the README's may be in use here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "deploy.cli", "serve", str(runs_dir), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         for _ in range(300):
@@ -30,22 +36,24 @@ def service(runs_dir: Path) -> Iterator[None]:
                 assert process.stdout is not None
                 pytest.fail(process.stdout.read().decode())
             try:
-                httpx.get(f"http://localhost:{PORT}/healthz")
+                httpx.get(f"http://localhost:{port}/healthz")
                 break
             except httpx.ConnectError:
                 time.sleep(0.1)
-        yield
+        yield port
     finally:
         process.terminate()
         process.wait(timeout=20)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-@pytest.mark.usefixtures("service")
-def test_the_curl_examples_run_as_written(tmp_path: Path) -> None:
+def test_the_curl_examples_run_as_written(tmp_path: Path, port: int) -> None:
+    """But for the port, and for those that need a live run: tests/deploy/test_attach.py."""
     assert len(commands()) == 7
     for command in commands():
+        assert f"localhost:{README_PORT}/" in command
         failing = command.replace("curl -s", "curl -s --fail-with-body --max-time 30", 1)
+        failing = failing.replace(f"localhost:{README_PORT}/", f"localhost:{port}/")
         done = subprocess.run(failing, shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=60)
         assert done.returncode == 0, (command, done.stdout)
         assert done.stdout or (tmp_path / "sequences.csv").stat().st_size > 0
