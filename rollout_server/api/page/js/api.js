@@ -13,6 +13,7 @@ export class Problem extends Error {
 
 /** The token for this tab. It is never part of an address. @param {string} token */
 export const setToken = (token) => sessionStorage.setItem(TOKEN_KEY, token);
+export const hasToken = () => sessionStorage.getItem(TOKEN_KEY) !== null;
 
 export const runPath = (run, rest = "") => `/runs/${encodeURIComponent(run)}${rest}`;
 export const sequencePath = (run, id, rest = "") => runPath(run, `/sequences/${encodeURIComponent(id)}${rest}`);

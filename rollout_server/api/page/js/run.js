@@ -40,7 +40,7 @@ function headline(detail) {
 function notices(detail) {
   const lines = [...detail.skipped.map((s) => `${s.name}: ${s.reason}`), ...detail.problems];
   if (!lines.length) return null;
-  const title = detail.skipped.length ? `${detail.skipped.length} broken part(s) of the trace left out` : "Not everything could be read";
+  const title = detail.skipped.length ? `${detail.skipped.length} broken ${detail.skipped.length === 1 ? "part" : "parts"} of the trace left out` : "Not everything could be read";
   return h("details", { class: "notice" }, h("summary", {}, title, ". What is shown is without them."), h("ul", {}, lines.map((line) => h("li", {}, line))));
 }
 
