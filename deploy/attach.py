@@ -68,7 +68,7 @@ class AttachedRollouts:
         except (RayActorError, WaitedTooLong) as error:
             raise LiveFailure(" ".join(str(error).split())) from error
         finally:
-            # Not what the actor called meanwhile: one poll of an engine serves every stream, the training's too.
+            # Not what the actor called meanwhile: one exchange with an engine serves every stream, the training's too.
             with suppress(RayError):
                 ray.cancel(references, recursive=False)
 

@@ -70,7 +70,8 @@ class Cluster:
         students = [self._spawn(EngineActor, place) for place in self._plan.students]
         teachers = [self._spawn(EngineActor, place) for place in self._plan.teachers]
         student_facts, teacher_facts = await asyncio.gather(
-            self._start_engines(students, "student", inputs), self._start_engines(teachers, "teacher", inputs)
+            self._start_engines(students, "student", inputs, folder),
+            self._start_engines(teachers, "teacher", inputs, folder),
         )
         spec = RolloutSpec(
             policy=self._config.policy,
@@ -99,10 +100,10 @@ class Cluster:
         )
 
     async def _start_engines(
-        self, replicas: list[ActorHandle], role: Literal["student", "teacher"], inputs: Inputs
+        self, replicas: list[ActorHandle], role: Literal["student", "teacher"], inputs: Inputs, folder: RunFolder
     ) -> EngineFacts:
         """All replicas of a role side by side; what they have in common."""
-        spec, timeout_s = self._engine_spec(role, inputs), self._config.engines.start_timeout_s
+        spec, timeout_s = self._engine_spec(role, inputs, folder.path.name), self._config.engines.start_timeout_s
         calls = [engine.start.remote(spec, inputs.self_test_prefix) for engine in replicas]
         facts: list[EngineFacts] = [await _answer(call, f"a {role} engine to start", timeout_s) for call in calls]
         return facts[0]
@@ -167,11 +168,12 @@ class Cluster:
         self._actors.append(remote.remote(*arguments))
         return self._actors[-1]
 
-    def _engine_spec(self, role: Literal["student", "teacher"], inputs: Inputs) -> EngineSpec:
+    def _engine_spec(self, role: Literal["student", "teacher"], inputs: Inputs, run: str) -> EngineSpec:
         engines, models = self._config.engines, self._config.models
         settings = engines.student if role == "student" else engines.teacher
         return EngineSpec(
             name=role,
+            run=run,
             model=models.student if role == "student" else models.teacher,
             settings=settings.model_copy(update={"max_model_len": inputs.max_model_len}),
             top_logprobs=inputs.top_logprobs,

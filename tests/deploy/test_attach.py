@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from common.sequence import Prompt
 from deploy.attach import NAMESPACE, AttachedRollouts, live_name
 from rollout_server.actors import EngineAddress, RolloutActor
 from rollout_server.api.app import create_app
-from rollout_server.engine import WriteRequest
-from rollout_server.engines.multiplex import ReadBatch, RowsBatch, StreamMultiplexer, WrittenBatch
+from rollout_server.engines.messages import News, Orders
+from rollout_server.engines.multiplex import StreamMultiplexer
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.live.records import LiveRequest
 from rollout_server.rollouts import LiveContext, RolloutSpec
@@ -46,20 +46,8 @@ def make_engine_class() -> type:
             self._engine = ScriptedEngine(script, top_logprobs=K, max_model_len=4096, delay=lambda: delay_s)
             self._streams = StreamMultiplexer(self._engine)
 
-        async def open_streams(self, client_id: str, requests: dict[int, WriteRequest]) -> None:
-            self._streams.open(client_id, requests)
-
-        async def resume_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
-            self._streams.resume(client_id, stream_ids)
-
-        async def poll(self, client_id: str, wait_s: float) -> WrittenBatch:
-            return await self._streams.poll(client_id, wait_s)
-
-        async def close_streams(self, client_id: str, stream_ids: Sequence[int]) -> None:
-            await self._streams.close(client_id, stream_ids)
-
-        async def score(self, requests: ReadBatch) -> RowsBatch:
-            return await self._streams.score(requests)
+        async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
+            return await self._streams.exchange(client_id, orders, wait_s)
 
         async def counters(self) -> tuple[int, int]:
             return self._engine.num_running, self._engine.num_written_tokens
@@ -191,7 +179,7 @@ def test_the_training_neither_waits_for_it_nor_counts_it(client, start_run) -> N
 
 
 def test_a_watcher_who_leaves_takes_nothing_of_the_training_along(client, start_run) -> None:
-    """The engine's poll was first sent for the watched sequence, and serves the training's as well."""
+    """The exchange with the engine was begun for the watched sequence, and serves the training as well."""
     run = start_run(script=ENDLESS, delay_s=0.1)
     with client.stream("POST", "/generate", json={**PROMPT, "max_new_tokens": 2000}) as response:
         events = events_of(response)
