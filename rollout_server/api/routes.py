@@ -14,8 +14,8 @@ from rollout_server.api.problems import ProblemError, answers
 from rollout_server.api.runs import RunStore, as_time, num_segments
 from rollout_server.api.tokens import moving_averages, shown_token
 from rollout_server.traces import queries
-from rollout_server.traces.queries import PageKey, SequenceQuery
-from rollout_server.traces.records import SequenceOrder, SequenceRecord, StepSummary
+from rollout_server.traces.queries import PageKey
+from rollout_server.traces.records import SequenceFilter, SequenceOrder, SequenceRecord, StepSummary
 
 QUERY_TIMEOUT_S = 10.0
 _EXCERPT = 200  # characters of a text in a list
@@ -49,8 +49,8 @@ def _filters(
     policy: Word = None,
     finish_reason: Word = None,
     text: Annotated[Word, Query(description="Contained in prompt or completion, case ignored.")] = None,
-) -> SequenceQuery:
-    return SequenceQuery(
+) -> SequenceFilter:
+    return SequenceFilter(
         first_step=first_step,
         last_step=last_step,
         switched=switched,
@@ -62,7 +62,7 @@ def _filters(
     )
 
 
-Filters = Annotated[SequenceQuery, Depends(_filters)]
+Filters = Annotated[SequenceFilter, Depends(_filters)]
 
 
 @router.get("/runs", responses=answers(503))
