@@ -15,16 +15,16 @@ from rollout_server.traces.schema import SEQUENCES, TOKENS_FILE
 from rollout_server.traces.sql import COLUMNS, MATCHES
 
 Format = Literal["csv", "parquet"]
-_BATCH = 2000  # sequences in memory at once
+BATCH = 2000  # sequences in memory at once
 
 
 def sequences_file(
     index: TraceIndex, where: SequenceFilter, file_format: Format, batch_timeout_s: float
 ) -> Iterator[bytes]:
     """All matching sequences by step and id, texts included, in pieces of a file. Raises QueryTimeout."""
-    sink = _Sink()
     batches = _sequences(index, where, batch_timeout_s)
     if file_format == "parquet":
+        sink = _Sink()
         with pq.ParquetWriter(sink, SEQUENCES, compression="zstd") as writer:
             for table in batches:
                 writer.write_table(table)
@@ -32,21 +32,22 @@ def sequences_file(
         yield sink.take()
         return
     for number, table in enumerate(batches):
-        pyarrow.csv.write_csv(_flat(table), sink, pyarrow.csv.WriteOptions(include_header=number == 0))
-        yield sink.take()
+        lines = io.BytesIO()
+        pyarrow.csv.write_csv(_flat(table), lines, pyarrow.csv.WriteOptions(include_header=number == 0))
+        yield lines.getvalue()
 
 
 def _sequences(index: TraceIndex, where: SequenceFilter, timeout_s: float) -> Iterator[pa.Table]:
-    """Tables of at most ``_BATCH`` rows, at least one of them."""
+    """Tables of at most ``BATCH`` rows, at least one of them."""
     place: dict[str, object] = {"step": -1, "id": ""}
     sql = f"""SELECT {COLUMNS} FROM sequences {MATCHES} AND (step, sequence_id) > ($step, $id)
         ORDER BY step, sequence_id LIMIT $limit"""
     names = SEQUENCES.names
     while True:
-        rows = index.rows(sql, {**asdict(where), **place, "limit": _BATCH}, timeout_s)
+        rows = index.rows(sql, {**asdict(where), **place, "limit": BATCH}, timeout_s)
         table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=SEQUENCES)
         yield table
-        if len(rows) < _BATCH:
+        if len(rows) < BATCH:
             return
         place = {"step": table["step"][-1].as_py(), "id": table["sequence_id"][-1].as_py()}
 
