@@ -98,10 +98,10 @@ class SwitchingController:
         if self._policy.takes_given_answer(prompt.seed):
             return await read_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
         draft = Draft(prompt, self._top_logprobs)
-        await self.write(draft)
+        await self.write(draft, others_wait=others_wait)
         return draft.seal(self._policy_name)
 
-    async def write(self, draft: Draft) -> None:
+    async def write(self, draft: Draft, *, others_wait: bool = False) -> None:
         """Go on until the draft is finished. It only grows, so whoever holds it may look at it meanwhile."""
         while draft.finish_reason is None:
             if self._goes_in_step(draft, is_in_step=False):
