@@ -152,6 +152,8 @@ class Draft:
         )
 
     def _append(self, student_top: TopLogprobs, teacher_top: TopLogprobs, **columns: np.ndarray) -> None:
+        if not len(student_top):
+            return  # a switch at a proposal's first token keeps nothing of it
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(values)
         self._text.extend(columns["token_ids"])
