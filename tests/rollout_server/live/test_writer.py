@@ -169,14 +169,14 @@ async def test_what_cannot_be_written_is_refused_before_anything_is(live, reques
 
 
 async def test_closing_ends_it_in_both_engines(tokenizer, tmp_path) -> None:
-    live = Live(tokenizer, tmp_path, ENDLESS, delay=lambda: 0.01)
-    async with aclosing(live.writer.write(PROMPT)) as pieces:
+    live = Live(tokenizer, tmp_path, ENDLESS, delay=lambda: 0.1)
+    async with aclosing(live.writer.write(replace(PROMPT, policy=OnPolicy()))) as pieces:
         await anext(pieces)
         await anext(pieces)
         assert not live.rest()
     assert live.rest()
     written = live.student.num_written_tokens
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.3)
     assert live.student.num_written_tokens == written
 
 
