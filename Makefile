@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
 
-.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer demo demo-models lock browser page-vendor clean
+.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer demo demo-models demo-trace lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -60,6 +60,9 @@ demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 
 demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
 	$(BIN)/python -m deploy.demo.make_models --out deploy/demo/models
+
+demo-trace: $(READY)  ## Record anew the short demo run that the page's tests look at (about a minute)
+	$(BIN)/python -m tests.data.record_demo
 
 lock: $(READY)  ## Resolve pyproject.toml anew into deploy/lock/cpu.lock
 	$(BIN)/python -m deploy.lock.resolve deploy/lock/cpu.lock

@@ -4,6 +4,7 @@ a trace needs neither torch nor Ray.
 Exit codes: 0 done, 2 something the user gave can't be used (one line on stderr), 130 interrupted, 1 our own failure.
 """
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -156,11 +157,22 @@ def serve(
     name: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A name this machine is called by. May be repeated.")
     ] = None,
+    attach: Annotated[
+        bool, typer.Option("--attach", help="Join the Ray cluster of runs that go on, to try prompts on them.")
+    ] = False,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_ADDRESS", help="With --attach: the cluster's, such as 10.0.0.1:6379.")
+    ] = "auto",
 ) -> None:
     """Serve the runs' traces over REST and as a page: the inspector."""
     from rollout_server.api.server import serve as serve_runs
 
-    serve_runs(runs, host=host, port=port, token_env=token_env, names=name or [])
+    join = None
+    if attach:
+        from deploy.attach import attach as join_cluster
+
+        join = partial(join_cluster, address)
+    serve_runs(runs, host=host, port=port, token_env=token_env, names=name or [], attach=join)
 
 
 def _warn_of_skipped(reader: "TraceReader") -> None:

@@ -17,12 +17,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import RunConfig
 from common.errors import UserError
 from common.waiting import WaitedTooLong, within
+from deploy.attach import NAMESPACE
 from deploy.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.preflight import Inputs
 from deploy.run_folder import RunFolder
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec
-from rollout_server.rollouts import RolloutSpec
+from rollout_server.rollouts import LiveContext, RolloutSpec
 from trainer.actors import LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
 
 logger = logging.getLogger(__name__)
@@ -61,15 +62,16 @@ class Cluster:
         self._use_gpus = use_gpus
         self._actors: list[ActorHandle] = []
 
-    async def start_pair(self, inputs: Inputs, folder: RunFolder) -> Pair:
-        """Start all engines side by side and the rollouts over them.
+    async def start_pair(self, inputs: Inputs, folder: RunFolder, *, name: str | None = None) -> Pair:
+        """Start all engines side by side and the rollouts over them, which others find under ``name``.
 
         Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
         """
         students = [self._spawn(EngineActor, place) for place in self._plan.students]
         teachers = [self._spawn(EngineActor, place) for place in self._plan.teachers]
         student_facts, teacher_facts = await asyncio.gather(
-            self._start_engines(students, "student", inputs), self._start_engines(teachers, "teacher", inputs)
+            self._start_engines(students, "student", inputs, folder),
+            self._start_engines(teachers, "teacher", inputs, folder),
         )
         spec = RolloutSpec(
             policy=self._config.policy,
@@ -78,6 +80,7 @@ class Cluster:
             trace_folder=folder.traces,
             top_logprobs=inputs.top_logprobs,
             stop_token_ids=inputs.stop_token_ids,
+            live=LiveContext(max_model_len=inputs.max_model_len, prompts_as_chat=self._config.data.as_chat),
         )
         rollouts = self._spawn(
             RolloutActor,
@@ -86,6 +89,7 @@ class Cluster:
             self._addresses(students, "student engine"),
             self._addresses(teachers, "teacher engine"),
             self._config.models.student,
+            name=name,
         )
         return Pair(
             students=students,
@@ -96,10 +100,10 @@ class Cluster:
         )
 
     async def _start_engines(
-        self, replicas: list[ActorHandle], role: Literal["student", "teacher"], inputs: Inputs
+        self, replicas: list[ActorHandle], role: Literal["student", "teacher"], inputs: Inputs, folder: RunFolder
     ) -> EngineFacts:
         """All replicas of a role side by side; what they have in common."""
-        spec, timeout_s = self._engine_spec(role, inputs), self._config.engines.start_timeout_s
+        spec, timeout_s = self._engine_spec(role, inputs, folder.path.name), self._config.engines.start_timeout_s
         calls = [engine.start.remote(spec, inputs.self_test_prefix) for engine in replicas]
         facts: list[EngineFacts] = [await _answer(call, f"a {role} engine to start", timeout_s) for call in calls]
         return facts[0]
@@ -152,8 +156,9 @@ class Cluster:
                     logger.debug("an actor did not end in an orderly way", exc_info=True)
             ray.kill(actor)
 
-    def _spawn(self, shell: type, place: Seat, *arguments: Any) -> ActorHandle:
+    def _spawn(self, shell: type, place: Seat, *arguments: Any, name: str | None = None) -> ActorHandle:
         remote = ray.remote(shell).options(
+            **({"name": name, "namespace": NAMESPACE} if name else {}),
             num_cpus=CPUS_PER_ACTOR,
             num_gpus=place.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -163,11 +168,12 @@ class Cluster:
         self._actors.append(remote.remote(*arguments))
         return self._actors[-1]
 
-    def _engine_spec(self, role: Literal["student", "teacher"], inputs: Inputs) -> EngineSpec:
+    def _engine_spec(self, role: Literal["student", "teacher"], inputs: Inputs, run: str) -> EngineSpec:
         engines, models = self._config.engines, self._config.models
         settings = engines.student if role == "student" else engines.teacher
         return EngineSpec(
             name=role,
+            run=run,
             model=models.student if role == "student" else models.teacher,
             settings=settings.model_copy(update={"max_model_len": inputs.max_model_len}),
             top_logprobs=inputs.top_logprobs,

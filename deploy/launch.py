@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from common.config import RunConfig
 from common.config_source import ResolvedConfig
 from common.errors import UserError
+from deploy.attach import live_name
 from deploy.cluster import joined
 from deploy.preflight import Inputs, prepare
 from deploy.resume import find_resumable, refuse_other_settings
@@ -54,7 +55,7 @@ async def _hired(config: RunConfig, inputs: Inputs, folder: RunFolder, display: 
     display.note("starting the engines and the learner")
     async with joined(config) as cluster:
         learner_actor = cluster.spawn_learner()
-        pair = await cluster.start_pair(inputs, folder)
+        pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
         yield Crew(rollouts=pair.rollouts, learner=learner, put=Collected.put)

@@ -1,4 +1,4 @@
-"""Where metrics are shown besides the run's own file: TensorBoard always, Weights & Biases and MLflow when configured.
+"""Where metrics are shown besides the run's own file: TensorBoard and Ray always, W&B and MLflow when configured.
 
 Owns how they are opened, fed and closed. A tracker that can't be opened stops the run before anything has been spent;
 one that fails later does not: it is told once, and what it did not get is counted. ``metrics.jsonl`` has it all.
@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 
 from common.config import Logging, MLflow, RunConfig, Wandb
 from common.errors import UserError
+from deploy.metrics import RayTracker
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ class Trackers:
         """
         ids_file = run_folder / "trackers.json"
         ids: dict[str, str] = json.loads(ids_file.read_text()) if ids_file.exists() else {}
-        trackers: dict[str, Tracker] = {"tensorboard": TensorBoardTracker(run_folder / "tensorboard")}
+        trackers: dict[str, Tracker] = {
+            "tensorboard": TensorBoardTracker(run_folder / "tensorboard"),
+            "ray": RayTracker(run_folder.name),
+        }
         if config.logging.wandb is not None:
             wandb = _opened("logging.wandb", WandbTracker, config.logging.wandb, config, run_folder, ids.get("wandb"))
             trackers["wandb"], ids["wandb"] = wandb, wandb.run_id

@@ -3,6 +3,7 @@
 What they do is in ``engines/`` and ``rollouts``. vLLM is imported by the process that runs it, not by this module.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from common.cores import bind_to_cores
 from common.logs import set_up_logging
+from common.metrics import READ_POSITIONS, RUNNING_REQUESTS, SWITCH_POSITION, WAITING_REQUESTS, WRITTEN_TOKENS
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import within
 from common.weights import WeightUpdate
@@ -24,11 +26,18 @@ from rollout_server.engines.messages import News, Orders
 from rollout_server.engines.multiplex import StreamMultiplexer
 from rollout_server.engines.remote import RemoteEngine
 from rollout_server.engines.replicas import ReplicatedEngine
+from rollout_server.exported import Exported
+from rollout_server.live.records import LivePiece, LiveRefusal, LiveRequest
+from rollout_server.live.writer import LiveWriter
 from rollout_server.rollouts import Rollouts, RolloutSpec
 from rollout_server.selftest import check_engine
 
 if TYPE_CHECKING:
     from rollout_server.engines.vllm import VLLMEngine
+
+
+_EXPORT_EVERY_S = 2.0
+_ENGINE_METRICS = (RUNNING_REQUESTS, WAITING_REQUESTS, WRITTEN_TOKENS, READ_POSITIONS)
 
 
 class EngineActor:
@@ -43,7 +52,21 @@ class EngineActor:
         self._streams = StreamMultiplexer(self._engine)
         facts = self._engine.facts
         await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
+        self._exporting = asyncio.create_task(self._export(spec))
         return facts
+
+    async def _export(self, spec: EngineSpec) -> None:
+        """Consumes the engine's counters; produces metrics; waits some seconds between looks; stops with the actor."""
+        exported = Exported(_ENGINE_METRICS, {"run": spec.run, "role": spec.name})
+        num_written = num_read = 0
+        while True:
+            running = self._engine.num_running
+            exported.add(RUNNING_REQUESTS, min(running, spec.settings.max_num_seqs))
+            exported.add(WAITING_REQUESTS, max(running - spec.settings.max_num_seqs, 0))
+            exported.add(WRITTEN_TOKENS, self._streams.num_written_tokens - num_written)
+            exported.add(READ_POSITIONS, self._streams.num_read_positions - num_read)
+            num_written, num_read = self._streams.num_written_tokens, self._streams.num_read_positions
+            await asyncio.sleep(_EXPORT_EVERY_S)
 
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
         return await self._streams.exchange(client_id, orders, wait_s)
@@ -91,12 +114,16 @@ class RolloutActor:
         self._addresses = (students, teachers)
         self._tokenizer = tokenizer
         self._rollouts: Rollouts | None = None
+        self._live: LiveWriter | None = None
+        self._exported = Exported([SWITCH_POSITION], {"run": spec.trace_folder.parent.name})
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[MixedSequence, None]:
         async with aclosing(self._on_this_loop().collect(prompts, step, kept)) as sequences:
             async for sequence in sequences:
+                if sequence.first_switch is not None:
+                    self._exported.add(SWITCH_POSITION, sequence.first_switch)
                 yield sequence
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
@@ -104,6 +131,15 @@ class RolloutActor:
 
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         return await self._on_this_loop().probe(texts)
+
+    async def write_live(self, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
+        """One sequence for who watches it; goes on beside the other calls. Raises LiveRefusal or LiveFailure."""
+        self._on_this_loop()
+        if self._live is None:
+            raise LiveRefusal("invalid", "this run writes nothing live")
+        async with aclosing(self._live.write(request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def _on_this_loop(self) -> Rollouts:
         """Made at the first call: remote engines belong to the event loop the calls run on."""
@@ -119,6 +155,10 @@ class RolloutActor:
             )
             decoder = AutoTokenizer.from_pretrained(self._tokenizer)
             self._rollouts = Rollouts(self._spec, student=student, teacher=teacher, decoder=decoder)
+            if self._spec.live is not None:
+                self._live = LiveWriter(
+                    self._spec, self._spec.live, student=student, teacher=teacher, tokenizer=decoder
+                )
         return self._rollouts
 
 
@@ -154,7 +194,8 @@ class RemoteRollouts:
         except StopAsyncIteration:
             return
         finally:
-            ray.cancel(references)
+            # Not what the actor called meanwhile: one exchange with an engine serves every stream of the actor.
+            ray.cancel(references, recursive=False)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         return await within(self._timeout_s, self._handle.evaluate.remote(prompts), "the evaluation")

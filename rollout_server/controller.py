@@ -37,7 +37,8 @@ class RolloutError(RuntimeError):
 class SwitchingController:
     """Writes mixed sequences under one switch policy. The result does not depend on any engine's timing.
 
-    ``stop_token_ids`` must hold every token that ends a text of either engine.
+    ``stop_token_ids`` must hold every token that ends a text of either engine. ``guidance_in_pieces`` lets a draft grow
+    while the teacher writes, for who looks at it meanwhile; it changes no token.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class SwitchingController:
         sampling: Sampling,
         top_logprobs: int,
         stop_token_ids: tuple[int, ...],
+        guidance_in_pieces: bool = False,
     ) -> None:
         self._student = student
         self._teacher = teacher
@@ -58,6 +60,7 @@ class SwitchingController:
         self._sampling = sampling
         self._top_logprobs = top_logprobs
         self._stop_token_ids = stop_token_ids
+        self._guidance_in_pieces = guidance_in_pieces
 
     async def collect(self, prompts: Sequence[Prompt]) -> AsyncGenerator[MixedSequence, None]:
         """Yield each prompt's sequence as it finishes.
@@ -95,6 +98,11 @@ class SwitchingController:
         if self._policy.takes_given_answer(prompt.seed):
             return await read_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
         draft = Draft(prompt, self._top_logprobs)
+        await self.write(draft, others_wait=others_wait)
+        return draft.seal(self._policy_name)
+
+    async def write(self, draft: Draft, *, others_wait: bool = False) -> None:
+        """Go on until the draft is finished. It only grows, so whoever holds it may look at it meanwhile."""
         while draft.finish_reason is None:
             if self._goes_in_step(draft, is_in_step=False):
                 await self._go_in_step(draft)
@@ -102,7 +110,6 @@ class SwitchingController:
             teacher_takes_over, refused = await self._explore(draft, others_wait)
             if teacher_takes_over:
                 await self._guide(draft, refused)
-        return draft.seal(self._policy_name)
 
     async def _explore(self, draft: Draft, others_wait: bool) -> tuple[bool, Judged | None]:
         """The student writes until the policy switches or the sequence ends.
@@ -215,11 +222,23 @@ class SwitchingController:
         request = self._write_request(draft, "teacher", max_tokens=max_tokens)
         if refused is not None and max_tokens == 1 and can_draw(self._sampling):
             guidance = await self._draw(refused.teacher_top, request)
+            draft.take(guidance, refused)
+        elif self._guidance_in_pieces:
+            guidance = await self._take_pieces(draft, refused, request)
         else:
             guidance = await self._teacher.generate(request)
-        draft.take(guidance, refused)
+            draft.take(guidance, refused)
         if guidance.finish_reason == "stop" or len(draft) >= self._sampling.max_new_tokens:
             draft.finish_reason = guidance.finish_reason
+
+    async def _take_pieces(self, draft: Draft, refused: Judged | None, request: WriteRequest) -> Written:
+        """Take what the teacher writes as it comes; the last piece."""
+        num_taken = 0
+        async with aclosing(self._teacher.stream(request)) as pieces:
+            async for piece in pieces:
+                draft.take(piece, refused if num_taken == 0 else None, is_switch=num_taken == 0)
+                num_taken += len(piece)
+        return piece
 
     async def _draw(self, row: TopLogprobs, request: WriteRequest) -> Written:
         """The teacher's next token from the row that is in hand; from the teacher only when it is not on the list."""

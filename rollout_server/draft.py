@@ -121,10 +121,11 @@ class Draft:
             weight_versions=np.full(len(judged), judged.weight_version, np.int32),
         )
 
-    def take(self, written: Written, refused: Judged | None) -> None:
+    def take(self, written: Written, refused: Judged | None, *, is_switch: bool = True) -> None:
         """Append teacher tokens from a switch on. ``refused`` is the student's proposal at the switch, if it made one.
 
-        What the policy saw at the switch is recorded with the teacher's token that replaced the proposal.
+        What the policy saw at the switch is recorded with the teacher's token that replaced the proposal. Without
+        ``is_switch`` they go on with the guidance that came before.
         """
         num_tokens = len(written)
         student_top = TopLogprobs.unknown(num_tokens, self.top_logprobs)
@@ -135,7 +136,8 @@ class Draft:
             student_top = TopLogprobs.concatenate([refused.student_top, student_top[1:]])
             divergences[0], thresholds[0] = refused.divergences[0], refused.thresholds[0]
             student_ranks[0], weight_versions[0] = refused.student_ranks[0], refused.weight_version
-        self._switches.append(len(self))
+        if is_switch:
+            self._switches.append(len(self))
         self._append(
             student_top,
             written.top,
@@ -150,6 +152,8 @@ class Draft:
         )
 
     def _append(self, student_top: TopLogprobs, teacher_top: TopLogprobs, **columns: np.ndarray) -> None:
+        if not len(student_top):
+            return  # a switch at a proposal's first token keeps nothing of it
         for name, values in columns.items():
             self._columns.setdefault(name, []).append(values)
         self._text.extend(columns["token_ids"])
@@ -162,13 +166,27 @@ class Draft:
     def seal(self, policy: str) -> MixedSequence:
         """The finished record."""
         assert self.finish_reason is not None, f"{self.prompt.sequence_id} is not finished"
+        return self._sequence(policy, self.finish_reason, first_part=0)
+
+    @property
+    def num_parts(self) -> int:
+        """How often it grew."""
+        return len(self._student_top)
+
+    def excerpt(self, policy: str, first_part: int) -> MixedSequence:
+        """What was appended from a part on, as a sequence of its own that was cut off: positions count anew."""
+        return self._sequence(policy, "length", first_part=first_part)
+
+    def _sequence(self, policy: str, finish_reason: FinishReason, *, first_part: int) -> MixedSequence:
+        first_position = sum(map(len, self._student_top[:first_part]))
+        switches = np.array(self._switches, np.int32) - np.int32(first_position)
         return MixedSequence(
             prompt=self.prompt,
             policy=policy,
-            student_top=TopLogprobs.concatenate(self._student_top),
-            teacher_top=TopLogprobs.concatenate(self._teacher_top),
-            switches=np.array(self._switches, np.int32),
-            finish_reason=self.finish_reason,
+            student_top=TopLogprobs.concatenate(self._student_top[first_part:]),
+            teacher_top=TopLogprobs.concatenate(self._teacher_top[first_part:]),
+            switches=switches[switches >= 0],
+            finish_reason=finish_reason,
             num_wasted_tokens=self.num_wasted_tokens,
-            **{name: np.concatenate(parts) for name, parts in self._columns.items()},
+            **{name: np.concatenate(parts[first_part:]) for name, parts in self._columns.items()},
         )

@@ -86,7 +86,8 @@ class ScoreRequest:
 class EngineSpec:
     """One engine to be started."""
 
-    name: str  # for messages: "student", "teacher"
+    name: str  # for messages and metrics: "student", "teacher"
+    run: str = ""  # whose engine this is, for metrics
     model: str  # folder or hub name
     settings: EngineSettings
     top_logprobs: int

@@ -25,6 +25,14 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LiveContext:
+    """What a prompt that comes from outside must fit."""
+
+    max_model_len: int  # tokens, prompt and answer together
+    prompts_as_chat: bool  # a prompt given as text goes into the chat template
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSpec:
     """What one rollout actor is told."""
 
@@ -34,6 +42,7 @@ class RolloutSpec:
     trace_folder: Path
     top_logprobs: int
     stop_token_ids: tuple[int, ...]
+    live: LiveContext | None = None  # None: nothing is written for who watches
 
 
 class Rollouts:

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rollout_server.api import events, models, replays, routes
+from rollout_server.api import events, live, models, replays, routes
 from rollout_server.api.guard import Guard
 from rollout_server.api.problems import add_handlers, add_to_document
 from rollout_server.api.runs import RunStore
@@ -17,8 +17,13 @@ from rollout_server.api.runs import RunStore
 _PAGE = Path(__file__).parent / "page"
 
 
-def create_app(runs_dir: Path, *, hosts: Collection[str], token: str | None = None) -> FastAPI:
-    """The app over the runs in a folder, callable under ``hosts``, guarded by ``token`` where there is one."""
+def create_app(
+    runs_dir: Path, *, hosts: Collection[str], token: str | None = None, live_rollouts: live.LiveRollouts | None = None
+) -> FastAPI:
+    """The app over the runs in a folder, callable under ``hosts``, guarded by ``token`` where there is one.
+
+    With ``live_rollouts`` prompts can be tried on runs that are being trained.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -36,9 +41,11 @@ def create_app(runs_dir: Path, *, hosts: Collection[str], token: str | None = No
     )
     app.state.store = RunStore(runs_dir)
     app.state.num_streams = 0
+    app.state.live = live_rollouts
+    app.state.num_live = 0
     add_handlers(app)
     _add_metrics(app)
-    for router in (events.router, replays.router, routes.router):
+    for router in (events.router, live.router, replays.router, routes.router):
         app.include_router(router)
     _add_health(app)
     add_to_document(app)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import chain
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -104,17 +105,18 @@ def download(
     format: Annotated[Literal["csv", "parquet"], Query()] = "csv",
     step: Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Of tokens: the step to get.")] = None,
 ) -> StreamingResponse:
-    """The matching sequences, or one step's tokens, as a file."""
+    """All matching sequences, or one step's tokens, as a file."""
     index = store.index(run, QUERY_TIMEOUT_S)
     if table == "tokens" and step is None:
         raise ProblemError(422, "no-step", "step must be given for table tokens")
-    content = (
-        files.sequences_file(index, where, format, QUERY_TIMEOUT_S)
-        if table == "sequences"
-        else files.tokens_file(index, step or 0, format)
-    )
-    if content is None:
-        raise ProblemError(404, "unknown-step", f"no step {step} in this run's trace")
+    if table == "sequences":
+        pieces = files.sequences_file(index, where, format, QUERY_TIMEOUT_S)
+        content = chain([next(pieces)], pieces)  # the first one now: a problem document while there is still a choice
+    else:
+        tokens = files.tokens_file(index, step or 0, format)
+        if tokens is None:
+            raise ProblemError(404, "unknown-step", f"no step {step} in this run's trace")
+        content = chain([tokens])
     media_type = "text/csv" if format == "csv" else "application/vnd.apache.parquet"
     headers = {"Content-Disposition": f'attachment; filename="{table}.{format}"'}
-    return StreamingResponse(iter([content]), media_type=media_type, headers=headers)
+    return StreamingResponse(content, media_type=media_type, headers=headers)

@@ -12,6 +12,10 @@ Everything below ``/api/v1``; ``{run}`` is the name of a folder of runs, ``{sequ
     GET  /runs/{run}/downloads/{table}                a file         sequences (filters) or tokens (step); csv, parquet
     POST /runs/{run}/replay                           ReplayReport   body ReplayRequest
     GET  /runs/{run}/events                           text/event-stream: ``steps`` (data: StepEvent), ``: waiting``
+    GET  /live                                        LiveState      whether a cluster is attached, and its live runs
+    POST /generate                                    text/event-stream, body GenerateRequest: ``start`` (LiveStarted),
+                                                      ``token`` (Token) for each, ``summary`` (LiveSummary) or
+                                                      ``problem`` (Problem), ``: waiting``. See live_models.py
     GET  /openapi.json
     GET  /healthz, /readyz (Readiness), /metrics      not below /api/v1
 

@@ -20,10 +20,33 @@ _PREFIX = "urn:adaswitch:problem:"
 class ProblemError(Exception):
     """Ends a request with a problem document."""
 
-    def __init__(self, status: int, kind: str, detail: str) -> None:
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        detail: str,
+        *,
+        errors: Sequence[str] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.kind = kind
+        self.errors = errors
+        self.headers = headers
+
+
+def problem_document(
+    status: int, detail: str, *, kind: str | None = None, errors: Sequence[str] | None = None
+) -> Problem:
+    """Without a kind the status says it all."""
+    return Problem(
+        type=_PREFIX + kind if kind else "about:blank",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        errors=list(errors) if errors else None,
+    )
 
 
 def problem(
@@ -34,15 +57,8 @@ def problem(
     errors: Sequence[str] | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """The response. Without a kind the status says it all."""
-    document = Problem(
-        type=_PREFIX + kind if kind else "about:blank",
-        title=HTTPStatus(status).phrase,
-        status=status,
-        detail=detail,
-        errors=list(errors) if errors else None,
-    )
-    content = document.model_dump(exclude_none=True)
+    """The document as a response."""
+    content = problem_document(status, detail, kind=kind, errors=errors).model_dump(exclude_none=True)
     return JSONResponse(content, status, headers=headers, media_type=MEDIA_TYPE)
 
 
@@ -72,7 +88,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ProblemError)
     def _ours(request: Request, error: ProblemError) -> Response:
-        return problem(error.status, str(error), kind=error.kind)
+        return problem(error.status, str(error), kind=error.kind, errors=error.errors, headers=error.headers)
 
     @app.exception_handler(QueryTimeout)
     def _slow(request: Request, error: QueryTimeout) -> Response:

@@ -12,7 +12,7 @@ from rollout_server.api.routes import QUERY_TIMEOUT_S, RunName, Store
 from rollout_server.api.runs import RunFiles
 from rollout_server.policies import divergence_of, make_policy
 from rollout_server.traces import queries
-from rollout_server.traces.queries import SequenceQuery
+from rollout_server.traces.records import SequenceFilter
 from rollout_server.traces.replay import RecordedSequence, Replayed, replay
 
 router = APIRouter(prefix="/api/v1")
@@ -24,7 +24,7 @@ def replay_run(run: RunName, request: models.ReplayRequest, store: Store) -> mod
     index = store.index(run, QUERY_TIMEOUT_S)
     _check_recording(request.policy, store.files(run))
     policy = make_policy(request.policy)
-    where = SequenceQuery(first_step=request.first_step, last_step=request.last_step)
+    where = SequenceFilter(first_step=request.first_step, last_step=request.last_step)
     judged = [
         _compared(sequence, replay(policy, sequence)) for sequence in queries.recorded(index, where, QUERY_TIMEOUT_S)
     ]

@@ -9,14 +9,13 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Query, Request
 
-from common.config import AdaSwitch
 from rollout_server.api import models
 from rollout_server.api.problems import ProblemError, answers
 from rollout_server.api.runs import RunStore, as_time, num_segments
-from rollout_server.policies import moving_average
+from rollout_server.api.tokens import moving_averages, shown_token
 from rollout_server.traces import queries
-from rollout_server.traces.queries import PageKey, SequenceQuery
-from rollout_server.traces.records import SequenceOrder, SequenceRecord, StepSummary, TokenRecord
+from rollout_server.traces.queries import PageKey
+from rollout_server.traces.records import SequenceFilter, SequenceOrder, SequenceRecord, StepSummary
 
 QUERY_TIMEOUT_S = 10.0
 _EXCERPT = 200  # characters of a text in a list
@@ -50,8 +49,8 @@ def _filters(
     policy: Word = None,
     finish_reason: Word = None,
     text: Annotated[Word, Query(description="Contained in prompt or completion, case ignored.")] = None,
-) -> SequenceQuery:
-    return SequenceQuery(
+) -> SequenceFilter:
+    return SequenceFilter(
         first_step=first_step,
         last_step=last_step,
         switched=switched,
@@ -63,7 +62,7 @@ def _filters(
     )
 
 
-Filters = Annotated[SequenceQuery, Depends(_filters)]
+Filters = Annotated[SequenceFilter, Depends(_filters)]
 
 
 @router.get("/runs", responses=answers(503))
@@ -168,14 +167,8 @@ def list_tokens(run: RunName, sequence_id: SequenceId, store: Store) -> models.T
     tokens = queries.tokens(index, record.step, sequence_id) if record else []
     if record is None or not tokens:
         raise ProblemError(404, "unknown-sequence", f"no sequence {sequence_id[:100]!r} in this run")
-    policy = store.files(run).policy
-    averages: list[float | None] = [None] * len(tokens)
-    if isinstance(policy, AdaSwitch):
-        divergences = np.array([token.divergence for token in tokens], np.float32)
-        average = moving_average(divergences, policy.window, 0).tolist()
-        averages = [None if token.divergence is None else _finite(m) for token, m in zip(tokens, average, strict=True)]
-    texts = index.token_texts
-    shown = [_token(token, average, texts) for token, average in zip(tokens, averages, strict=True)]
+    averages = moving_averages(store.files(run).policy, [token.divergence for token in tokens], 0)
+    shown = [shown_token(token, mean, index.token_texts) for token, mean in zip(tokens, averages, strict=True)]
     return models.TokenList(sequence_id=sequence_id, step=record.step, tokens=shown)
 
 
@@ -232,31 +225,6 @@ def _item(record: SequenceRecord, excerpt: int | None) -> dict[str, object]:
     values["prompt_text"] = record.prompt_text[:excerpt]
     values["completion_text"] = record.completion_text[:excerpt]
     return values
-
-
-def _token(token: TokenRecord, average: float | None, texts: dict[int, str]) -> models.Token:
-    values = {name: getattr(token, name) for name in models.Token.model_fields if name in TokenRecord.__slots__}
-    return models.Token(
-        moving_average=average,
-        student_top=_alternatives(token.student_top_ids, token.student_top_logprobs, texts),
-        teacher_top=_alternatives(token.teacher_top_ids, token.teacher_top_logprobs, texts),
-        **values,
-    )
-
-
-def _alternatives(
-    ids: list[int] | None, logprobs: list[float] | None, texts: dict[int, str]
-) -> list[models.Alternative] | None:
-    if ids is None or logprobs is None:
-        return None
-    return [
-        models.Alternative(token_id=i, text=texts.get(i), logprob=max(p, -1e30))  # JSON has no -infinity
-        for i, p in zip(ids, logprobs, strict=True)
-    ]
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def _encode(place: list[object]) -> str:

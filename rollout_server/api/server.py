@@ -2,22 +2,35 @@
 
 import ipaddress
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
 
 from common.errors import UserError
 from rollout_server.api.app import create_app
+from rollout_server.api.live import LiveRollouts
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _MIN_TOKEN_LENGTH = 16
 
 
-def serve(runs_dir: Path, *, host: str, port: int, token_env: str | None, names: list[str]) -> None:
-    """Serve the runs in a folder until interrupted. Raises UserError for a bind that is not safe."""
+def serve(
+    runs_dir: Path,
+    *,
+    host: str,
+    port: int,
+    token_env: str | None,
+    names: list[str],
+    attach: Callable[[], LiveRollouts] | None = None,
+) -> None:
+    """Serve the runs in a folder until interrupted. Raises UserError for a bind that is not safe.
+
+    ``attach`` joins the cluster of the live runs; called when everything else is known to be right.
+    """
     token = read_token(token_env)
     hosts = check_bind(runs_dir, host, token, names)
-    app = create_app(runs_dir, hosts=hosts, token=token)
+    app = create_app(runs_dir, hosts=hosts, token=token, live_rollouts=attach() if attach else None)
     uvicorn.run(
         app,
         host=host,

@@ -53,6 +53,8 @@ class StreamMultiplexer:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.num_written_tokens = 0
+        self.num_read_positions = 0
         self._clients: dict[str, _Client] = {}
 
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
@@ -117,6 +119,7 @@ class StreamMultiplexer:
                     if piece.finish_reason is None and num_written in request.pause_after:
                         pause = client.paused[call_id] = asyncio.get_running_loop().create_future()
                     client.written.append((call_id, piece))
+                    self.num_written_tokens += len(piece)
                     client.ring()
                     if pause is not None:
                         token_id = await pause
@@ -130,6 +133,7 @@ class StreamMultiplexer:
         try:
             rows = await self._engine.score(request)
             client.rows.append((call_id, rows))
+            self.num_read_positions += request.num_rows
             client.ring()
         except Exception as error:
             self._fail(client, call_id, error)

@@ -1,28 +1,79 @@
-"""Parts of a trace as CSV or Parquet files, in memory: at most so many sequences, or one step's tokens."""
+"""Parts of a trace as CSV or Parquet files: all matching sequences, batch by batch, or one step's tokens in memory."""
 
 import io
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rollout_server.traces.index import COLUMNS, TraceIndex
-from rollout_server.traces.queries import MATCHES, SequenceQuery
+from rollout_server.traces.index import TraceIndex
+from rollout_server.traces.records import SequenceFilter
 from rollout_server.traces.schema import SEQUENCES, TOKENS_FILE
+from rollout_server.traces.sql import COLUMNS, MATCHES
 
 Format = Literal["csv", "parquet"]
-MAX_SEQUENCES = 20_000
+BATCH = 2000  # sequences in memory at once
 
 
-def sequences_file(index: TraceIndex, where: SequenceQuery, file_format: Format, timeout_s: float) -> bytes:
-    """The first ``MAX_SEQUENCES`` matching sequences by step and id, texts included."""
-    sql = f"SELECT {COLUMNS} FROM sequences {MATCHES} ORDER BY step, sequence_id LIMIT {MAX_SEQUENCES}"
-    rows = index.rows(sql, asdict(where), timeout_s)
+def sequences_file(
+    index: TraceIndex, where: SequenceFilter, file_format: Format, batch_timeout_s: float
+) -> Iterator[bytes]:
+    """All matching sequences by step and id, texts included, in pieces of a file. Raises QueryTimeout."""
+    batches = _sequences(index, where, batch_timeout_s)
+    if file_format == "parquet":
+        sink = _Sink()
+        with pq.ParquetWriter(sink, SEQUENCES, compression="zstd") as writer:
+            for table in batches:
+                writer.write_table(table)
+                yield sink.take()
+        yield sink.take()
+        return
+    for number, table in enumerate(batches):
+        lines = io.BytesIO()
+        pyarrow.csv.write_csv(_flat(table), lines, pyarrow.csv.WriteOptions(include_header=number == 0))
+        yield lines.getvalue()
+
+
+def _sequences(index: TraceIndex, where: SequenceFilter, timeout_s: float) -> Iterator[pa.Table]:
+    """Tables of at most ``BATCH`` rows, at least one of them."""
+    place: dict[str, object] = {"step": -1, "id": ""}
+    sql = f"""SELECT {COLUMNS} FROM sequences {MATCHES} AND (step, sequence_id) > ($step, $id)
+        ORDER BY step, sequence_id LIMIT $limit"""
     names = SEQUENCES.names
-    table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=SEQUENCES)
-    return _file(table, file_format)
+    while True:
+        rows = index.rows(sql, {**asdict(where), **place, "limit": BATCH}, timeout_s)
+        table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=SEQUENCES)
+        yield table
+        if len(rows) < BATCH:
+            return
+        place = {"step": table["step"][-1].as_py(), "id": table["sequence_id"][-1].as_py()}
+
+
+class _Sink(io.RawIOBase):
+    """A file that is written once from the start to the end, and taken away in pieces meanwhile."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(bytes(data))
+        self._num_bytes += len(self._pieces[-1])
+        return len(self._pieces[-1])
+
+    def tell(self) -> int:
+        return self._num_bytes
+
+    def take(self) -> bytes:
+        """What was written since the last time."""
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
 
 
 def tokens_file(index: TraceIndex, step: int, file_format: Format) -> bytes | None:

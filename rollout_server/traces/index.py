@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import duckdb
@@ -18,12 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout_server.traces.records import SequenceRecord, SkippedSegment, StepSummary
+from rollout_server.traces.records import SkippedSegment, StepSummary
 from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE
 from rollout_server.traces.segments import Segment, incompleteness, scan
-
-Row = tuple[object, ...]
-COLUMNS = ", ".join(field.name for field in fields(SequenceRecord))
+from rollout_server.traces.sql import COLUMNS, Row
 
 _TABLE = """CREATE TABLE sequences (
     sequence_id VARCHAR, prompt_id VARCHAR, epoch INTEGER, sample_index INTEGER, step INTEGER, policy VARCHAR,

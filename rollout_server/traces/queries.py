@@ -9,28 +9,15 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common.sequence import FinishReason
-from rollout_server.traces.index import COLUMNS, QueryTimeout, Row, TraceIndex
-from rollout_server.traces.records import SequenceOrder, SequenceRecord, TokenRecord
+from rollout_server.traces.index import QueryTimeout, TraceIndex
+from rollout_server.traces.records import SequenceFilter, SequenceOrder, SequenceRecord, TokenRecord
 from rollout_server.traces.replay import RecordedSequence
 from rollout_server.traces.schema import TOKENS_FILE
+from rollout_server.traces.sql import COLUMNS, MATCHES, Row, sequence_record
 
 Quantity = Literal["first_switch", "divergence", "num_tokens"]
 ORDERS: tuple[SequenceOrder, ...] = get_args(SequenceOrder)
 _REPLAY_BATCH = 2000  # sequences whose divergences are in memory at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceQuery:
-    """Which sequences are meant. None: no matter."""
-
-    first_step: int | None = None
-    last_step: int | None = None
-    switched: bool | None = None
-    first_switch_min: int | None = None
-    first_switch_max: int | None = None
-    policy: str | None = None
-    finish_reason: str | None = None
-    text: str | None = None  # contained in prompt or completion, case ignored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +43,6 @@ class Totals:
     mean_divergence: float | None  # nats, over all positions the student proposed
 
 
-MATCHES = """WHERE (CAST($first_step AS BIGINT) IS NULL OR step >= $first_step)
-    AND (CAST($last_step AS BIGINT) IS NULL OR step <= $last_step)
-    AND (CAST($switched AS BOOLEAN) IS NULL OR (num_switches > 0) = $switched)
-    AND (CAST($first_switch_min AS BIGINT) IS NULL OR first_switch >= $first_switch_min)
-    AND (CAST($first_switch_max AS BIGINT) IS NULL OR first_switch <= $first_switch_max)
-    AND (CAST($policy AS VARCHAR) IS NULL OR policy = $policy)
-    AND (CAST($finish_reason AS VARCHAR) IS NULL OR finish_reason = $finish_reason)
-    AND (CAST($text AS VARCHAR) IS NULL
-         OR contains(lower(prompt_text), lower($text)) OR contains(lower(completion_text), lower($text)))"""
 _VALUES: dict[Quantity, str] = {
     "first_switch": f"SELECT CAST(first_switch AS DOUBLE) AS v FROM sequences {MATCHES}",
     "num_tokens": f"SELECT CAST(num_tokens AS DOUBLE) AS v FROM sequences {MATCHES}",
@@ -74,7 +52,7 @@ _VALUES: dict[Quantity, str] = {
 
 def page(
     index: TraceIndex,
-    where: SequenceQuery,
+    where: SequenceFilter,
     *,
     order: SequenceOrder,
     descending: bool,
@@ -145,7 +123,7 @@ def names(index: TraceIndex, timeout_s: float) -> tuple[list[str], list[str]]:
 
 
 def histogram(
-    index: TraceIndex, quantity: Quantity, where: SequenceQuery, num_bins: int, timeout_s: float
+    index: TraceIndex, quantity: Quantity, where: SequenceFilter, num_bins: int, timeout_s: float
 ) -> tuple[list[float], list[int], int]:
     """Edges [num_bins + 1] from 0 to the largest value, counts [num_bins], and how many lack the value."""
     values = _VALUES[quantity]
@@ -164,7 +142,7 @@ def histogram(
     return edges, counts, num_rows - sum(counts)  # type: ignore[operator]
 
 
-def recorded(index: TraceIndex, where: SequenceQuery, timeout_s: float) -> Iterator[RecordedSequence]:
+def recorded(index: TraceIndex, where: SequenceFilter, timeout_s: float) -> Iterator[RecordedSequence]:
     """What a policy can be replayed on, by step and id. Raises QueryTimeout ``timeout_s`` after the first."""
     deadline = time.monotonic() + timeout_s
     step, sequence_id = -1, ""
@@ -197,7 +175,3 @@ def _recorded(row: Row) -> RecordedSequence:
         divergences=np.array(values, np.float32),  # None becomes NaN
         student_ranks=np.array([-1 if place is None else place for place in places], np.int32),
     )
-
-
-def sequence_record(row: Row) -> SequenceRecord:
-    return SequenceRecord(**dict(zip(SequenceRecord.__slots__, row, strict=True)))  # type: ignore[arg-type]

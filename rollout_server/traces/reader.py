@@ -7,7 +7,7 @@ files below the trace's folder and nothing else.
 
 import glob
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self, get_args
@@ -27,14 +27,10 @@ from rollout_server.traces.records import (
 )
 from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE
 from rollout_server.traces.segments import Segment, corruption, incompleteness, newest_segments, segment_names
+from rollout_server.traces.sql import COLUMNS, MATCHES, Row, sequence_record
 
-Row = tuple[object, ...]
-
-_SEQUENCE_COLUMNS = ", ".join(field.name for field in fields(SequenceRecord))
 _TOKEN_COLUMNS = ", ".join(field.name for field in fields(TokenRecord))
 _FROM = "FROM read_parquet($files, hive_partitioning = false)"
-_MATCHES = """WHERE (CAST($switched AS BOOLEAN) IS NULL OR (num_switches > 0) = $switched)
-    AND (CAST($policy AS VARCHAR) IS NULL OR policy = $policy)"""
 _STEP_SEQUENCES = f"""SELECT step, count(*), sum(num_tokens), sum(num_wasted_tokens),
     avg(CAST(num_switches > 0 AS INTEGER)), sum(num_teacher_tokens) / sum(num_tokens), avg(first_switch)
     {_FROM} GROUP BY step"""
@@ -99,26 +95,25 @@ class TraceReader:
         for name, value in (("limit", limit), ("offset", offset)):
             if value < 0:
                 raise UserError(f"{name} must be >= 0, got {value}")
-        sql = f"""SELECT {_SEQUENCE_COLUMNS} {_FROM} {_MATCHES}
+        sql = f"""SELECT {COLUMNS} {_FROM} {MATCHES}
             ORDER BY {order} {"DESC" if descending else "ASC"} NULLS LAST, step, sequence_id
             LIMIT $limit OFFSET $offset"""
-        parameters = {"switched": where.switched, "policy": where.policy, "limit": limit, "offset": offset}
-        return [_sequence_record(row) for row in self._rows(SEQUENCES_FILE, sql, parameters, where)]
+        parameters = {**asdict(where), "limit": limit, "offset": offset}
+        return [sequence_record(row) for row in self._rows(SEQUENCES_FILE, sql, parameters, where)]
 
     def num_sequences(self, where: SequenceFilter = ALL_SEQUENCES) -> int:
         """How many sequences match, for paging."""
-        parameters = {"switched": where.switched, "policy": where.policy}
-        rows = self._rows(SEQUENCES_FILE, f"SELECT count(*) {_FROM} {_MATCHES}", parameters, where)
+        rows = self._rows(SEQUENCES_FILE, f"SELECT count(*) {_FROM} {MATCHES}", asdict(where), where)
         return int(rows[0][0]) if rows else 0  # type: ignore[call-overload]
 
     def sequence(self, sequence_id: str, step: int | None = None) -> SequenceTrace | None:
         """One sequence with its tokens, or None if no readable segment holds it."""
         parameters = {"sequence_id": sequence_id}
-        sql = f"SELECT {_SEQUENCE_COLUMNS} {_FROM} WHERE sequence_id = $sequence_id ORDER BY step DESC LIMIT 1"
+        sql = f"SELECT {COLUMNS} {_FROM} WHERE sequence_id = $sequence_id ORDER BY step DESC LIMIT 1"
         found = self._rows(SEQUENCES_FILE, sql, parameters, SequenceFilter(first_step=step, last_step=step))
         if not found:
             return None
-        sequence = _sequence_record(found[0])
+        sequence = sequence_record(found[0])
         sql = f"SELECT {_TOKEN_COLUMNS} {_FROM} WHERE sequence_id = $sequence_id ORDER BY position"
         where = SequenceFilter(first_step=sequence.step, last_step=sequence.step)
         tokens = [_token_record(row) for row in self._rows(TOKENS_FILE, sql, parameters, where)]
@@ -178,10 +173,6 @@ class TraceReader:
         if segment not in self._problems:
             self._problems[segment] = incompleteness(self._folder / segment.name)
         return self._problems[segment]
-
-
-def _sequence_record(row: Row) -> SequenceRecord:
-    return SequenceRecord(**dict(zip(SequenceRecord.__slots__, row, strict=True)))  # type: ignore[arg-type]
 
 
 def _token_record(row: Row) -> TokenRecord:

@@ -74,7 +74,11 @@ class SequenceFilter:
     first_step: int | None = None
     last_step: int | None = None
     switched: bool | None = None
+    first_switch_min: int | None = None
+    first_switch_max: int | None = None
     policy: str | None = None
+    finish_reason: str | None = None
+    text: str | None = None  # contained in prompt or completion, case ignored
 
 
 ALL_SEQUENCES = SequenceFilter()

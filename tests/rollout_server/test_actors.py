@@ -18,7 +18,7 @@ from common.config import AdaSwitch, Sampling, Trace
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.controller import RolloutError, SwitchingController
-from rollout_server.rollouts import RolloutSpec
+from rollout_server.rollouts import LiveContext, RolloutSpec
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
 
@@ -77,6 +77,7 @@ async def server(make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> 
                     trace_folder=trace_folder,
                     top_logprobs=VOCABULARY_SIZE,
                     stop_token_ids=(EOS_ID,),
+                    live=LiveContext(max_model_len=128, prompts_as_chat=False),
                 ),
                 [EngineAddress(handle=student, name="student engine", call_timeout_s=60.0)],
                 [EngineAddress(handle=teacher, name="teacher engine", call_timeout_s=60.0)],

@@ -28,21 +28,25 @@ OPERATIONS = [
     ("GET", "/api/v1/runs/{run}/sequences/{sequence_id}/tokens"),
     ("GET", "/api/v1/runs/{run}/histograms/{quantity}"),
     ("GET", "/api/v1/runs/{run}/downloads/{table}"),
+    ("GET", "/api/v1/runs/{run}/events"),
     ("POST", "/api/v1/runs/{run}/replay"),
+    ("GET", "/api/v1/live"),
+    ("POST", "/api/v1/generate"),
 ]
-STREAMS = [("GET", "/api/v1/runs/{run}/events")]  # lasts an hour where it is not told otherwise: test_routes.py
+HOSTS = ["testserver", "localhost", "127.0.0.1"]
 
 
-@pytest.fixture
-def schema(runs_dir: Path):
-    app = create_app(runs_dir, hosts=["testserver", "localhost", "127.0.0.1"])
+@pytest.fixture(params=["files alone", "attached"])
+def schema(request, runs_dir: Path, live_rollouts):
+    attached = live_rollouts if request.param == "attached" else None
+    app = create_app(runs_dir, hosts=HOSTS, live_rollouts=attached)
     yield schemathesis.openapi.from_asgi("/api/v1/openapi.json", app)
     app.state.store.close()
 
 
 def test_every_operation_is_listed_here(schema) -> None:
     documented = {(method.upper(), path) for path, item in schema.raw_schema["paths"].items() for method in item}
-    assert documented == {*OPERATIONS, *STREAMS}
+    assert documented == {*OPERATIONS}
 
 
 def test_the_document_holds_every_schema_it_refers_to(schema) -> None:
@@ -55,9 +59,14 @@ def test_the_document_holds_every_schema_it_refers_to(schema) -> None:
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_the_service_keeps_to_its_document(schema, method: str, path: str, mode: GenerationMode) -> None:
     operation = schema[path][method]
+    is_attached = schema.app.state.live is not None
+    if is_attached and path not in ("/api/v1/live", "/api/v1/generate"):
+        pytest.skip("the same as without a cluster")
+    if path == "/api/v1/live" and mode == GenerationMode.NEGATIVE:
+        pytest.skip("takes nothing that could be wrong")
 
     @settings(
-        max_examples=150,
+        max_examples=40 if path.endswith("/events") or is_attached else 150,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,
@@ -66,6 +75,9 @@ def test_the_service_keeps_to_its_document(schema, method: str, path: str, mode:
     def check(case, name: str | None) -> None:
         if name and "run" in (case.path_parameters or {}):
             case.path_parameters["run"] = name
+        if path.endswith("/events"):  # lasts an hour where it is not told otherwise
+            given = {} if mode == GenerationMode.POSITIVE else dict(case.query or {})
+            case.query = {"max_seconds": 0.01, **given}
         response = case.call()
         case.validate_response(response, checks=CHECKS)
 

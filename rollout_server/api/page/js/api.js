@@ -13,6 +13,7 @@ export class Problem extends Error {
 
 /** The token for this tab. It is never part of an address. @param {string} token */
 export const setToken = (token) => sessionStorage.setItem(TOKEN_KEY, token);
+export const hasToken = () => sessionStorage.getItem(TOKEN_KEY) !== null;
 
 export const runPath = (run, rest = "") => `/runs/${encodeURIComponent(run)}${rest}`;
 export const sequencePath = (run, id, rest = "") => runPath(run, `/sequences/${encodeURIComponent(id)}${rest}`);
@@ -39,20 +40,31 @@ export async function post(path, body, signal) {
   return (await ask(path, { method: "POST", headers, body: JSON.stringify(body), signal })).json();
 }
 
-/** Server-sent events by fetch, since EventSource can't carry a token. @returns {AsyncGenerator<any>} the data of each */
+/** A run's events. @returns {AsyncGenerator<any>} the data of each */
 export async function* follow(run, signal) {
-  const response = await ask(runPath(run, "/events"), { signal });
+  for await (const [, data] of events(await ask(runPath(run, "/events"), { signal }))) yield data;
+}
+
+/** Events in answer to a question. @returns {AsyncGenerator<[string, any]>} name and data of each */
+export async function* stream(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  yield* events(await ask(path, { method: "POST", headers, body: JSON.stringify(body), signal }));
+}
+
+/** Server-sent events by fetch, since EventSource can't carry a token. @returns {AsyncGenerator<[string, any]>} */
+async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   while (true) {
     const { value, done } = await reader.read();
     if (done) return;
     text += value;
-    const events = text.split("\n\n");
-    text = events.pop() ?? "";
-    for (const event of events) {
-      const line = event.split("\n").find((part) => part.startsWith("data: "));
-      if (line) yield JSON.parse(line.slice(6));
+    const whole = text.split("\n\n");
+    text = whole.pop() ?? "";
+    for (const event of whole) {
+      const field = (name) => event.split("\n").find((part) => part.startsWith(`${name}: `))?.slice(name.length + 2);
+      const data = field("data");
+      if (data) yield [field("event") ?? "", JSON.parse(data)];
     }
   }
 }

@@ -1,6 +1,6 @@
 /** Start here: reads the address, shows the view it names, and cleans up the one before. */
 
-import { Problem, setToken } from "./api.js";
+import { Problem, hasToken, setToken } from "./api.js";
 import { compareView } from "./compare.js";
 import { empty, errorBox, h, loading } from "./dom.js";
 import { runView } from "./run.js";
@@ -42,16 +42,17 @@ async function show() {
 
 function failure(error) {
   if (!(error instanceof Problem)) return errorBox(error, show);
-  if (error.status === 401) return tokenForm();
+  if (error.status === 401) return tokenForm(hasToken());
   if (error.status === 404) return empty("Not here", error.message);
   return errorBox(error, show);
 }
 
-function tokenForm() {
+function tokenForm(wasWrong) {
   const field = h("input", { type: "password", name: "token", required: true, autocomplete: "off", "aria-label": "Token" });
   const use = (event) => { event.preventDefault(); setToken(field.value.trim()); show(); };
   return h("form", { class: "empty", on: { submit: use } }, h("h2", {}, "A token is needed"),
-    h("p", {}, "Whoever started this service set one. It is kept in this tab only."), field, h("button", {}, "Go on"));
+    h("p", {}, "Whoever started this service set one. It is kept in this tab only."),
+    wasWrong ? h("p", { role: "alert" }, "That was not it.") : null, field, h("button", {}, "Go on"));
 }
 
 startTheme(/** @type {HTMLElement} */ (document.getElementById("theme")));

@@ -2,24 +2,27 @@
 
 import { follow, get, runPath } from "./api.js";
 import { chart } from "./charts.js";
-import { h } from "./dom.js";
+import { empty, h } from "./dom.js";
 import { count, nats, number, percent } from "./format.js";
+import { isLive, liveTab } from "./live.js";
 import { address } from "./place.js";
 import { replayTab } from "./replay.js";
 import { sequencesTab } from "./sequences.js";
 
 const TABS = [["overview", "Overview"], ["sequences", "Sequences"], ["replay", "Replay"]];
+const LIVE_TAB = ["live", "Try it"]; // where the run goes on and this service is attached to its cluster
 
 /** @param {Record<string, string>} place @param {AbortSignal} signal */
 export async function runView(place, signal) {
-  const detail = await get(runPath(place.run), {}, signal);
+  const [detail, live] = await Promise.all([get(runPath(place.run), {}, signal), isLive(place.run, signal)]);
   const tab = place.tab ?? "overview";
-  const tabs = h("nav", { class: "tabs", "aria-label": "Parts of the run" }, TABS.map(([key, title]) =>
+  const tabs = h("nav", { class: "tabs", "aria-label": "Parts of the run" }, (live ? [...TABS, LIVE_TAB] : TABS).map(([key, title]) =>
     h("a", { href: address({ run: place.run, tab: key === "overview" ? null : key }), "data-link": true, "aria-current": key === tab ? "page" : null }, title)));
   const body = h("div", {});
   const page = h("div", {}, h("div", { class: "head" }, h("h1", {}, place.run), h("span", { class: "muted" }, headline(detail))), notices(detail), tabs, body);
   if (tab === "sequences") body.append(await sequencesTab(place, detail, signal));
   else if (tab === "replay") body.append(await replayTab(place, detail, signal));
+  else if (tab === "live") body.append(live ? liveTab(place, detail, signal) : empty("Nothing to try here", "The run has ended, or this service was not started with --attach."));
   else await overview(body, place.run, detail, signal);
   keepUp(place.run, signal, async () => {
     if (tab === "overview") await overview(body, place.run, await get(runPath(place.run), {}, signal), signal);
@@ -37,7 +40,7 @@ function headline(detail) {
 function notices(detail) {
   const lines = [...detail.skipped.map((s) => `${s.name}: ${s.reason}`), ...detail.problems];
   if (!lines.length) return null;
-  const title = detail.skipped.length ? `${detail.skipped.length} broken part(s) of the trace left out` : "Not everything could be read";
+  const title = detail.skipped.length ? `${detail.skipped.length} broken ${detail.skipped.length === 1 ? "part" : "parts"} of the trace left out` : "Not everything could be read";
   return h("details", { class: "notice" }, h("summary", {}, title, ". What is shown is without them."), h("ul", {}, lines.map((line) => h("li", {}, line))));
 }
 

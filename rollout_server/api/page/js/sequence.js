@@ -1,14 +1,12 @@
 /** One sequence: its text token by token, the curve beneath, and where other settings would have switched. */
 
 import { get, post, runPath, sequencePath } from "./api.js";
-import { chart } from "./charts.js";
+import { curveOf } from "./curve.js";
 import { debounce, h } from "./dom.js";
 import { count, nats, percent } from "./format.js";
-import { thresholds } from "./judge.js";
-import { note } from "./place.js";
 import { REPLAY_AFTER_MS, replayer } from "./replay.js";
 import { sliders, startPolicy } from "./sliders.js";
-import { tokenDetail, tokenText } from "./tokens.js";
+import { legend, tokenDetail, tokenText } from "./tokens.js";
 
 const MOST_DIFFERENCES = 1000; // the service names no more
 const REASONS = {
@@ -54,39 +52,6 @@ function head(s) {
 }
 
 const answer = (s) => (s.answer === null ? null : h("p", { class: "muted" }, "Expected: ", h("b", {}, s.answer)));
-
-function legend() {
-  return h("div", { class: "legend" }, h("span", { class: "key student" }, "student"), h("span", { class: "key teacher" }, "teacher"),
-    h("span", { class: "scale" }, "divergence ", [0, 1, 2, 3, 4, 5, 6].map((d) => h("i", { class: `d${d}` })), " 4 nats"));
-}
-
-/** Divergence, average and threshold over the positions, redrawn as the settings change. */
-function curveOf(tokens, policy, judged, startsLog, clicked) {
-  const divergences = tokens.map((t) => t.divergence);
-  const now = () => thresholds(divergences, policy);
-  const marks = () => {
-    const own = tokens.filter((t) => t.is_switch).map((t, i) => ({ x: t.position, label: i ? "" : "switch", color: "teacher" }));
-    const isOther = judged.position !== null && judged.position !== tokens.find((t) => t.is_switch)?.position;
-    return isOther ? [...own, { x: judged.position, label: "with these settings", color: "replay" }] : own;
-  };
-  let at = 0;
-  const make = (log) => {
-    const { average, threshold } = now();
-    return chart({ log, title: "Divergence, nats", x: tokens.map((t) => t.position), height: 240, xLabel: "position", from: "position", marks, onClick: clicked,
-    series: [{ label: "divergence", values: divergences, color: "student", kind: "bars" }, { label: "moving average", values: average, color: "q50" }, { label: "threshold", values: threshold, color: "loss", dash: [6, 4] }] });
-  };
-  let made = make(startsLog);
-  const update = () => { const { average: m, threshold: t } = now(); made.set([divergences, m, t]); };
-  const rescale = (event) => {
-    const old = made.element;
-    made = make(event.target.checked);
-    old.replaceWith(made.element);
-    made.point(at);
-    note({ scale: event.target.checked ? null : "linear" });
-  };
-  const scale = h("label", { class: "switchable" }, h("input", { type: "checkbox", checked: startsLog, on: { change: rescale } }), "log scale");
-  return { element: h("div", {}, scale, made.element), point: (i) => { at = i; made.point(i); }, update };
-}
 
 /** Asks the service where the policy would have switched in this one sequence. */
 function judgeOne(run, sequence, judged, leave, say) {

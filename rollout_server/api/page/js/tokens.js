@@ -16,13 +16,10 @@ export function visible(text) {
 /**
  * The tokens in a row; arrow keys, hover and click choose one.
  * @param {any[]} tokens @param {(i: number) => void} chosen
- * @returns {{element: HTMLElement, choose: (i: number) => void, markReplay: (i: number|null) => void}}
+ * @returns {{element: HTMLElement, choose: (i: number) => void, markReplay: (i: number|null) => void, append: (t: any) => void}}
  */
 export function tokenText(tokens, chosen) {
-  const spans = tokens.map((t, i) => h("span", {
-    class: `token ${t.source} d${level(t.divergence)}${t.is_switch ? " switch" : ""}`, role: "option", id: `token-${i}`, "aria-selected": "false",
-    "aria-label": `${i}: ${t.text || "empty"}, ${t.source}${t.is_switch ? ", switch" : ""}`, data: { i },
-  }, visible(t.text)));
+  const spans = tokens.map(spanOf);
   let at = -1;
   const choose = (i) => {
     if (i === at || i < 0 || i >= spans.length) return;
@@ -43,7 +40,19 @@ export function tokenText(tokens, chosen) {
   const element = h("div", { class: "tokens", role: "listbox", tabindex: 0, "aria-label": "Tokens. Arrow keys go from one to the next.",
     on: { pointerover: under, click: under, keydown: key } }, spans);
   const markReplay = (i) => spans.forEach((span, k) => span.classList.toggle("replayed", k === i));
-  return { element, choose, markReplay };
+  const append = (t) => { spans.push(spanOf(t, spans.length)); element.append(spans.at(-1)); };
+  return { element, choose, markReplay, append };
+}
+
+const spanOf = (t, i) => h("span", {
+  class: `token ${t.source} d${level(t.divergence)}${t.is_switch ? " switch" : ""}`, role: "option", id: `token-${i}`, "aria-selected": "false",
+  "aria-label": `${i}: ${t.text || "empty"}, ${t.source}${t.is_switch ? ", switch" : ""}`, data: { i },
+}, visible(t.text));
+
+/** What the colours mean. */
+export function legend() {
+  return h("div", { class: "legend" }, h("span", { class: "key student" }, "student"), h("span", { class: "key teacher" }, "teacher"),
+    h("span", { class: "scale" }, "divergence ", [0, 1, 2, 3, 4, 5, 6].map((d) => h("i", { class: `d${d}` })), " 4 nats"));
 }
 
 /** All that was known of one token when it was decided. @param {any} t */
