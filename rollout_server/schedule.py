@@ -14,9 +14,6 @@ _ROOM = 1.5
 """Tokens between two pauses over the mean run between switches, where a sequence switches often."""
 
 
-_PART = 3 / 8
-"""How far into a block the student first pauses: of the splits measured the one with the least waste and rereading."""
-
 _SHORT_RUN, _LONG_RUN = 6.0, 9.0
 """Mean runs between switches below which both engines go token by token, and from which they no longer do."""
 
@@ -33,13 +30,10 @@ def goes_in_step(*, position: int, num_switches: int, is_in_step: bool) -> bool:
 def pauses_before_the_switch(*, text_tokens: int, max_tokens: int, block_tokens: int) -> tuple[int, ...]:
     """Pauses for a policy that hands over once and for all, in tokens after a text of ``text_tokens``.
 
-    At the ends of the text's whole blocks, which are read once, and part-way into each, which is read again with the
-    rest of the block.
+    At the ends of the text's whole blocks: what is read up to there is read once, but a part of a block would be read
+    again with the rest.
     """
-    first_block = text_tokens - text_tokens % block_tokens
-    blocks = range(first_block, text_tokens + max_tokens, block_tokens)
-    ends = sorted({end for block in blocks for end in (block + round(_PART * block_tokens), block + block_tokens)})
-    return tuple(end - text_tokens for end in ends if text_tokens < end < text_tokens + max_tokens)
+    return tuple(range(block_tokens - text_tokens % block_tokens, max_tokens, block_tokens))
 
 
 def pauses_between_switches(*, position: int, num_switches: int, max_tokens: int, block_tokens: int) -> tuple[int, ...]:
