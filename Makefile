@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
+ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer demo demo-models demo-trace lock browser page-vendor clean
+.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer demo submit demo-models demo-trace lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -57,6 +58,9 @@ audit: $(READY)  ## Known vulnerabilities of the pinned packages; says so where 
 
 demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 	$(BIN)/adaswitch train deploy/configs/demo.yaml $(ARGS)
+
+submit: $(READY)  ## Run CONFIG as a job on the Ray cluster at ADDRESS; ARGS="--set a.b=c"
+	$(BIN)/python -m deploy.submit $(CONFIG) --address $(ADDRESS) $(ARGS)
 
 demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
 	$(BIN)/python -m deploy.demo.make_models --out deploy/demo/models
