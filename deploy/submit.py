@@ -31,7 +31,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _STOP_WAIT_S = 15
 # Beyond what .gitignore names and what Ray leaves out by itself (.git, .venv, __pycache__): a run needs none of it.
 _LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
-_CLOSING_WORDS_TIMEOUT_S = 30.0
+_REOPEN_AFTER_S = 1.0
 
 
 def main(
@@ -40,31 +40,34 @@ def main(
     ],
     address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = DEFAULT_ADDRESS,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    upload: Annotated[
+        bool, typer.Option(help="Send this checkout. Without: the cluster has the package, and CONFIG under its path.")
+    ] = True,
 ) -> None:
     """Run a distillation as a job on a Ray cluster and follow its log; the exit code is the run's."""
     try:
-        code = submit(file, address=address, overrides=overrides or [])
+        code = submit(file, address=address, overrides=overrides or [], upload=upload)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         code = 2
     raise typer.Exit(code)
 
 
-def submit(file: Path, *, address: str, overrides: Sequence[str]) -> int:
+def submit(file: Path, *, address: str, overrides: Sequence[str], upload: bool = True) -> int:
     """The run's exit code, when it has ended. Raises UserError where the job can't be submitted."""
     config = read_config(file, list(overrides)).config
-    command = entrypoint(_in_checkout(file), overrides, run_dir=Path(config.run_dir).absolute())
+    command = entrypoint(
+        _in_checkout(file) if upload else file.absolute(), overrides, run_dir=Path(config.run_dir).absolute()
+    )
     use_token_where_there_is_one()
 
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignored file, and every closed connection
-    runtime_env: dict[str, object] = {
-        "working_dir": str(REPOSITORY),
-        "excludes": list(_LEFT_AT_HOME),
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
-    }
+    runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}}
+    if upload:
+        runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
     try:
         client = JobSubmissionClient(address)
         job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
@@ -73,7 +76,7 @@ def submit(file: Path, *, address: str, overrides: Sequence[str]) -> int:
     hint = f"RAY_API_SERVER_ADDRESS={address} ray job"
     typer.echo(f"job {job_id} on {address}; to stop it: {hint} stop {job_id}", err=True)
     try:
-        return asyncio.run(_follow(client, job_id))
+        return asyncio.run(follow(client, job_id))
     except KeyboardInterrupt:
         typer.echo(f"\nthe job goes on; to see it: {hint} logs --follow {job_id}", err=True)
         return 130
@@ -111,15 +114,23 @@ def _in_checkout(file: Path) -> Path:
         raise UserError(f"{file}: must lie in {REPOSITORY}, which is what the job gets to see") from error
 
 
-async def _follow(client: "JobSubmissionClient", job_id: str) -> int:
-    """Copies the job's log to stdout. Stops when the job has ended, however long that takes."""
-    async for lines in client.tail_job_logs(job_id):
-        print(lines, end="", flush=True)
+async def follow(client: "JobSubmissionClient", job_id: str) -> int:
+    """The run's exit code. Copies the job's log to stdout; stops when the job has ended, however long that takes.
+
+    Ray closes the log of a running job when it could not ask for the job's state in time. So what closes may be opened
+    again: it then begins at the log's beginning, and what was shown is passed over.
+    """
+    num_shown = 0  # characters
     job = client.get_job_info(job_id)
-    async with asyncio.timeout(_CLOSING_WORDS_TIMEOUT_S):
-        while not job.status.is_terminal():  # the log's end comes a moment before the job's
-            await asyncio.sleep(0.2)
-            job = client.get_job_info(job_id)
+    while not job.status.is_terminal():
+        num_seen = 0
+        async for lines in client.tail_job_logs(job_id):
+            num_seen += len(lines)
+            if num_seen > num_shown:
+                print(lines[-(num_seen - num_shown) :], end="", flush=True)
+                num_shown = num_seen
+        await asyncio.sleep(_REOPEN_AFTER_S)  # the log's end may also come a moment before the job's
+        job = client.get_job_info(job_id)
     typer.echo(f"job {job_id}: {job.status.lower()}", err=True)
     if job.status == "SUCCEEDED":
         return 0
