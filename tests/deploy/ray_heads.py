@@ -82,6 +82,8 @@ class Head:
             timeout=START_TIMEOUT_S,
             check=True,
         )
+        if answer.stdout.startswith("No resource"):  # whatever the format
+            return []
         found: list[dict[str, str]] = json.loads(answer.stdout)
         return found
 

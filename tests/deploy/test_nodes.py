@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ SEATS = ["EngineActor", "EngineActor", "LearnerActor", "RolloutActor"]
 @pytest.fixture(scope="module")
 def four_nodes() -> Iterator[Head]:
     with started_head() as head, ExitStack() as nodes:
-        for _ in range(3):
+        for num_nodes in range(2, 5):  # one by one, for nodes of one machine would take each other's ports
             nodes.enter_context(head.node(f"--address {head.gcs_address}"))
-        wait_for(lambda: len(head.listed("nodes", "ALIVE")) == 4, "three more nodes to join", START_TIMEOUT_S)
+            wait_for(partial(has_nodes, head, num_nodes), f"node {num_nodes} to join", START_TIMEOUT_S)
         yield head
 
 
@@ -44,6 +45,10 @@ def test_student_teacher_rollouts_and_learner_work_together_from_four_nodes(four
     assert summary["steps"] == 2
     assert summary["max_probe_nats"] < 1e-3
     assert not four_nodes.listed("placement-groups", "CREATED")
+
+
+def has_nodes(head: Head, num_nodes: int) -> bool:
+    return len(head.listed("nodes", "ALIVE")) == num_nodes
 
 
 def seats_of(head: Head) -> list[tuple[str, str]]:
