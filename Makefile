@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
+ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer demo demo-models demo-trace lock browser page-vendor clean
+.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -57,6 +58,32 @@ audit: $(READY)  ## Known vulnerabilities of the pinned packages; says so where 
 
 demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 	$(BIN)/adaswitch train deploy/configs/demo.yaml $(ARGS)
+
+submit: $(READY)  ## Run CONFIG as a job on the Ray cluster at ADDRESS; ARGS="--set a.b=c"
+	$(BIN)/python -m deploy.submit $(CONFIG) --address $(ADDRESS) $(ARGS)
+
+# Containers. NETWORK=host where the engine has no bridge; GPU=1 with NVIDIA's container toolkit.
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+NETWORK ?= bridge
+COMPOSE_FILES = -f deploy/docker-compose.yml -f deploy/docker-compose.$(NETWORK:bridge=override).yml $(if $(GPU),-f deploy/docker-compose.nvidia.yml)
+COMPOSE_UP = $(COMPOSE) --env-file deploy/.env $(COMPOSE_FILES) $(if $(PROFILE),--profile $(PROFILE))
+
+deploy/.env:
+	@umask 077 && echo "ADASWITCH_INSPECTOR_TOKEN=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" > $@
+
+image: deploy/.env  ## The container image
+	$(COMPOSE_UP) build head
+
+up: image  ## Ray, the inspector and a run of CONFIG in containers; PROFILE=monitoring adds Prometheus and Grafana
+	CONFIG=$(CONFIG) ARGS='$(ARGS)' $(COMPOSE_UP) up --detach
+	@echo "the run: $(COMPOSE_UP) logs --follow job"
+	@echo "inspector: http://127.0.0.1:8642, its token is in deploy/.env"
+
+down: deploy/.env  ## Stop and remove the containers; runs stay (ARGS=--volumes removes them too)
+	$(COMPOSE_UP) down $(ARGS)
+
+verify-compose:  ## Build, start, run, look, stop: everything about the containers, for real
+	deploy/verify-compose.sh
 
 demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
 	$(BIN)/python -m deploy.demo.make_models --out deploy/demo/models

