@@ -91,8 +91,9 @@ demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
 demo-trace: $(READY)  ## Record anew the short demo run that the page's tests look at (about a minute)
 	$(BIN)/python -m tests.data.record_demo
 
-lock: $(READY)  ## Resolve pyproject.toml anew into deploy/lock/cpu.lock
+lock: $(READY)  ## Resolve pyproject.toml anew into deploy/lock/cpu.lock and image.lock
 	$(BIN)/python -m deploy.lock.resolve deploy/lock/cpu.lock
+	$(BIN)/python -m deploy.lock.resolve deploy/lock/image.lock --constraints deploy/lock/cpu.lock
 
 browser: $(READY)  ## A browser for the page's tests: Debian's where apt-get works, else Playwright's
 	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || $(BIN)/playwright install --with-deps chromium

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+EXTRAS = {"cpu.lock": "cpu,dev,bench", "image.lock": "cpu,inspector,wandb"}
 LEFT_OUT = {"adaswitch", "torchvision", "torchaudio", "torchcodec", "triton"}
 # Build tools that the install uses; the resolver leaves out what only builds.
 BUILD_TOOLS = {"setuptools"}
@@ -27,11 +28,11 @@ HEADER = """\
 """
 
 
-def main(lock_file: Path, *, extras: str, constraints: Path | None) -> None:
+def main(lock_file: Path, *, constraints: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report_file = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-        command += ["--report", str(report_file), f".[{extras}]"]
+        command += ["--report", str(report_file), f".[{EXTRAS[lock_file.name]}]"]
         if constraints is not None:
             command += ["--constraint", str(constraints)]
         subprocess.run(command, check=True)
@@ -45,8 +46,7 @@ def main(lock_file: Path, *, extras: str, constraints: Path | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lock_file", type=Path)
-    parser.add_argument("--extras", required=True)
+    parser.add_argument("lock_file", type=Path, help=f"named {' or '.join(EXTRAS)}")
     parser.add_argument("--constraints", type=Path)
     arguments = parser.parse_args()
-    main(arguments.lock_file, extras=arguments.extras, constraints=arguments.constraints)
+    main(arguments.lock_file, constraints=arguments.constraints)

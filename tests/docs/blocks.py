@@ -196,6 +196,7 @@ def _check_adaswitch(arguments: list[str], folder: Path) -> None:
     if "overrides" in context.params:
         file = Path(context.params["file"])
         if not (ROOT / file).is_file():
+            assert folder != ROOT, "pages are tried in a folder of their own"
             file = folder / "least.yaml"
             file.write_text(yaml.safe_dump(_LEAST))
         try:
