@@ -70,7 +70,6 @@ class SwitchingController:
         Raises RolloutError for the first prompt that fails, after ending the others.
         """
         gate = asyncio.Semaphore(self._sampling.max_in_flight)
-
         others_wait = len(prompts) > self._sampling.max_in_flight
 
         async def write(prompt: Prompt) -> MixedSequence:

@@ -12,6 +12,16 @@ from rollout_server.engine import Written
 
 _NO_VERSION = -1
 _NO_RANK = -1
+_COLUMNS = {
+    "token_ids": np.int32,
+    "sources": np.uint8,
+    "divergences": np.float32,
+    "thresholds": np.float32,
+    "student_ranks": np.int32,
+    "student_logprobs": np.float32,
+    "teacher_logprobs": np.float32,
+    "weight_versions": np.int32,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,10 +76,8 @@ class Draft:
     top_logprobs: int
     finish_reason: FinishReason | None = None
     num_wasted_tokens: int = 0
-    _columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    _text: _Column = field(init=False)
-    _divergences: _Column = field(init=False)
-    _student_ranks: _Column = field(init=False)
+    _text: _Column = field(init=False)  # the prompt and the column token_ids
+    _columns: dict[str, _Column] = field(init=False)
     _student_top: list[TopLogprobs] = field(default_factory=list)
     _teacher_top: list[TopLogprobs] = field(default_factory=list)
     _switches: list[int] = field(default_factory=list)
@@ -77,8 +85,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         self._text = _Column(self.prompt.token_ids)
-        self._divergences = _Column(np.empty(0, np.float32))
-        self._student_ranks = _Column(np.empty(0, np.int32))
+        self._columns = {name: _Column(np.empty(0, dtype)) for name, dtype in _COLUMNS.items()}
 
     def __len__(self) -> int:
         return self._num_tokens
@@ -99,12 +106,12 @@ class Draft:
     @property
     def divergences(self) -> Floats:
         """[T so far] nats, NaN where the teacher wrote without a proposal to judge."""
-        return self._divergences.values
+        return self._columns["divergences"].values
 
     @property
     def student_ranks(self) -> Ids:
         """[T so far]"""
-        return self._student_ranks.values
+        return self._columns["student_ranks"].values
 
     def keep(self, judged: Judged) -> None:
         """Append student tokens that the policy let pass."""
@@ -155,10 +162,8 @@ class Draft:
         if not len(student_top):
             return  # a switch at a proposal's first token keeps nothing of it
         for name, values in columns.items():
-            self._columns.setdefault(name, []).append(values)
+            self._columns[name].extend(values)
         self._text.extend(columns["token_ids"])
-        self._divergences.extend(columns["divergences"])
-        self._student_ranks.extend(columns["student_ranks"])
         self._student_top.append(student_top)
         self._teacher_top.append(teacher_top)
         self._num_tokens += len(student_top)
@@ -188,5 +193,5 @@ class Draft:
             switches=switches[switches >= 0],
             finish_reason=finish_reason,
             num_wasted_tokens=self.num_wasted_tokens,
-            **{name: np.concatenate(parts[first_part:]) for name, parts in self._columns.items()},
+            **{name: column.values[first_position:].copy() for name, column in self._columns.items()},
         )

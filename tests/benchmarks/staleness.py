@@ -32,9 +32,9 @@ from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.trainer_report import machine, rounded
+from tests.trainer.unprobed import Unprobed
 from trainer.learner import StepReport
 from trainer.loop import distill
-from trainer.probe import ProbeReport
 from trainer.prompts import PromptCursor
 from trainer.reports import Trained
 
@@ -97,7 +97,7 @@ class Prompts:
         ]
 
 
-class House:
+class House(Unprobed):
     """Rollouts over imitated engines, and a learner that only takes its time."""
 
     def __init__(self, training_s: float) -> None:
@@ -145,17 +145,6 @@ class House:
     async def sync(self, version: int) -> None:
         await asyncio.sleep(_SYNC_S)
         await self._student.load_weights(WeightUpdate(version=version))
-
-    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
-        return ProbeReport(
-            max_difference=0.0,
-            text_index=0,
-            position=1,
-            token_id=0,
-            engine_logprob=0.0,
-            learner_logprob=0.0,
-            num_compared=1,
-        )
 
 
 async def seconds_per_step(max_staleness: MaxStaleness, *, training_s: float, num_steps: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
 from tests.deploy.listening import outward_listeners
+from tests.deploy.marked import processes_with
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, PROMPTS_PER_STEP, NUM_HELD_OUT = 3, 8, 16
@@ -152,21 +153,9 @@ def test_the_trained_student_loads_in_hugging_face_and_has_moved(run: Path) -> N
 
 def test_nothing_of_the_run_goes_on_running(run: Path, mark: str) -> None:
     deadline_s = time.monotonic() + 30
-    while (left := processes_with(mark)) and time.monotonic() < deadline_s:
+    while (left := processes_with(MARK, mark)) and time.monotonic() < deadline_s:
         time.sleep(0.5)
     assert not left
-
-
-def processes_with(mark: str) -> list[str]:
-    """Command lines of the processes that were started with the mark in their environment."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it ended while we looked, or is another user's
-            continue
-    return found
 
 
 def test_nothing_listens_beyond_loopback(walk: Walk) -> None:

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rollout_server.traces.reader import TraceReader
+from tests.deploy.marked import processes_with
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, PROMPTS_PER_STEP = 80, 64
@@ -45,18 +46,6 @@ def last_step(run: Path) -> int:
     return max((json.loads(line)["step"] for line in text.split("\n")[:-1]), default=0)
 
 
-def processes_with(mark: str) -> list[str]:
-    """Command lines of the processes that were started with the mark in their environment, defunct ones left out."""
-    wanted, found = f"{MARK}={mark}".encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it ended while we looked, or is another user's
-            continue
-    return found
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a demo whose driver was killed once; what was left of it is in ``left``, a list of command lines."""
@@ -72,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         process.send_signal(signal.SIGKILL)
         process.wait()
     deadline_s = time.monotonic() + 180  # Ray's agents look for their parent every few seconds, several times
-    while (left := processes_with(marks[0])) and time.monotonic() < deadline_s:
+    while (left := processes_with(MARK, marks[0])) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     (folder / "left").write_text(json.dumps(left))
     assert not (folder / "run" / "summary.json").exists()

@@ -27,8 +27,8 @@ from deploy.terminal import ProgressDisplay
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
+from tests.trainer.unprobed import Unprobed
 from trainer.learner import Learner, StepReport
-from trainer.probe import ProbeReport
 
 TOP_LOGPROBS = 8
 EOS_TOKEN_ID = 1
@@ -68,7 +68,7 @@ class LocalRollouts:
         return await self._rollouts.probe(texts)
 
 
-class LocalLearner:
+class LocalLearner(Unprobed):
     """The learner in a thread of this process; a sync gives the engine the version's script."""
 
     def __init__(self, learner: Learner, student: ScriptedEngine) -> None:
@@ -80,18 +80,6 @@ class LocalLearner:
 
     async def sync(self, version: int) -> None:
         await self._student.load_weights(WeightUpdate(version=version))
-
-    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
-        """A script is not the learner's model; that both say the same is not looked at here."""
-        return ProbeReport(
-            max_difference=0.0,
-            text_index=0,
-            position=1,
-            token_id=0,
-            engine_logprob=0.0,
-            learner_logprob=0.0,
-            num_compared=1,
-        )
 
     async def save(self, folder: Path) -> None:
         await asyncio.to_thread(self._learner.save, folder)
