@@ -22,11 +22,11 @@ from common.sequence import MixedSequence, Prompt, TopLogprobs
 from common.waiting import both
 from rollout_server.draft import Draft, Judged
 from rollout_server.drawing import can_draw, draw_place
-from rollout_server.engine import Engine, WriteRequest, Written, next_piece
+from rollout_server.engine import Engine, WriteRequest, Written, concatenate_written, next_piece
 from rollout_server.given import read_answer
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
-from rollout_server.schedule import goes_in_step, pauses_before_the_switch, pauses_between_switches
+from rollout_server.schedule import Pauses, goes_in_step, pauses_before_the_switch, pauses_between_switches
 from rollout_server.verdicts import Verdicts
 
 
@@ -121,12 +121,19 @@ class SwitchingController:
             return True, None
         # After guidance the teacher has the text in its cache: it is read with the first proposal.
         reading = TeacherReading(self._teacher, draft.text, draft.prompt.sequence_id, ahead=not draft.num_switches)
-        max_tokens = last_position - len(draft)
+        first, max_tokens = len(draft), last_position - len(draft)
         pauses = self._pauses(draft, max_tokens, others_wait)
-        request = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=pauses)
+        request = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=pauses.after)
+        pieces: list[Written] = []
         try:
-            async with aclosing(self._student.stream(request)) as proposals:
-                async for proposal in proposals:
+            async with aclosing(self._student.stream(request)) as stream:
+                async for piece in stream:
+                    pieces.append(piece)
+                    num_written = len(draft) - first + sum(map(len, pieces))
+                    is_early = piece.finish_reason is None and num_written in pauses.early
+                    if is_early and not self._policy.is_near(draft.divergences):
+                        continue
+                    proposal, pieces = concatenate_written(pieces), []
                     scores = await reading.scores(proposal, is_last=proposal.finish_reason is not None)
                     judged, switch = await self._judge(draft, proposal, scores)
                     if switch is not None:
@@ -141,14 +148,14 @@ class SwitchingController:
         draft.finish_reason = proposal.finish_reason
         return False, None
 
-    def _pauses(self, draft: Draft, max_tokens: int, others_wait: bool) -> tuple[int, ...]:
-        """After how many tokens the student waits for the verdict.
+    def _pauses(self, draft: Draft, max_tokens: int, others_wait: bool) -> Pauses:
+        """Where the student waits for the verdict.
 
-        A student that is interrupted once at most, and whose place nobody waits for, runs on.
+        One that is interrupted once at most, and whose place nobody waits for, runs on.
         """
         if self._policy.guidance_tokens is None:
             if not others_wait or not self._policy.watches:
-                return ()
+                return Pauses()
             return pauses_before_the_switch(
                 text_tokens=draft.text.size, max_tokens=max_tokens, block_tokens=self._sampling.chunk_tokens
             )

@@ -142,8 +142,8 @@ async def next_piece(pieces: AsyncGenerator[Written, int | None], token_id: int 
 
 
 async def write_whole(engine: Engine, request: WriteRequest) -> Written:
-    """``generate`` by way of ``stream``, for engines that have no shorter way."""
-    parts = [written async for written in engine.stream(request)]
+    """``generate`` by way of ``stream``, for engines that have no shorter way. In as few pieces as may be."""
+    parts = [written async for written in engine.stream(replace(request, chunk_tokens=request.max_tokens))]
     assert parts, "a stream must yield at least once"
     assert parts[-1].finish_reason is not None, "a stream must end with a finish_reason"
     return concatenate_written(parts)

@@ -29,6 +29,9 @@ from common.config import (
 from common.seeds import derive_seed
 from common.sequence import Floats, Ids
 
+_NEAR = 0.85
+"""Share of a sequence's mean divergence below which its last few count as small. Changes speed, never the result."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredPositions:
@@ -75,6 +78,10 @@ class SwitchPolicy(Protocol):
 
     def decide(self, scored: ScoredPositions) -> Decision: ...
 
+    def is_near(self, divergences: Floats) -> bool:
+        """Whether a switch is likelier than usual in the next few positions, by the [n] nats so far."""
+        ...
+
 
 class _Watching:
     """A policy that decides by what the student proposes."""
@@ -86,6 +93,9 @@ class _Watching:
 
     def exploration_limit(self, sequence_seed: int) -> None:
         return None
+
+    def is_near(self, divergences: Floats) -> bool:
+        return False
 
 
 class AdaSwitchPolicy(_Watching):
@@ -104,6 +114,14 @@ class AdaSwitchPolicy(_Watching):
         # A NaN threshold (window not filled) compares false: no switch.
         above = scored.divergences[scored.first :] > thresholds
         return Decision(thresholds=thresholds, switch=_first_true(may_switch & above, scored.first))
+
+    def is_near(self, divergences: Floats) -> bool:
+        """Where the last L were small the threshold is, and an ordinary divergence crosses it."""
+        settings = self._settings
+        if divergences.size < settings.window:
+            return False
+        average = float(divergences[-settings.window :].mean())
+        return settings.multiplier * average > settings.floor and average < _NEAR * float(divergences.mean())
 
 
 class DecayPolicy(_Watching):
@@ -160,6 +178,9 @@ class _Blind:
 
     def decide(self, scored: ScoredPositions) -> Decision:
         return Decision(thresholds=_no_thresholds(scored), switch=None)
+
+    def is_near(self, divergences: Floats) -> bool:
+        return False
 
 
 class FixedPolicy(_Blind):

@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateRequest,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.platforms import current_platform
 
 from common.weights import WeightUpdate
 from rollout_server.engines.lifeline import end_with_parent
@@ -32,10 +33,14 @@ HOST_MEMORY = "host_memory"
 
 
 def register() -> None:
-    """What each of vLLM's own processes needs of us: ``WeightTransferConfig(backend="host_memory")``, and an end when
-    its parent ends. vLLM may call it more than once.
+    """What each of vLLM's own processes needs of us: ``WeightTransferConfig(backend="host_memory")``, small blocks on
+    processors, and an end when its parent ends. vLLM may call it more than once.
     """
     end_with_parent()
+    if current_platform.is_cpu():
+        from rollout_server import cpu_attention  # its kernels exist on processors alone
+
+        cpu_attention.register()
     with contextlib.suppress(ValueError):  # what vLLM raises when the name is taken
         WeightTransferEngineFactory.register_engine(HOST_MEMORY, __name__, "HostMemoryWeightTransferEngine")
 

@@ -66,7 +66,7 @@ class Sampling(Part):
     """Student and teacher tokens together."""
     chunk_tokens: Positive = 32
     """Most student tokens that are judged together; policies that switch often judge sooner.
-    Changes speed and waste, never the result. Best a multiple of vLLM's key-value block (16 on GPUs, 32 on processors):
-    what is read up to a block's end is read once."""
+    Changes speed and waste, never the result. Best a multiple of vLLM's key-value block, 16 tokens: what is read up
+    to a block's end is read once. About a quarter of the usual run to a switch wastes little."""
     max_in_flight: Positive = 256
     """Sequences one rollout actor works on at once."""

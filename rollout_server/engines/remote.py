@@ -30,9 +30,10 @@ from rollout_server.engines.messages import News, Orders, ReadBatch
 
 logger = logging.getLogger(__name__)
 
-_SPACING_S = 0.005
+_SPACING_S = 0.02
 """At least this long between two messages to one engine; the first is not delayed. Without it every message of each
-student would send a few scores to each teacher: messages would grow with the square of the engines."""
+student would send a few scores to each teacher: messages would grow with the square of the engines. And what reaches
+an engine together runs in one step of it. On two cores adaswitch and skd were 5 % slower with 5 ms."""
 
 _WAIT_S = 5.0  # an engine without news answers after this long, or half the time-out, and is asked again
 

@@ -42,7 +42,7 @@ from rollout_server.engine import (
 )
 from rollout_server.weight_receiver import apply_update, init_transfer
 
-_CPU_BLOCK_TOKENS = 32  # vLLM's smallest on processors; prefixes are reused in whole blocks
+_CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
 _NEVER = -100.0  # the logit bias vLLM allows that comes closest to minus infinity
 
 
@@ -127,6 +127,7 @@ class VLLMEngine:
             params = self._write_params(
                 replace(request, max_tokens=num_tokens, pause_after=()), RequestOutputKind.DELTA
             )
+            params.stream_interval = num_tokens  # nobody takes a part of a turn
             return StreamingInput(prompt=_prompt(prompt), sampling_params=params)
 
         params = self._write_params(request, RequestOutputKind.DELTA)

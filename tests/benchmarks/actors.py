@@ -25,6 +25,13 @@ class EngineCounters:
     num_generated_tokens: int = 0
     num_prefilled_tokens: int = 0
     num_requests: int = 0
+    num_decoded_tokens: int = 0  # generated, but for the one that comes with a prefill
+    num_decode_steps: int = 0
+
+    @property
+    def mean_decode_batch(self) -> float:
+        """Sequences that a step decoded."""
+        return self.num_decoded_tokens / self.num_decode_steps if self.num_decode_steps else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +79,8 @@ class MeasuredEngineActor(EngineActor):
             model=by_kind["Worker"], scheduler=by_kind["EngineCore"], front_end=_cpu_seconds(psutil.Process())
         )
 
-    async def write_batch(self, requests: Sequence[WriteRequest]) -> float:
-        """Seconds for all requests as one offline batch, each written to its whole length."""
+    async def write_batch(self, requests: Sequence[WriteRequest], at_once: int | None = None) -> float:
+        """Seconds for all requests as one offline batch, each written to its whole length; ``at_once`` at a time."""
         from vllm.sampling_params import RequestOutputKind
 
         calls = []
@@ -81,7 +88,7 @@ class MeasuredEngineActor(EngineActor):
             params = self._engine._write_params(request, RequestOutputKind.FINAL_ONLY)
             params.stop_token_ids, params.ignore_eos = [], True
             calls.append((request.prefix, params))
-        return await self._run_batch(calls)
+        return await self._run_batch(calls, at_once)
 
     async def read_batch(self, requests: Sequence[ScoreRequest]) -> float:
         """Seconds for all reads as one offline batch: log-probs of the rows after the cached prefix."""
@@ -107,12 +114,17 @@ class MeasuredEngineActor(EngineActor):
         ]
         return await self._run_batch(calls)
 
-    async def _run_batch(self, calls: Sequence[tuple[Ids, Any]]) -> float:
+    async def _run_batch(self, calls: Sequence[tuple[Ids, Any]], at_once: int | None = None) -> float:
         from vllm.inputs import TokensPrompt
+
+        gate = asyncio.Semaphore(at_once or len(calls) or 1)
 
         async def run(text: Ids, params: Any) -> None:
             prompt = TokensPrompt(prompt_token_ids=text.tolist())
-            async with aclosing(self._engine._llm.generate(prompt, params, self._engine._request_id())) as outputs:
+            async with (
+                gate,
+                aclosing(self._engine._llm.generate(prompt, params, self._engine._request_id())) as outputs,
+            ):
                 async for _ in outputs:
                     pass
 
@@ -126,11 +138,16 @@ class MeasuredEngineActor(EngineActor):
         process_outputs = processor.process_outputs
 
         def counting(outputs: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+            num_decoded = 0
             for output in outputs:
                 self._counters.num_generated_tokens += len(output.new_token_ids)
                 if output.prefill_stats is not None:
                     self._counters.num_prefilled_tokens += output.prefill_stats.num_computed_tokens
                     self._counters.num_requests += 1
+                else:
+                    num_decoded += len(output.new_token_ids)
+            self._counters.num_decoded_tokens += num_decoded
+            self._counters.num_decode_steps += num_decoded > 0
             return process_outputs(outputs, *arguments, **options)
 
         processor.process_outputs = counting

@@ -37,6 +37,7 @@ class PolicyResult:
     controller_us_per_token: float
     cpu_shares: dict[str, float]  # processor time of each process over the wall time
     teacher_requests: int
+    teacher_decode_batch: float  # sequences in a step that decodes
 
     @property
     def tokens_per_s(self) -> float:
@@ -159,15 +160,15 @@ def _details(result: PolicyResult, results: Sequence[PolicyResult]) -> dict[str,
     row["overhead_vs_on_policy"] = result.overhead(on_policy)
     row["speedup_vs_lockstep"] = result.lockstep_s_per_token * result.tokens_per_s
     row["bound_serial_s"], row["bound_parallel_s"] = result.offline.serial_s, result.offline.parallel_s
-    row["predicted_overhead"] = None if on_policy is None else _busier_s(result) / _busier_s(on_policy)
+    row["predicted_overhead"] = None if on_policy is None else _predicted_s(result) / _predicted_s(on_policy)
     row["teacher_decode_share"] = result.offline.teacher_write_s / result.offline.split_teacher_s
     rounded: dict[str, Any] = _rounded(row)
     return rounded
 
 
-def _busier_s(result: PolicyResult) -> float:
-    """The cost model: seconds a token that the busier engine needs for its share, alone on the machine."""
-    return result.offline.split_parallel_s / result.tokens
+def _predicted_s(result: PolicyResult) -> float:
+    """Seconds a token, by the cost model."""
+    return result.offline.predicted_s / result.tokens
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, int, int]:

@@ -122,7 +122,7 @@ async def measure(plan: Plan) -> list[PolicyResult]:
                 for number in range(plan.repetitions):
                     repetitions.append(await _repeat(engines, rollouts, prompts))
                     if number < plan.offline_repetitions:
-                        offline.append(await _time_offline(engines, repetitions[-1].sequences, plan.sampling))
+                        offline.append(await _time_offline(engines, repetitions[-1], plan.sampling))
                     progress.step(f"{policy.type}: {_describe(repetitions[-1], offline[-1])}")
                 repetitions_of[policy.type], offline_of[policy.type] = repetitions, offline
     results = []
@@ -159,9 +159,9 @@ async def _collect(rollouts: ActorHandle, prompts: Sequence[Prompt]) -> list[Mix
         return [item.sequence async for item in collected]
 
 
-async def _time_offline(engines: Engines, sequences: Sequence[MixedSequence], sampling: Sampling) -> OfflineTimes:
+async def _time_offline(engines: Engines, repetition: Repetition, sampling: Sampling) -> OfflineTimes:
     """Each batch alone on the machine. Prefixes are cached between the teacher's batches as they are in a rollout."""
-    batches = offline_batches(sequences, sampling)
+    batches = offline_batches(repetition.sequences, sampling)
     await engines.each("reset")
     student_s = await engines.student.write_batch.remote(batches.student_writes)
     plain_read_s = await engines.teacher.read_batch.remote(batches.teacher_plain_reads)
@@ -169,12 +169,18 @@ async def _time_offline(engines: Engines, sequences: Sequence[MixedSequence], sa
     prompt_s = await engines.teacher.read_batch.remote(batches.teacher_prompts)
     read_s = await engines.teacher.read_batch.remote(batches.teacher_reads)
     write_s = await engines.teacher.write_batch.remote(batches.teacher_writes)
+    await engines.each("reset")
+    await engines.teacher.read_batch.remote(batches.teacher_prompts)
+    await engines.teacher.read_batch.remote(batches.teacher_reads)
+    at_once = max(1, round(repetition.counters[1].mean_decode_batch))
+    spread_write_s = await engines.teacher.write_batch.remote(batches.teacher_writes, at_once)
     return OfflineTimes(
         student_s=student_s,
         teacher_prompt_s=prompt_s,
         teacher_read_s=read_s,
         teacher_plain_read_s=plain_read_s,
         teacher_write_s=write_s,
+        teacher_spread_write_s=spread_write_s,
     )
 
 
@@ -224,6 +230,7 @@ def _result(
         }
         | {"controller": median(r.controller_cpu_s / r.wall_s for r in repetitions)},
         teacher_requests=round(median(r.counters[1].num_requests for r in repetitions)),
+        teacher_decode_batch=median(r.counters[1].mean_decode_batch for r in repetitions),
     )
 
 
@@ -255,7 +262,8 @@ def _describe(repetition: Repetition, offline: OfflineTimes) -> str:
         f"with split reads {offline.split_serial_s / repetition.wall_s:.2f}, "
         f"{offline.split_parallel_s / repetition.wall_s:.2f} "
         f"(offline, s: {in_seconds}), "
-        f"wasted {_wasted_share(repetition):.2f}, recomputed {_recomputed_share(repetition):.2f}, "
+        f"teacher decodes {repetition.counters[1].mean_decode_batch:.0f} at a time, "
+        f"wasted {_wasted_share(repetition):.3f}, recomputed {_recomputed_share(repetition):.3f}, "
         f"controller {repetition.controller_cpu_s / repetition.num_tokens * 1e6:.0f} us/token"
     )
 
@@ -372,7 +380,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--sequences", type=int, help="default: four times as many as in flight")
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--chunk-tokens", type=int, default=Sampling().chunk_tokens)
+    parser.add_argument("--chunk-tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "benchmarks")

@@ -72,6 +72,7 @@ class OfflineTimes:
     teacher_read_s: float  # what the student wrote, the prompts being cached
     teacher_plain_read_s: float  # both in one, with log-probs everywhere
     teacher_write_s: float  # what was read being cached; with the prompt where nothing was
+    teacher_spread_write_s: float  # the same, as few at a time as the rollouts had on average
 
     @property
     def teacher_s(self) -> float:
@@ -90,6 +91,15 @@ class OfflineTimes:
     def parallel_s(self) -> float:
         """The busier engine's share."""
         return max(self.student_s, self.teacher_s)
+
+    @property
+    def predicted_s(self) -> float:
+        """The cost model: the busier engine's share, the teacher's writing spread over the whole time.
+
+        A step that decodes half as many sequences takes more than half the time, so the teacher's writing costs the
+        more, the smaller its share of the tokens is.
+        """
+        return max(self.student_s, self.teacher_prompt_s + self.teacher_read_s + self.teacher_spread_write_s)
 
     @property
     def split_serial_s(self) -> float:

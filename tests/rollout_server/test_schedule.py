@@ -12,7 +12,7 @@ positive = st.integers(1, 300)
 @pytest.mark.parametrize(("position", "num_switches", "first"), [(0, 0, 6), (20, 0, 32), (20, 7, 5), (300, 150, 4)])
 def test_a_sequence_that_switches_often_is_judged_often(position: int, num_switches: int, first: int) -> None:
     pauses = pauses_between_switches(position=position, num_switches=num_switches, max_tokens=200, block_tokens=32)
-    assert pauses[0] == first
+    assert pauses.after[0] == first
 
 
 @given(position=st.integers(0, 300), num_switches=st.integers(0, 100), max_tokens=positive, block_tokens=positive)
@@ -22,17 +22,21 @@ def test_pauses_between_switches_ascend_and_are_at_most_a_block_apart(
     pauses = pauses_between_switches(
         position=position, num_switches=num_switches, max_tokens=max_tokens, block_tokens=block_tokens
     )
-    steps = [after - pause for pause, after in pairwise((0, *pauses, max_tokens))]
+    steps = [after - pause for pause, after in pairwise((0, *pauses.after, max_tokens))]
     assert all(0 < step <= block_tokens for step in steps)
 
 
 @given(text_tokens=positive, max_tokens=positive, block_tokens=positive)
-def test_pauses_before_the_switch_are_the_ends_of_the_texts_blocks(
+def test_pauses_before_the_switch_are_the_ends_of_the_texts_blocks_and_early_ones_within(
     text_tokens: int, max_tokens: int, block_tokens: int
 ) -> None:
     pauses = pauses_before_the_switch(text_tokens=text_tokens, max_tokens=max_tokens, block_tokens=block_tokens)
     ends = [end for end in range(text_tokens + 1, text_tokens + max_tokens) if end % block_tokens == 0]
-    assert [text_tokens + pause for pause in pauses] == ends
+    assert [text_tokens + pause for pause in pauses.after if pause not in pauses.early] == ends
+    assert pauses.early <= set(pauses.after)
+    assert list(pauses.after) == sorted(set(pauses.after))
+    for pause in pauses.early:
+        assert (text_tokens + pause) % block_tokens < pause, "its block begins after the text"
 
 
 @pytest.mark.parametrize(
