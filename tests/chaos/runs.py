@@ -38,7 +38,7 @@ SETTINGS = {
 RUN_TIMEOUT_S = 1500.0
 _POLL_S = 0.2
 _READY_TIMEOUT_S = 240.0  # until a step ends with everybody there, after a start or a fault
-_NOTICE_TIMEOUT_S = 120.0
+_NOTICE_TIMEOUT_S = 240.0  # and mend: the line is written then
 _GONE_TIMEOUT_S = 120.0  # Ray's own processes look for their parent every few seconds, several times
 _PAUSE_S = (1.0, 10.0)  # from a step that ended to the next fault
 _LAST_STEP_TO_DISTURB = NUM_STEPS - 4  # a later fault might come after the end
@@ -63,10 +63,10 @@ class Sent:
     at: float  # seconds since the epoch
     at_s: float  # since the run's start
     at_step: int
-    next_step_s: float  # until a step had ended that did not count on what was hit
+    next_step_s: float  # until a step had ended after it was noticed
     lines: tuple[dict[str, Any], ...] = ()  # of faults.jsonl
-    detected_s: float | None = None
-    recovered_s: float | None = None
+    detected_s: float | None = None  # until the run noticed, or ended because of it
+    recovered_s: float | None = None  # from there until it could go on, as the run has it; for a driver next_step_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +100,17 @@ class Run:
     exit_codes: list[int] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
     started_s: float = field(default_factory=time.monotonic)
+    legs: list[Processes] = field(default_factory=list)  # of each driver
     driver: "subprocess.Popen[bytes]" = field(init=False)
-    processes: Processes = field(init=False)
 
     @property
     def path(self) -> Path:
         return self.folder / "run"
+
+    @property
+    def processes(self) -> Processes:
+        """Of the driver that there is now."""
+        return self.legs[-1]
 
     def start(self, *, resume: bool = False) -> None:
         command = [sys.executable, "-m", "deploy.cli", "train", CONFIG, *(["--resume"] if resume else [])]
@@ -115,7 +120,12 @@ class Run:
         environment["HF_DATASETS_CACHE"] = str(self.folder.parent / "datasets")
         with (self.folder / "log").open("a") as log:
             self.driver = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
-        self.processes = Processes(self.driver.pid)
+        self.legs.append(Processes(self.driver.pid))
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for processes in self.legs:
+            processes.end()
 
     # ------------------------------------------------------------------------------------------------- what it shows
 
@@ -205,7 +215,7 @@ class Run:
             at=at,
             next_step_s=next_step_s,
             lines=tuple(lines),
-            detected_s=lines[0]["detected_s"],
+            detected_s=noticed - at,
             recovered_s=lines[-1]["recovered_s"],
         )
 
@@ -216,9 +226,10 @@ class Run:
         return replace(sent, next_step_s=next_step_s, lines=tuple(self.fault_lines(sent.at)))
 
     def _kill_driver(self, sent: Sent) -> Sent:
+        """Resumed at once, as a service manager would, while what the driver left is still ending."""
         self.driver.send_signal(signal.SIGKILL)
         self.exit_codes.append(self.driver.wait(timeout=30))
-        self._see_the_rest_go()
+        before = self.processes
         whole = [int(path.parent.name.removeprefix("step-")) for path in self.checkpoints()]
         if sent.fault.act == "damage":
             damaged = damage(self.checkpoints()[-1].parent, self.rng)
@@ -226,6 +237,7 @@ class Run:
             whole.pop()
         self.start(resume=True)
         next_step_s = self._next_step_s(sent.at, since=time.time())
+        _see_gone(before)
         legs = json.loads((self.path / "versions.json").read_text())["legs"]
         if legs[-1]["after_step"] != whole[-1]:
             raise Broken(f"{sent.fault}: went on after step {legs[-1]['after_step']}, expected {whole[-1]}")
@@ -244,7 +256,7 @@ class Run:
         detected_s = time.time() - sent.at
         if self.exit_codes[-1] == 0 or "No space left" not in self.last_words():
             raise Broken(f"{sent.fault}: exit code {self.exit_codes[-1]}, last words: {self.last_words()}")
-        self._see_the_rest_go()
+        _see_gone(self.processes)
         resumed_at = time.time()
         self.start(resume=True)
         self._next_step_s(sent.at, since=resumed_at)
@@ -266,14 +278,7 @@ class Run:
         self.exit_codes.append(self.driver.wait(timeout=30))
         if self.exit_codes[-1] != 0:
             raise Broken(f"the run ended with exit code {self.exit_codes[-1]}: {self.last_words()}")
-        self._see_the_rest_go()
-
-    def _see_the_rest_go(self) -> None:
-        """What a driver leaves has to end by itself."""
-        if left := self.processes.wait_until_gone(_GONE_TIMEOUT_S):
-            names = ", ".join(process.name() for process in left)
-            self.processes.end()
-            raise Broken(f"{_GONE_TIMEOUT_S:g} s after the driver's end there were still {names}")
+        _see_gone(self.processes)
 
 
 def run_demo(
@@ -286,12 +291,12 @@ def run_demo(
     account = None
     with ExitStack() as stack:
         run.start()
-        stack.callback(lambda: run.processes.end())
+        stack.callback(run.end)
         try:
             if any(fault.act == "fill" for fault in faults):
                 run.until("the run's folder", lambda: (run.path / "config.yaml").exists(), _READY_TIMEOUT_S)
                 run.disk = stack.enter_context(small_disk(run.path / "traces", mebibytes=_DISK_MEBIBYTES))
-                stack.callback(lambda: run.processes.end())  # before the disk goes
+                stack.callback(run.end)  # before the disk goes
             while open_faults:
                 try:
                     run.disturb(open_faults[0])
@@ -320,6 +325,14 @@ def run_demo(
         not_sent=tuple(open_faults),
         broken=(*broken, *_wrong_summary(summary, run.sent)) if not broken else tuple(broken),
     )
+
+
+def _see_gone(processes: Processes) -> None:
+    """What a driver leaves has to end by itself."""
+    if left := processes.wait_until_gone(_GONE_TIMEOUT_S):
+        names = ", ".join(process.name() for process in left)
+        processes.end()
+        raise Broken(f"{_GONE_TIMEOUT_S:g} s after the driver's end there were still {names}")
 
 
 def damage(checkpoint: Path, rng: random.Random) -> Path:

@@ -16,7 +16,7 @@ def run_with(folder: Path, command: list[str]) -> Run:
     (folder / "log").write_text("first\nlast words\n")
     run = Run(number=1, seed=0, folder=folder, settings={}, rng=random.Random(0), say=print)
     run.driver = subprocess.Popen(command)
-    run.processes = Processes(run.driver.pid)
+    run.legs.append(Processes(run.driver.pid))
     return run
 
 
@@ -27,7 +27,7 @@ def test_waiting_ends_with_the_first_answer_or_says_what_it_waited_for(tmp_path:
         with pytest.raises(Broken, match=r"waited 0\.3 s for a step"):
             run.until("a step", lambda: False, 0.3)
     finally:
-        run.processes.end()
+        run.end()
 
 
 def test_a_run_that_ends_well_was_too_quick_and_one_that_ends_badly_broke_its_promise(tmp_path: Path) -> None:
@@ -72,4 +72,4 @@ def test_waiting_looks_at_the_whole_run_s_time_too(tmp_path: Path) -> None:
         with pytest.raises(Broken, match="took more than 1500 s; it was waited for a step"):
             run.until("a step", lambda: False, 20_000)
     finally:
-        run.processes.end()
+        run.end()
