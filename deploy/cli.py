@@ -148,7 +148,9 @@ def traces(
 
 @app.command()
 def serve(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="The folder that holds the runs' folders.")],
+    runs: Annotated[
+        str, typer.Argument(metavar="RUNS_DIR", help="The folder that holds the runs' folders, or its storage.url.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen at. Any but loopback needs --token-env.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8642,
     token_env: Annotated[
@@ -165,6 +167,9 @@ def serve(
     ] = "auto",
 ) -> None:
     """Serve the runs' traces over REST and as a page: the inspector."""
+    from contextlib import nullcontext
+
+    from rollout_server.api.mirror import mirrored
     from rollout_server.api.server import serve as serve_runs
 
     join = None
@@ -172,7 +177,8 @@ def serve(
         from deploy.attach import attach as join_cluster
 
         join = partial(join_cluster, address)
-    serve_runs(runs, host=host, port=port, token_env=token_env, names=name or [], attach=join)
+    with mirrored(runs) if "://" in runs else nullcontext(Path(runs)) as folder:
+        serve_runs(folder, host=host, port=port, token_env=token_env, names=name or [], attach=join)
 
 
 def _warn_of_skipped(reader: "TraceReader") -> None:

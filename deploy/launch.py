@@ -14,6 +14,7 @@ from common.config_source import ResolvedConfig
 from common.errors import UserError
 from deploy.attach import live_name
 from deploy.cluster import joined
+from deploy.copies import fetch_if_ahead
 from deploy.preflight import Inputs, prepare
 from deploy.resume import find_resumable, refuse_other_settings
 from deploy.run_folder import RunFolder
@@ -30,6 +31,7 @@ def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
     """Run the whole distillation, or the rest of one that was interrupted, and print its summary."""
     resumed = None
     if resume:
+        fetch_if_ahead(resolved.config)
         resumed = find_resumable(resolved.config)
         refuse_other_settings(resumed.folder, resolved)
         if (summary := resumed.finished_summary(resolved.config.trainer.num_steps)) is not None:

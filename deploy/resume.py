@@ -17,7 +17,7 @@ from trainer.sequence_files import read_sequences
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER = ("run_dir", "trainer.num_steps", "placement", "logging", "checkpoints")
+MAY_DIFFER = ("run_dir", "trainer.num_steps", "placement", "logging", "checkpoints", "storage")
 """Settings, or parts of them, that a resumed run may change. So it may every time-out."""
 
 

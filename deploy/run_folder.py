@@ -8,7 +8,7 @@ import fcntl
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -32,10 +32,14 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, wanted: str, resolved: ResolvedConfig) -> "RunFolder":
-        """Make the folder and store the configuration. One that holds a run is left alone: -2, -3, ... is added."""
+    def create(cls, wanted: str, resolved: ResolvedConfig, *, taken: Collection[str] = ()) -> "RunFolder":
+        """Make the folder and store the configuration. One that holds a run, or whose name is ``taken`` elsewhere, is
+        left alone: -2, -3, ... is added.
+        """
         for number in count(1):
             path = Path(wanted if number == 1 else f"{wanted}-{number}").absolute()
+            if path.name in taken:
+                continue
             try:
                 path.mkdir(parents=True)
             except FileExistsError:

@@ -13,6 +13,7 @@ from typing import Protocol
 from common.config import Checkpoints
 from common.config_source import ResolvedConfig
 from common.sequence import MixedSequence
+from deploy.copies import copied_names, kept_copied
 from deploy.preflight import Inputs, prepare
 from deploy.provenance import hardware, write_versions
 from deploy.resume import Resumable, rewind
@@ -49,7 +50,7 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
     """A run from its beginning, or from a checkpoint, to its summary."""
     config, started_s = resolved.config, time.perf_counter()
     inputs = prepare(config, cursor=None if resumed is None else resumed.state.cursor)
-    folder = RunFolder.create(config.run_dir, resolved) if resumed is None else resumed.folder
+    folder = _new_folder(resolved) if resumed is None else resumed.folder
     after_step = 0 if resumed is None else resumed.state.step
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
@@ -57,6 +58,7 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
             rewind(resumed, resolved)
             started_s -= resumed.state.seconds
         num_resumed = write_versions(folder.path, after_step=after_step) - 1
+        changed = stack.enter_context(kept_copied(config.storage, folder.path))
         trackers = stack.enter_context(Trackers.open(config, folder.path))
         display = stack.enter_context(ProgressDisplay(config.trainer.num_steps, first_step=after_step + 1))
         display.note(f"run folder {folder.path}; {hardware()}")
@@ -78,13 +80,19 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
             checkpoints = CheckpointTaker(
                 config.checkpoints, folder, crew.learner, num_steps=config.trainer.num_steps, started_s=started_s
             )
-            await _follow(steps, checkpoints, folder, trackers, display)
+            await _follow(steps, checkpoints, folder, trackers, display, changed)
             display.note("saving the student")
             await crew.learner.save(folder.student)
-    seconds = time.perf_counter() - started_s
-    summary = summarise_run(folder.read_metrics(), run_dir=folder.path, seconds=seconds, num_resumed=num_resumed)
-    folder.write_summary(summary)
+        seconds = time.perf_counter() - started_s
+        summary = summarise_run(folder.read_metrics(), run_dir=folder.path, seconds=seconds, num_resumed=num_resumed)
+        folder.write_summary(summary)
     return summary
+
+
+def _new_folder(resolved: ResolvedConfig) -> RunFolder:
+    """Of a name that no run has, here or where runs are copied to."""
+    config = resolved.config
+    return RunFolder.create(config.run_dir, resolved, taken=copied_names(config.storage))
 
 
 async def _follow(
@@ -93,12 +101,14 @@ async def _follow(
     folder: RunFolder,
     trackers: Trackers,
     display: ProgressDisplay,
+    changed: Callable[[], None],
 ) -> None:
-    """Pass on what the loop measures, until its last step."""
+    """Pass on what the loop measures, until its last step. ``changed`` is told when the folder has grown."""
     accuracy = None  # of the weights as they are now
     async for record in steps:
         if isinstance(record, StepDone):
             await checkpoints.take_if_due(record, accuracy)
+            changed()
             continue
         accuracy = record.report.accuracy if isinstance(record, Evaluated) else None
         folder.append_metrics(metrics_of(record))

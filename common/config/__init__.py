@@ -49,6 +49,7 @@ from common.config.recording import (
     Checkpoints,
     Logging,
     MLflow,
+    Storage,
     Trace,
     Wandb,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "Sampling",
     "Seconds",
     "SkewedKL",
+    "Storage",
     "Sync",
     "Threshold",
     "Trace",

@@ -8,7 +8,7 @@ from common.config.data import Data, Evaluation
 from common.config.engines import Engines, Models, Sampling
 from common.config.part import Part, Seconds
 from common.config.policies import SKD, AdaSwitch, Dataset, Mixture, Policy, Relay
-from common.config.recording import Checkpoints, Logging, Trace
+from common.config.recording import Checkpoints, Logging, Storage, Trace
 from common.config.training import Sync, Trainer
 
 
@@ -44,6 +44,7 @@ class RunConfig(Part):
     sync: Sync = Sync()
     checkpoints: Checkpoints = Checkpoints()
     trace: Trace = Trace()
+    storage: Storage = Storage()
     logging: Logging = Logging()
     placement: Placement = Placement()
 
