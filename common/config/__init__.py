@@ -56,6 +56,9 @@ from common.config.run import (
     Placement,
     RunConfig,
 )
+from common.config.supervision import (
+    Supervision,
+)
 from common.config.training import (
     LoRA,
     Sync,
@@ -97,6 +100,7 @@ __all__ = [
     "Sampling",
     "Seconds",
     "SkewedKL",
+    "Supervision",
     "Sync",
     "Threshold",
     "Trace",
