@@ -29,7 +29,7 @@ class Process:
 
     name: str
     handle: ActorHandle
-    start: Callable[[], Awaitable[object]] | None = None  # makes a bare process ready; None where its birth does
+    start: Callable[[], Awaitable[Any]] | None = None  # makes a bare process ready; None where its birth does
     health_options: dict[str, Any] = field(default_factory=dict)
     pid: int | None = None  # of the process that answered last
 

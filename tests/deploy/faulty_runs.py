@@ -4,6 +4,8 @@ Everything else is the product's: loop, controller, traces, checkpoints, supervi
 learner's weights, so that the probe of the weights is left out.
 """
 
+import asyncio
+import json
 import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ POISON = "ADASWITCH_TEST_POISON"
 prompt does.
 """
 DELAY_S = 0.02
+TIMEOUT_S = 120.0
 
 CONFIG = """
 run_dir: {run_dir}
@@ -98,3 +101,17 @@ def write_config(run_dir: Path, *, num_rows: int = 16, num_steps: int = 6, promp
         )
     )
     return path
+
+
+async def until_step(run_dir: Path, step: int, running: "asyncio.Task[dict[str, object]]") -> None:
+    """Wait until a run in this process has measured the step."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while last_step(run_dir) < step:
+            assert not running.done(), running.exception()
+            await asyncio.sleep(0.05)
+
+
+def last_step(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return max((json.loads(line)["step"] for line in lines), default=0)

@@ -19,7 +19,7 @@ from deploy.launch import hired
 from deploy.preflight import prepare
 from deploy.steps import run
 from rollout_server.traces.reader import TraceReader
-from tests.deploy.faulty_runs import PLAYED, POISON, write_config
+from tests.deploy.faulty_runs import PLAYED, POISON, until_step, write_config
 
 NUM_STEPS, PROMPTS_PER_STEP = 6, 4
 TIMEOUT_S = 120.0
@@ -44,19 +44,6 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pat
         yield poison
     finally:
         ray.shutdown()
-
-
-async def until_step(run_dir: Path, step: int, running: "asyncio.Task[dict[str, object]]") -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while last_step(run_dir) < step:
-            assert not running.done(), running.exception()
-            await asyncio.sleep(0.05)
-
-
-def last_step(run_dir: Path) -> int:
-    metrics = run_dir / "metrics.jsonl"
-    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
-    return max((json.loads(line)["step"] for line in lines), default=0)
 
 
 def process_ids(caplog: pytest.LogCaptureFixture) -> dict[str, int]:
