@@ -1,7 +1,8 @@
 """The command ``adaswitch``. Every command imports what it needs when it runs, so that ``--help`` is quick and reading
 a trace needs neither torch nor Ray.
 
-Exit codes: 0 done, 2 something the user gave can't be used (one line on stderr), 130 interrupted, 1 our own failure.
+Exit codes: 0 done, 2 something the user gave can't be used (one line on stderr), 130 interrupted, 1 a run that can't go
+on (one line on stderr) or our own failure (with its traceback).
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from common.errors import UserError
+from common.errors import RunEnds, UserError
 
 if TYPE_CHECKING:
     from rollout_server.traces.reader import TraceReader
@@ -33,6 +34,9 @@ class Commands(TyperGroup):
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
+        except RunEnds as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from error

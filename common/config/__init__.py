@@ -57,6 +57,9 @@ from common.config.run import (
     Placement,
     RunConfig,
 )
+from common.config.supervision import (
+    Supervision,
+)
 from common.config.training import (
     LoRA,
     Sync,
@@ -99,6 +102,7 @@ __all__ = [
     "Seconds",
     "SkewedKL",
     "Storage",
+    "Supervision",
     "Sync",
     "Threshold",
     "Trace",

@@ -9,6 +9,7 @@ from common.config.engines import Engines, Models, Sampling
 from common.config.part import Part, Seconds
 from common.config.policies import SKD, AdaSwitch, Dataset, Mixture, Policy, Relay
 from common.config.recording import Checkpoints, Logging, Storage, Trace
+from common.config.supervision import Supervision
 from common.config.training import Sync, Trainer
 
 
@@ -43,6 +44,7 @@ class RunConfig(Part):
     trainer: Trainer = Trainer()
     sync: Sync = Sync()
     checkpoints: Checkpoints = Checkpoints()
+    supervision: Supervision = Supervision()
     trace: Trace = Trace()
     storage: Storage = Storage()
     logging: Logging = Logging()

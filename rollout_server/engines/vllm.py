@@ -82,6 +82,11 @@ class VLLMEngine:
         """Requests not finished yet."""
         return int(self._llm.output_processor.get_num_unfinished_requests())
 
+    @property
+    def failure(self) -> str | None:
+        """Why it can't go on: vLLM's own process is gone."""
+        return "vLLM's engine process is dead" if self._llm.errored else None
+
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
         """See the protocol. Pieces end where the whole text's length is a multiple of ``chunk_tokens``.
 

@@ -236,3 +236,40 @@ async def test_a_failed_score_is_reported_and_leaves_the_others_alone(caplog: py
 async def test_an_exchange_without_news_returns_empty_handed_when_its_time_is_over() -> None:
     news = await NumberedStreams(ScriptedEngine(SCRIPT, top_logprobs=K)).exchange("client", orders(), 0.01)
     assert (list(news.written.unpack()), list(news.rows.unpack()), news.failures) == ([], [], {})
+
+
+async def test_a_call_that_hangs_stands_still_while_others_that_write_do_not() -> None:
+    hanging = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="write", number=1, hangs=True)))
+    writing = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, delay=lambda: 0.01))
+    assert (hanging.num_busy, hanging.still_s) == (0, 0.0)
+    for streams in (hanging, writing):
+        await streams.exchange("c", replace(orders(opens={0: ENDLESS}), number=0), 0.0)
+    await asyncio.sleep(0.3)
+    assert (hanging.num_busy, writing.num_busy) == (1, 1)
+    assert hanging.still_s > 0.25
+    assert writing.still_s < 0.2
+    for streams in (hanging, writing):
+        streams.drop_clients()
+    assert (hanging.num_busy, hanging.still_s) == (0, 0.0)
+
+
+async def test_a_call_that_waits_for_its_reader_is_not_busy() -> None:
+    streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K))
+    request = replace(ENDLESS, pause_after=(3,))
+    await streams.exchange("c", replace(orders(opens={0: request}), number=0), 1.0)
+    async with asyncio.timeout(2.0):
+        while streams.num_busy:
+            await asyncio.sleep(0.01)
+    await streams.exchange("c", replace(orders(resumes={0: None}), number=1), 0.0)
+    assert streams.num_busy == 1
+    streams.drop_clients()
+
+
+async def test_dropped_clients_leave_nothing_running_in_the_engine() -> None:
+    engine = ScriptedEngine(SCRIPT, top_logprobs=K, delay=lambda: 0.01)
+    streams = StreamMultiplexer(engine)
+    for client in ("a", "b"):
+        await streams.exchange(client, replace(orders(opens={0: ENDLESS, 1: ENDLESS}), number=0), 0.0)
+    await until_still(engine, 4)
+    streams.drop_clients()
+    await until_still(engine)
