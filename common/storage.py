@@ -6,6 +6,7 @@ Owns how files get there and back whole. Knows nothing of what they hold.
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -16,6 +17,7 @@ import fsspec
 from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
 from common.errors import UserError
+from common.files import is_passing
 from common.waiting import WaitedTooLong
 
 T = TypeVar("T")
@@ -59,7 +61,7 @@ class Store:
         return Store(f"{self.url}/{name}", timeout_s=self._timeout_s)
 
     def versions(self) -> dict[str, Version]:
-        """Every file below, by its path from here, but hidden ones. A folder that is not there has none."""
+        """Every whole file below, by its path from here. A folder that is not there has none."""
 
         def look() -> dict[str, Any]:
             self._files.invalidate_cache()
@@ -70,7 +72,7 @@ class Store:
         return {
             path[start:]: Version(int(facts["size"]), str(sorted(map(str, facts.items()))))
             for path, facts in self._tried(f"the list of {self.url}", look).items()
-            if not any(part.startswith(".") for part in path[start:].split("/"))
+            if not any(part in (".", "..") or is_passing(part) for part in path[start:].split("/"))
         }
 
     def put(self, file: Path, name: str) -> None:
@@ -97,13 +99,16 @@ class Store:
         unfinished.rename(file)
 
     def remove(self, name: str) -> None:
-        """One that is gone already is no error."""
+        """One that is gone already is no error. A folder goes with its last file, as in an object store."""
+        path = f"{self._root}/{name}"
 
         def drop() -> None:
-            try:
-                self._files.rm_file(f"{self._root}/{name}")
-            except FileNotFoundError:
-                return
+            with suppress(FileNotFoundError):
+                self._files.rm_file(path)
+            if self._is_disk:
+                with suppress(OSError):  # not empty
+                    for folder in Path(path).parents[: len(Path(name).parents) - 1]:
+                        folder.rmdir()
 
         self._tried(f"{name} to be removed from {self.url}", drop)
 

@@ -17,6 +17,7 @@ from typing import Self
 
 from common.config import RunConfig, Storage
 from common.errors import UserError
+from common.files import is_passing
 from common.storage import Store, Version
 from deploy.run_folder import RunFolder
 from rollout_server.traces.writer import drop_segments_after
@@ -199,7 +200,7 @@ def _last_step(folder: RunFolder) -> int | None:
 
 
 def _files(folder: Path) -> dict[str, _Stamp]:
-    """Finished files, by their path from here: those without a hidden part, under which unfinished ones are written."""
+    """Whole files, by their path from here, but the lock, which is this machine's."""
     found: dict[str, _Stamp] = {}
     for path in _walk(folder):
         try:
@@ -212,8 +213,8 @@ def _files(folder: Path) -> dict[str, _Stamp]:
 
 def _walk(folder: Path) -> Iterable[Path]:
     for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in files if not name.startswith("."))
+        folders[:] = [name for name in folders if not is_passing(name)]
+        yield from (Path(parent, name) for name in files if not is_passing(name) and name != ".lock")
 
 
 def _goes_last(name: str) -> tuple[bool, str]:

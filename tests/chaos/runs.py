@@ -4,6 +4,7 @@ Knows the run by its folder and its processes alone, as somebody beside it would
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -214,7 +215,6 @@ class Run:
             sent,
             at=at,
             next_step_s=next_step_s,
-            lines=tuple(lines),
             detected_s=noticed - at,
             recovered_s=lines[-1]["recovered_s"],
         )
@@ -223,7 +223,7 @@ class Run:
         hit = self.until("the teacher's processes", lambda: self.processes.of(sent.fault.target), _READY_TIMEOUT_S)
         slow_down(hit, **_SLOW)
         next_step_s = self._next_step_s(sent.at, since=time.time())
-        return replace(sent, next_step_s=next_step_s, lines=tuple(self.fault_lines(sent.at)))
+        return replace(sent, next_step_s=next_step_s)
 
     def _kill_driver(self, sent: Sent) -> Sent:
         """Resumed at once, as a service manager would, while what the driver left is still ending."""
@@ -265,7 +265,6 @@ class Run:
             detected_s=detected_s,
             recovered_s=time.time() - resumed_at,
             next_step_s=time.time() - sent.at,
-            lines=tuple(self.fault_lines(sent.at)),
         )
 
     def _next_step_s(self, at: float, *, since: float) -> float:
@@ -312,6 +311,8 @@ def run_demo(
         if not broken:
             account = take_account(run.path, num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP, num_rows=NUM_ROWS)
             broken += account.complaints
+    sent, unexplained = matched(run.sent, run.fault_lines(0.0))
+    broken += [] if broken else [*_wrong_summary(summary, sent), *unexplained]
     return Outcome(
         run=number,
         seed=seed,
@@ -321,10 +322,21 @@ def run_demo(
         steps=summary.get("steps"),
         resumed=summary.get("resumed"),
         account=account,
-        sent=tuple(run.sent),
+        sent=tuple(sent),
         not_sent=tuple(open_faults),
-        broken=(*broken, *_wrong_summary(summary, run.sent)) if not broken else tuple(broken),
+        broken=tuple(broken),
     )
+
+
+def matched(sent: Sequence[Sent], lines: Sequence[dict[str, Any]]) -> tuple[list[Sent], list[str]]:
+    """Each fault with the lines from its sending to the next one's, and a complaint for each line before the first."""
+    ends = [*(each.at for each in sent[1:]), math.inf]
+    owned = [
+        replace(each, lines=tuple(line for line in lines if each.at <= line["time"] < end))
+        for each, end in zip(sent, ends, strict=True)
+    ]
+    first = sent[0].at if sent else math.inf
+    return owned, [f"a fault that nobody sent: {line}" for line in lines if line["time"] < first]
 
 
 def _see_gone(processes: Processes) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.faults import parse_fault
 from tests.chaos.processes import Processes
-from tests.chaos.runs import Broken, Run, TooLate, damage
+from tests.chaos.runs import Broken, Run, Sent, TooLate, damage, matched
 
 
 def run_with(folder: Path, command: list[str]) -> Run:
@@ -49,6 +50,18 @@ def test_steps_and_faults_are_those_since_a_moment(tmp_path: Path) -> None:
     assert run.finished_steps(since=20) == [20, 30]
     assert run.fault_lines(13) == [faults[1]]
     run.driver.wait(timeout=10)
+
+
+def test_a_fault_owns_the_lines_until_the_next_one_is_sent() -> None:
+    def sent(name: str, at: float) -> Sent:
+        return Sent(run=1, fault=parse_fault(name), at=at, at_s=0.0, at_step=1, next_step_s=1.0)
+
+    lines = [{"time": time, "who": "somebody"} for time in (9.0, 10.0, 19.9, 25.0)]
+    owned, unexplained = matched([sent("kill:learner", 10.0), sent("slow:teacher", 20.0)], lines)
+    assert [[line["time"] for line in each.lines] for each in owned] == [[10.0, 19.9], [25.0]]
+    assert unexplained == ["a fault that nobody sent: {'time': 9.0, 'who': 'somebody'}"]
+    assert matched([], []) == ([], [])
+    assert len(matched([], lines)[1]) == len(lines)  # where nobody disturbs a run, every fault is one too many
 
 
 def test_damage_alters_one_byte_of_one_file_and_never_the_manifest(tmp_path: Path) -> None:

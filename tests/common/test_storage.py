@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from common.errors import UserError
 from common.storage import Store
@@ -54,6 +54,9 @@ def test_what_is_put_is_listed_and_comes_back(store: Store, tmp_path: Path) -> N
     store.remove("run/a")
     store.remove("run/a")
     assert store.versions().keys() == {"run/deeper/b"}
+    store.remove("run/deeper/b")
+    assert store.versions() == {}
+    assert not (tmp_path / "store" / "run").exists()
 
 
 def test_another_content_has_another_mark(store: Store, tmp_path: Path) -> None:
@@ -67,11 +70,17 @@ def test_another_content_has_another_mark(store: Store, tmp_path: Path) -> None:
     assert len(marks) == 2
 
 
-def test_hidden_files_are_not_listed(store: Store, tmp_path: Path) -> None:
+def test_what_is_being_written_or_leads_elsewhere_is_not_listed(store: Store, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    for name in (".a", "b/.c/d", "e"):
+    for name in (".a.unfinished", "b/.c.dropped/d", "b/.metadata", "e"):
         store.put(tmp_path / "file", name)
-    assert store.versions().keys() == {"e"}
+    assert store.versions().keys() == {"b/.metadata", "e"}
+
+
+def test_a_key_of_an_object_can_t_lead_out_of_the_folder_it_is_fetched_into(tmp_path: Path) -> None:
+    MemoryFileSystem.store["/keys/run/../../x"] = MemoryFile(path="/keys/run/../../x", data=b"x")
+    MemoryFileSystem.store["/keys/run/y"] = MemoryFile(path="/keys/run/y", data=b"y")
+    assert Store("memory://keys/run", timeout_s=20.0).versions().keys() == {"y"}
 
 
 def test_a_file_that_is_not_there_is_said_at_once(store: Store, tmp_path: Path) -> None:

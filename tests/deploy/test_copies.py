@@ -188,6 +188,8 @@ def test_a_run_that_is_nowhere_here_is_fetched_whole(resolve: Any) -> None:
     folder = new_run(there)
     take_checkpoint(folder, 10)
     write_segment(folder, 1)
+    (folder.path / "tensorboard").mkdir()
+    (folder.path / "tensorboard" / ".hidden").write_text("a file of others")
     folder.append_metrics({"step": 1})
     copied(there.config, folder)
     here = resolve("here")
