@@ -330,7 +330,7 @@ def run_demo(
 
 def matched(sent: Sequence[Sent], lines: Sequence[dict[str, Any]]) -> tuple[list[Sent], list[str]]:
     """Each fault with the lines from its sending to the next one's, and a complaint for each line before the first."""
-    ends = [*(each.at for each in sent[1:]), math.inf]
+    ends = [*(each.at for each in sent[1:]), math.inf][: len(sent)]
     owned = [
         replace(each, lines=tuple(line for line in lines if each.at <= line["time"] < end))
         for each, end in zip(sent, ends, strict=True)
