@@ -93,6 +93,7 @@ class RunStaff:
         self.teachers = teachers
         self.controller = controller
         self.ranks = ranks
+        self.students_lack_weights = False
         self._start_learner = start_learner
         self._connect = connect
         self._watch = watch
@@ -112,18 +113,17 @@ class RunStaff:
         answers = await asyncio.gather(*calls)
         return {process.name: health.pid for process, health in zip(everyone, answers, strict=True)}
 
-    async def mend_rollouts(self, ill: set[str]) -> bool:
+    async def mend_rollouts(self, ill: set[str]) -> None:
         ill = ill | {fault.who for fault in await self._watch.look(self.rollout_side)}
         if self._students_are_one and any(student.name in ill for student in self.students):
             ill |= {student.name for student in self.students}
+        self.students_lack_weights |= any(student.name in ill for student in self.students)
         await _all(self._renew(process) for process in self.rollout_side if process.name in ill)
-        if self.controller.name in ill:
-            well = [engine for engine in (*self.students, *self.teachers) if engine.name not in ill]
-            calls = [engine.handle.drop_clients.remote() for engine in well]
-        else:
-            calls = [self.controller.handle.reconnect.remote()]
-        await _all(within(self._call_timeout_s, call, "the others to forget who is gone") for call in calls)
-        return any(student.name in ill for student in self.students)
+        if self.controller.name not in ill:
+            await within(self._call_timeout_s, self.controller.handle.reconnect.remote(), "the controller to reconnect")
+        well = [engine for engine in (*self.students, *self.teachers) if engine.name not in ill]
+        calls = (engine.handle.drop_calls.remote() for engine in well)
+        await _all(within(self._call_timeout_s, call, "an engine to drop its calls") for call in calls)
 
     async def restart_learner(self) -> None:
         if self._students_are_one:

@@ -51,6 +51,8 @@ class StoredLearner(Learner, Protocol):
 class Staff(Protocol):
     """Everyone who works on a run, and how they are mended. Defined here, implemented over Ray by ``staff``."""
 
+    students_lack_weights: bool  # True from a student engine's new start until its user says otherwise
+
     @property
     def rollout_side(self) -> Sequence[Member]:
         """The controller, then the engines."""
@@ -60,11 +62,8 @@ class Staff(Protocol):
     def ranks(self) -> Sequence[Member]: ...
     @property
     def students(self) -> Sequence[Member]: ...
-    async def mend_rollouts(self, ill: set[str]) -> bool:
-        """Start anew whoever of the rollout side is named, or found ill, and have the rest forget them.
-
-        Returns whether a student engine was among them: it holds the weights it was started with.
-        """
+    async def mend_rollouts(self, ill: set[str]) -> None:
+        """Start anew whoever of the rollout side is named, or found ill, and have the rest forget them."""
         ...
 
     async def restart_learner(self) -> None:
@@ -205,10 +204,12 @@ class SupervisedLearner:
         """Bring the rollout side back, with the weights that the learner holds when no step of it is under way."""
 
         async def cure() -> None:
-            if await self._staff.mend_rollouts(ill.names):
+            await self._staff.mend_rollouts(ill.names)
+            if self._staff.students_lack_weights:
                 async with self._turn:
                     await self._to_students(self._staff.connect())
                     await self._to_students(self._learner.sync(self._version))
+                self._staff.students_lack_weights = False
 
         await self._repairs.make(ill.faults, cure, what="the rollouts go on", counts=counts)
 
@@ -224,6 +225,7 @@ class SupervisedLearner:
                 await self._to_students(self._staff.connect())
                 self._version = await load()
                 await self._to_students(self._learner.sync(self._version))
+                self._staff.students_lack_weights = False
             except LearnerLost as again:
                 raise Ill(again.faults) from again
 

@@ -25,6 +25,8 @@ Kind = Literal["died", "silent", "hung", "failed", "out_of_memory"]
 _PASSING = (RayError, WaitedTooLong, EngineCallError, RolloutError, LearnerRankDied)
 """What may go well at the next try. Any other error of a call, where nobody is ill, is a fault of the program."""
 
+_ENDED = "its process has ended"
+
 
 class Member(Protocol):
     """One process of a run."""
@@ -94,7 +96,7 @@ class Watch:
         faults = await self.look(members)
         called, cause = members[0].name, cause_of(error)
         if isinstance(error, RayError) and not isinstance(error, RayTaskError) and called not in _names(faults):
-            faults.append(self._fault(_kind_of(error), called, error))
+            faults.append(self._fault(_kind_of(error), called, _reason_of(error)))
         if faults:
             return Ill(faults)
         if isinstance(cause, _PASSING):
@@ -116,9 +118,9 @@ class Watch:
         except WaitedTooLong:
             return self._fault("silent", member.name, f"no answer for {timeout_s:g} s")
         except RayError as error:
-            return self._fault(_kind_of(error), member.name, error)
+            return self._fault(_kind_of(error), member.name, _reason_of(error))
         if not health.is_ready:
-            return self._fault("died", member.name, "its process has ended")
+            return self._fault("died", member.name, _ENDED)
         if health.failure is not None:
             return self._fault("died", member.name, health.failure)
         self._heard_s[member.name] = time.monotonic() - health.still_s
@@ -173,6 +175,11 @@ def _kind_of(error: RayError) -> Kind:
     if isinstance(error, OutOfMemoryError):
         return "out_of_memory"
     return "died" if isinstance(error, RayActorError) else "failed"
+
+
+def _reason_of(error: RayError) -> object:
+    """Ray says that it may have ended, and that it does not know what became of the call."""
+    return _ENDED if isinstance(error, RayActorError) else error
 
 
 def _names(faults: Sequence[Fault]) -> set[str]:

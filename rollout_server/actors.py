@@ -113,9 +113,9 @@ class EngineActor:
             failure=self._engine.failure,
         )
 
-    async def drop_clients(self) -> None:
+    async def drop_calls(self) -> None:
         """End what dead clients, or those that have given up, left under way."""
-        self._streams.drop_clients()
+        self._streams.drop_calls()
 
     async def shutdown(self) -> None:
         """End vLLM's own processes, which would outlive this one."""

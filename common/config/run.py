@@ -25,7 +25,7 @@ class Placement(Part):
     """student_gpu: on the student engine's GPU, so that a run fits on two. Leave the learner its memory through
     engines.student.gpu_memory_utilization."""
     timeout_s: Seconds = 300.0
-    """How long to wait for the resources."""
+    """How long to wait for the resources; also for others in place of a lost node's."""
 
 
 class RunConfig(Part):

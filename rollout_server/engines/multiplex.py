@@ -45,6 +45,7 @@ class _Client:
         return News(written=WrittenBatch.pack(written), rows=RowsBatch.pack(rows), failures=failures)
 
     def close(self, call_id: int) -> None:
+        self.paused.pop(call_id, None)
         if (task := self.calls.pop(call_id, None)) is not None:
             task.cancel()
 
@@ -69,12 +70,13 @@ class StreamMultiplexer:
         """Since one of them last wrote or read something, or since the first of them came; 0 while there is none."""
         return time.monotonic() - self._moved_s if self.num_busy else 0.0
 
-    def drop_clients(self) -> None:
-        """End every call: whoever made them is gone, or has given them up."""
+    def drop_calls(self) -> None:
+        """End every call. Who made it is gone, or has given it up, or hears that it failed."""
         for client in self._clients.values():
             for call_id in list(client.calls):
                 client.close(call_id)
-        self._clients.clear()
+                client.failures[call_id] = "dropped, for another part of the run is being mended"
+            client.ring()
 
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
         """Take orders; return all news since the client's last exchange, or wait for some for ``wait_s``.

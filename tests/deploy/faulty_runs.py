@@ -7,15 +7,19 @@ learner's weights, so that the probe of the weights is left out.
 import asyncio
 import json
 import os
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from common.sequence import Ids, TopLogprobs
 from deploy.cluster import Shells
 from rollout_server.actors import EngineActor
 from rollout_server.engine import EngineFacts, EngineSpec, WriteRequest, Written
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
+from rollout_server.traces.reader import TraceReader
 from tests.trainer.unprobed import Unprobed
 from trainer.actors import LearnerActor
 from trainer.probe import ProbeReport
@@ -115,3 +119,17 @@ def last_step(run_dir: Path) -> int:
     metrics = run_dir / "metrics.jsonl"
     lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+def processes_of_run(caplog: pytest.LogCaptureFixture) -> dict[str, int]:
+    """Process ids by name, as the run in this process has logged them at its start."""
+    (record,) = [record for record in caplog.records if record.msg.startswith("process ids")]
+    assert isinstance(record.args, dict)
+    return record.args
+
+
+def trained(run_dir: Path) -> Counter[tuple[str, int]]:
+    """How often the trace holds each prompt of each epoch."""
+    with TraceReader(run_dir / "traces") as reader:
+        assert not reader.skipped
+        return Counter((record.prompt_id, record.epoch) for record in reader.sequences(limit=1000))

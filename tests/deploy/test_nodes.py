@@ -3,7 +3,6 @@
 import asyncio
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -18,8 +17,7 @@ from ray.util.placement_group import placement_group_table
 from common.config_source import read_config
 from deploy.launch import hired
 from deploy.steps import run as run_steps
-from rollout_server.traces.reader import TraceReader
-from tests.deploy.faulty_runs import PLAYED, until_step, write_config
+from tests.deploy.faulty_runs import PLAYED, trained, until_step, write_config
 from tests.deploy.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
 
 RUN_TIMEOUT_S = 400.0
@@ -99,8 +97,7 @@ async def test_a_run_that_loses_the_teacher_s_node_finishes_on_the_others(three_
     assert node_of_teacher() is None, "the run gives back what it had"
     faults = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
     assert "teacher engine" in {fault["who"] for fault in faults}
-    with TraceReader(tmp_path / "run" / "traces") as reader:
-        counts = Counter((record.prompt_id, record.epoch) for record in reader.sequences(limit=1000))
+    counts = trained(tmp_path / "run")
     assert (len(counts), set(counts.values())) == (8 * 4, {1})
 
 

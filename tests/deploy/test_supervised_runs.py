@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import signal
-from collections import Counter
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,7 @@ from common.config_source import read_config
 from deploy.launch import hired
 from deploy.preflight import prepare
 from deploy.steps import run
-from rollout_server.traces.reader import TraceReader
-from tests.deploy.faulty_runs import PLAYED, POISON, until_step, write_config
+from tests.deploy.faulty_runs import PLAYED, POISON, processes_of_run, trained, until_step, write_config
 
 NUM_STEPS, PROMPTS_PER_STEP = 6, 4
 TIMEOUT_S = 120.0
@@ -46,18 +44,6 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pat
         ray.shutdown()
 
 
-def process_ids(caplog: pytest.LogCaptureFixture) -> dict[str, int]:
-    (record,) = [record for record in caplog.records if record.msg.startswith("process ids")]
-    assert isinstance(record.args, dict)
-    return record.args
-
-
-def trained(run_dir: Path) -> Counter[tuple[str, int]]:
-    with TraceReader(run_dir / "traces") as reader:
-        assert not reader.skipped
-        return Counter((record.prompt_id, record.epoch) for record in reader.sequences(limit=1000))
-
-
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("who", ["student engine", "teacher engine", "controller", "learner"])
 async def test_the_run_goes_on(cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, who, kind) -> None:
@@ -65,7 +51,7 @@ async def test_the_run_goes_on(cluster: Path, tmp_path: Path, caplog: pytest.Log
     resolved = read_config(write_config(tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP))
     running = asyncio.create_task(run(resolved, partial(hired, resolved.config, shells=PLAYED)))
     await until_step(tmp_path / "run", 3, running)
-    os.kill(process_ids(caplog)[who], kind)
+    os.kill(processes_of_run(caplog)[who], kind)
     summary = await asyncio.wait_for(running, TIMEOUT_S)
     assert (summary["steps"], summary["sequences"]) == (NUM_STEPS, NUM_STEPS * PROMPTS_PER_STEP)
     lines = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]

@@ -15,6 +15,7 @@ from common.config import Supervision
 from common.errors import RunEnds
 from common.health import Health
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
+from common.waiting import WaitedTooLong
 from deploy.endings import clear_end
 from deploy.run_folder import RunFolder
 from deploy.set_aside import SetAside
@@ -66,15 +67,20 @@ class House:
         self.step_gate = asyncio.Event()
         self.step_gate.set()
         self.num_come = 0
+        self.students_lack_weights = False
+        self.fails_to_mend = 0  # so many times
         self.kept: list[list[str]] = []
         self._make_sequence = make_sequence
 
-    async def mend_rollouts(self, ill: set[str]) -> bool:
+    async def mend_rollouts(self, ill: set[str]) -> None:
         ill = ill | {member.name for member in self.rollout_side if member.answer != Health(pid=1)}
         self.calls.append(f"mend {', '.join(sorted(ill))}")
         for member in self.rollout_side:
             member.answer = Health(pid=1)
-        return "student engine" in ill
+        self.students_lack_weights |= "student engine" in ill
+        if self.fails_to_mend:
+            self.fails_to_mend -= 1
+            raise WaitedTooLong("waited 1 s for the teacher to start")
 
     async def restart_learner(self) -> None:
         self.calls.append("restart learner")
@@ -225,6 +231,36 @@ async def test_an_engine_that_dies_is_mended_gets_the_weights_and_only_what_is_m
     assert (fault["kind"], fault["who"]) == ("died", "student engine")
     assert fault["recovered_s"] > 0.0
     assert supervised.folder.read_set_aside() == []
+
+
+async def test_weights_are_brought_though_the_repair_failed_after_the_student_had_been_started(
+    supervised: Supervised,
+) -> None:
+    """Found ill at the first try only: the fault was the teacher's."""
+    house = supervised.house
+
+    def die(number: int) -> None:
+        if number == 1:
+            house.teacher.answer = Health(pid=1, failure="dead")
+            house.fails_to_mend = 1
+            raise RolloutError("p0.0.0", "EngineCallError: teacher: dead")
+
+    house.on_sequence = die
+    mend = house.mend_rollouts
+
+    async def mend_more(ill: set[str]) -> None:
+        await mend(ill | ({"student engine"} if house.fails_to_mend else set()))
+
+    house.mend_rollouts = mend_more  # type: ignore[method-assign]
+    assert len(await supervised.collect(2)) == 2
+    assert house.calls == [
+        "collect 2",
+        "mend student engine, teacher",
+        "mend teacher",
+        "connect",
+        "sync 0",
+        "collect 2",
+    ]
 
 
 async def test_a_member_that_hangs_interrupts_work_that_would_wait_for_ever(supervised: Supervised) -> None:
