@@ -97,19 +97,19 @@ class Cluster:
             stop_token_ids=inputs.stop_token_ids,
             live=LiveContext(max_model_len=inputs.max_model_len, prompts_as_chat=self._config.data.as_chat),
         )
-        rollouts = self._spawn(
-            RolloutActor,
-            self._plan.rollouts,
-            spec,
-            self._addresses(students),
-            self._addresses(teachers),
-            self._config.models.student,
-            name=name,
-        )
+        # No engine's handle among what Ray keeps for a restart: it warns of arguments that refer to anything.
+        rollouts = self._spawn(RolloutActor, self._plan.rollouts, spec, [], [], self._config.models.student, name=name)
+        addresses = self._addresses(students), self._addresses(teachers)
+
+        async def connect() -> None:
+            timeout_s = self._config.engines.start_timeout_s
+            await _answer(rollouts.connect.remote(*addresses), "the controller to start", timeout_s)
+
+        await connect()
         return Pair(
             students=students,
             teachers=teachers,
-            controller=Process(name="controller", handle=rollouts),
+            controller=Process(name="controller", handle=rollouts, start=connect),
             student_facts=student_facts,
             teacher_facts=teacher_facts,
             rollouts=RemoteRollouts(rollouts, timeout_s=self._config.trainer.step_timeout_s),

@@ -119,8 +119,8 @@ class RunStaff:
             ill |= {student.name for student in self.students}
         self.students_lack_weights |= any(student.name in ill for student in self.students)
         await _all(self._renew(process) for process in self.rollout_side if process.name in ill)
-        if self.controller.name not in ill:
-            await within(self._call_timeout_s, self.controller.handle.reconnect.remote(), "the controller to reconnect")
+        if self.controller.name not in ill and self.controller.start is not None:
+            await self.controller.start()
         well = [engine for engine in (*self.students, *self.teachers) if engine.name not in ill]
         calls = (engine.handle.drop_calls.remote() for engine in well)
         await _all(within(self._call_timeout_s, call, "an engine to drop its calls") for call in calls)

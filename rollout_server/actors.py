@@ -132,7 +132,7 @@ class EngineAddress:
 
 
 class RolloutActor:
-    """The switching controller in a process of its own."""
+    """The switching controller in a process of its own. Without engines it waits for ``connect``."""
 
     def __init__(
         self, spec: RolloutSpec, students: list[EngineAddress], teachers: list[EngineAddress], tokenizer: str
@@ -163,10 +163,11 @@ class RolloutActor:
 
     async def health(self) -> Health:
         """Answered by the event loop that the rollouts run on: where it is stuck, no answer comes."""
-        return Health(pid=os.getpid())
+        return Health(pid=os.getpid(), is_ready=bool(self._addresses[0]))
 
-    async def reconnect(self) -> None:
-        """Forget the engines and all calls to them: others may be behind the same handles now."""
+    async def connect(self, students: list[EngineAddress], teachers: list[EngineAddress]) -> None:
+        """Use these engines from now on, and forget all calls to others, or to those behind the same handles before."""
+        self._addresses = (students, teachers)
         self._rollouts = self._live = None
 
     async def write_live(self, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:

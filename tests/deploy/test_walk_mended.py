@@ -32,10 +32,8 @@ SETTINGS = [
 
 def vllm_process(engine_pid: int) -> int:
     """vLLM's own process under an engine's actor."""
-    (child,) = [
-        child for child in psutil.Process(engine_pid).children(recursive=True) if "VLLM" in " ".join(child.cmdline())
-    ]
-    return child.pid
+    children = psutil.Process(engine_pid).children(recursive=True)
+    return next(child.pid for child in children if "::EngineCore" in " ".join(child.cmdline()))
 
 
 async def test_the_run_goes_on_with_the_right_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
