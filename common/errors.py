@@ -6,3 +6,11 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with 2; every other exception is ours and keeps its traceback.
     """
+
+
+class RunEnds(RuntimeError):
+    """A run can't go on, for a reason outside the program: repairs are used up, memory or disk are. One line, as it is
+    to be shown: what, where, what to do.
+
+    The command line prints it alone and exits with 1; the run can be resumed.
+    """

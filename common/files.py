@@ -13,6 +13,14 @@ def write_whole(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
+def is_passing(name: str) -> bool:
+    """Whether a file or folder of this name is being written or removed, here or by who writes segments or checkpoints.
+
+    Not every hidden one is: a checkpoint holds ``.metadata``.
+    """
+    return name.startswith(".") and name.endswith((".unfinished", ".dropped"))
+
+
 def fsync(path: Path) -> None:
     """Wait until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -107,6 +107,18 @@ WAITING_REQUESTS = Metric(
     help="unfinished requests beyond those, which wait their turn",
     labels=("role",),
 )
+FAULTS = Metric(
+    name="run/faults",
+    kind="counter",
+    unit="faults",
+    help="parts of the run that died, hung or failed, and were mended or ended it",
+)
+PROMPTS_SET_ASIDE = Metric(
+    name="run/prompts_set_aside",
+    kind="counter",
+    unit="prompts",
+    help="prompts that failed again and again, and that the run goes on without",
+)
 STEP = Metric(name="step", kind="gauge", unit="steps", help="the last step measured")
 
 METRICS: Sequence[Metric] = (
@@ -118,4 +130,6 @@ METRICS: Sequence[Metric] = (
     READ_POSITIONS,
     RUNNING_REQUESTS,
     WAITING_REQUESTS,
+    FAULTS,
+    PROMPTS_SET_ASIDE,
 )

@@ -1,7 +1,8 @@
 """The command ``adaswitch``. Every command imports what it needs when it runs, so that ``--help`` is quick and reading
 a trace needs neither torch nor Ray.
 
-Exit codes: 0 done, 2 something the user gave can't be used (one line on stderr), 130 interrupted, 1 our own failure.
+Exit codes: 0 done, 2 something the user gave can't be used (one line on stderr), 130 interrupted, 1 a run that can't go
+on (one line on stderr) or our own failure (with its traceback).
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from common.errors import UserError
+from common.errors import RunEnds, UserError
 
 if TYPE_CHECKING:
     from rollout_server.traces.reader import TraceReader
@@ -33,6 +34,9 @@ class Commands(TyperGroup):
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
+        except RunEnds as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from error
@@ -148,7 +152,9 @@ def traces(
 
 @app.command()
 def serve(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="The folder that holds the runs' folders.")],
+    runs: Annotated[
+        str, typer.Argument(metavar="RUNS_DIR", help="The folder that holds the runs' folders, or its storage.url.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen at. Any but loopback needs --token-env.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8642,
     token_env: Annotated[
@@ -165,6 +171,9 @@ def serve(
     ] = "auto",
 ) -> None:
     """Serve the runs' traces over REST and as a page: the inspector."""
+    from contextlib import nullcontext
+
+    from rollout_server.api.mirror import mirrored
     from rollout_server.api.server import serve as serve_runs
 
     join = None
@@ -172,7 +181,8 @@ def serve(
         from deploy.attach import attach as join_cluster
 
         join = partial(join_cluster, address)
-    serve_runs(runs, host=host, port=port, token_env=token_env, names=name or [], attach=join)
+    with mirrored(runs) if "://" in runs else nullcontext(Path(runs)) as folder:
+        serve_runs(folder, host=host, port=port, token_env=token_env, names=name or [], attach=join)
 
 
 def _warn_of_skipped(reader: "TraceReader") -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import RunConfig
@@ -24,10 +24,12 @@ from deploy.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.preflight import Inputs
 from deploy.run_folder import RunFolder
 from deploy.shortage import describe_shortage
+from deploy.staff import Process, RunStaff
+from deploy.watch import Watch
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
-from trainer.actors import LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
+from trainer.actors import HEALTH_GROUP, LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,9 @@ T = TypeVar("T")
 class Pair:
     """Student and teacher engines, started and checked, and the rollouts over them. Replicas of a role are alike."""
 
-    students: list[ActorHandle]
-    teachers: list[ActorHandle]
+    students: list[Process]
+    teachers: list[Process]
+    controller: Process
     student_facts: EngineFacts
     teacher_facts: EngineFacts
     rollouts: RemoteRollouts
@@ -56,13 +59,24 @@ class SpawnedLearner:
     started: list[Any]  # each rank's answer to ``start``, to be awaited
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shells:
+    """Whose processes are started; others than the run's own stand for engines that compute nothing."""
+
+    engine: type = EngineActor
+    learner: type = LearnerActor
+
+
 class Cluster:
     """The actors of one run. Made by ``joined``."""
 
-    def __init__(self, config: RunConfig, plan: SeatingPlan, group: PlacementGroup, *, use_gpus: bool) -> None:
+    def __init__(
+        self, config: RunConfig, plan: SeatingPlan, group: PlacementGroup, shells: Shells, *, use_gpus: bool
+    ) -> None:
         self._config = config
         self._plan = plan
         self._group = group
+        self._shells = shells
         self._use_gpus = use_gpus
         self._actors: list[ActorHandle] = []
 
@@ -71,12 +85,9 @@ class Cluster:
 
         Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
         """
-        students = [self._spawn(EngineActor, place) for place in self._plan.students]
-        teachers = [self._spawn(EngineActor, place) for place in self._plan.teachers]
-        student_facts, teacher_facts = await asyncio.gather(
-            self._start_engines(students, "student", inputs, folder),
-            self._start_engines(teachers, "teacher", inputs, folder),
-        )
+        students = self._spawn_engines("student", self._plan.students, inputs, folder)
+        teachers = self._spawn_engines("teacher", self._plan.teachers, inputs, folder)
+        student_facts, teacher_facts = await asyncio.gather(_start_engines(students), _start_engines(teachers))
         spec = RolloutSpec(
             policy=self._config.policy,
             sampling=self._config.sampling,
@@ -86,38 +97,46 @@ class Cluster:
             stop_token_ids=inputs.stop_token_ids,
             live=LiveContext(max_model_len=inputs.max_model_len, prompts_as_chat=self._config.data.as_chat),
         )
-        rollouts = self._spawn(
-            RolloutActor,
-            self._plan.rollouts,
-            spec,
-            self._addresses(students, "student engine"),
-            self._addresses(teachers, "teacher engine"),
-            self._config.models.student,
-            name=name,
-        )
+        # No engine's handle among what Ray keeps for a restart: it warns of arguments that refer to anything.
+        rollouts = self._spawn(RolloutActor, self._plan.rollouts, spec, [], [], self._config.models.student, name=name)
+        addresses = self._addresses(students), self._addresses(teachers)
+
+        async def connect() -> None:
+            timeout_s = self._config.engines.start_timeout_s
+            await _answer(rollouts.connect.remote(*addresses), "the controller to start", timeout_s)
+
+        await connect()
         return Pair(
             students=students,
             teachers=teachers,
+            controller=Process(name="controller", handle=rollouts, start=connect),
             student_facts=student_facts,
             teacher_facts=teacher_facts,
             rollouts=RemoteRollouts(rollouts, timeout_s=self._config.trainer.step_timeout_s),
         )
 
-    async def _start_engines(
-        self, replicas: list[ActorHandle], role: Literal["student", "teacher"], inputs: Inputs, folder: RunFolder
-    ) -> EngineFacts:
-        """All replicas of a role side by side; what they have in common."""
+    def _spawn_engines(
+        self, role: Literal["student", "teacher"], seats: list[Seat], inputs: Inputs, folder: RunFolder
+    ) -> list[Process]:
+        """A process for each replica, still to be started."""
         spec, timeout_s = self._engine_spec(role, inputs, folder.path.name), self._config.engines.start_timeout_s
-        calls = [engine.start.remote(spec, inputs.self_test_prefix) for engine in replicas]
-        facts: list[EngineFacts] = [await _answer(call, f"a {role} engine to start", timeout_s) for call in calls]
-        return facts[0]
+        prefix = inputs.self_test_prefix
 
-    def _addresses(self, replicas: list[ActorHandle], name: str) -> list[EngineAddress]:
-        numbers = [""] if len(replicas) == 1 else [f" {number}" for number in range(len(replicas))]
+        def process(name: str, place: Seat) -> Process:
+            engine = self._spawn(self._shells.engine, place)
+            return Process(
+                name=name,
+                handle=engine,
+                start=lambda: _answer(engine.start.remote(spec, prefix), f"a {role} engine to start", timeout_s),
+            )
+
         return [
-            EngineAddress(handle=handle, name=f"{name}{number}", call_timeout_s=self._config.engines.call_timeout_s)
-            for handle, number in zip(replicas, numbers, strict=True)
+            process(name, place) for name, place in zip(_numbered(f"{role} engine", len(seats)), seats, strict=True)
         ]
+
+    def _addresses(self, replicas: list[Process]) -> list[EngineAddress]:
+        timeout_s = self._config.engines.call_timeout_s
+        return [EngineAddress(handle=it.handle, name=it.name, call_timeout_s=timeout_s) for it in replicas]
 
     def spawn_learner(self) -> SpawnedLearner:
         """Start the learner's ranks; they meet and load the model while the engines start."""
@@ -127,28 +146,69 @@ class Cluster:
             seed=self._config.seed,
             trust_remote_code=self._config.engines.trust_remote_code,
         )
-        ranks = [self._spawn(LearnerActor, place, rank, spec) for rank, place in enumerate(self._plan.learner)]
-        meeting_point = ranks[0].meeting_point.remote()
-        return SpawnedLearner(ranks=ranks, started=[rank.start.remote(meeting_point) for rank in ranks])
+        ranks = [
+            self._spawn(self._shells.learner, place, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
+            for rank, place in enumerate(self._plan.learner)
+        ]
+        return SpawnedLearner(ranks=ranks, started=_start_ranks(ranks))
 
     async def connect_learner(self, learner: SpawnedLearner, pair: Pair) -> RemoteLearner:
         """Open the weight transfer from the learner, once all of it is there, to the student engines."""
         config = self._config
-        timeout_s = config.engines.start_timeout_s
-        await _unwrapped(every_rank(learner.started, "the learner to start", timeout_s=timeout_s))
-        transfer = TransferSpec(
+        await _unwrapped(every_rank(learner.started, "the learner to start", timeout_s=config.engines.start_timeout_s))
+        await self._connect(learner.ranks, pair)
+        return RemoteLearner(
+            learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
+        )
+
+    def staff(self, learner: SpawnedLearner, pair: Pair, watch: Watch) -> RunStaff:
+        """The run's processes, as they are looked after."""
+
+        async def start_learner() -> None:
+            timeout_s = self._config.engines.start_timeout_s
+            await _unwrapped(every_rank(_start_ranks(learner.ranks), "the learner to start", timeout_s=timeout_s))
+
+        return RunStaff(
             students=pair.students,
+            teachers=pair.teachers,
+            controller=pair.controller,
+            ranks=[
+                Process(name=name, handle=rank, health_options={"concurrency_group": HEALTH_GROUP})
+                for name, rank in zip(_numbered("learner", len(learner.ranks)), learner.ranks, strict=True)
+            ],
+            start_learner=start_learner,
+            connect=lambda: self._connect(learner.ranks, pair),
+            watch=watch,
+            students_are_one=self._backend == "nccl",
+            seat_timeout_s=self._config.placement.timeout_s,
+            call_timeout_s=self._config.engines.call_timeout_s,
+            shortage=self._shortage,
+        )
+
+    async def _connect(self, ranks: list[ActorHandle], pair: Pair) -> None:
+        """Open the weight transfer, again where there was one."""
+        config = self._config
+        transfer = TransferSpec(
+            students=[student.handle for student in pair.students],
             backend=self._backend,
             workers_per_engine=config.engines.student.tensor_parallel_size,
             engine_dtype=pair.student_facts.dtype,
             timeout_s=config.sync.timeout_s,
             probe_tolerance=self._probe_tolerance(pair.student_facts),
         )
-        connected = [rank.connect.remote(transfer) for rank in learner.ranks]
-        await _unwrapped(every_rank(connected, "the weight transfer to open", timeout_s=timeout_s))
-        return RemoteLearner(
-            learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
-        )
+        calls = [rank.connect.remote(transfer) for rank in ranks]
+        what, timeout_s = "the weight transfer to open", config.engines.start_timeout_s
+        await _unwrapped(every_rank(calls, what, timeout_s=timeout_s))
+
+    def _shortage(self) -> str | None:
+        """What keeps Ray from finding another node for bundles whose node is lost. None where all have one."""
+        placed = placement_group_table(self._group)["bundles_to_node_id"]
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        lost = [bundle for number, bundle in enumerate(self._plan.bundles) if placed.get(number) not in alive]
+        if not lost:
+            return None
+        strategy, free = self._config.placement.strategy, _of_interest(ray.available_resources())
+        return describe_shortage(lost, strategy=strategy, nodes=_nodes(), free=free)
 
     async def stop(self) -> None:
         """End the actors: first those that only call others, then, side by side, those that hold something and give it
@@ -165,9 +225,19 @@ class Cluster:
         for actor in holders:
             ray.kill(actor)
 
-    def _spawn(self, shell: type, place: Seat, *arguments: Any, name: str | None = None) -> ActorHandle:
-        remote = ray.remote(shell).options(
+    def _spawn(
+        self,
+        shell: type,
+        place: Seat,
+        *arguments: Any,
+        name: str | None = None,
+        concurrency_groups: dict[str, int] | None = None,
+    ) -> ActorHandle:
+        """Ray puts a new process in place of one that ends; what it was doing is not done again by itself."""
+        remote = ray.remote(concurrency_groups=concurrency_groups or {})(shell).options(
             **({"name": name, "namespace": NAMESPACE} if name else {}),
+            max_restarts=-1,
+            max_task_retries=0,
             num_cpus=CPUS_PER_ACTOR,
             num_gpus=place.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -203,8 +273,26 @@ class Cluster:
         return 1e-3 if student.dtype == self._config.trainer.dtype == "float32" else 0.25
 
 
+def _numbered(name: str, number: int) -> list[str]:
+    return [name] if number == 1 else [f"{name} {each}" for each in range(number)]
+
+
+async def _start_engines(replicas: list[Process]) -> EngineFacts:
+    """All replicas of a role side by side; what they have in common."""
+    facts: list[EngineFacts] = await asyncio.gather(
+        *(replica.start() for replica in replicas if replica.start is not None)
+    )
+    return facts[0]
+
+
+def _start_ranks(ranks: list[ActorHandle]) -> list[Any]:
+    """Each rank's answer to ``start``, to be awaited."""
+    meeting_point = ranks[0].meeting_point.remote()
+    return [rank.start.remote(meeting_point) for rank in ranks]
+
+
 @asynccontextmanager
-async def joined(config: RunConfig) -> AsyncIterator[Cluster]:
+async def joined(config: RunConfig, shells: Shells | None = None) -> AsyncIterator[Cluster]:
     """Connect to Ray and reserve a run's resources; end all its actors and give everything back in the end.
 
     Raises UserError when the resources never come.
@@ -214,7 +302,7 @@ async def joined(config: RunConfig) -> AsyncIterator[Cluster]:
     use_gpus = _use_gpus(config.placement.use_gpus)
     plan = seat(config, use_gpus=use_gpus)
     group = await _reserve(config, plan)
-    cluster = Cluster(config, plan, group, use_gpus=use_gpus)
+    cluster = Cluster(config, plan, group, shells or Shells(), use_gpus=use_gpus)
     try:
         yield cluster
     finally:

@@ -1,6 +1,7 @@
 """A run on Ray, from the command to its summary: who is hired, and how the run ends."""
 
 import asyncio
+import logging
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -13,23 +14,31 @@ from common.config import RunConfig
 from common.config_source import ResolvedConfig
 from common.errors import UserError
 from deploy.attach import live_name
-from deploy.cluster import joined
+from deploy.cluster import Shells, joined
+from deploy.copies import fetch_if_ahead
+from deploy.endings import clear_end
 from deploy.preflight import Inputs, prepare
 from deploy.resume import find_resumable, refuse_other_settings
 from deploy.run_folder import RunFolder
+from deploy.set_aside import SetAside
 from deploy.steps import Crew, run
+from deploy.supervision import Repairs, SupervisedLearner, SupervisedRollouts
 from deploy.terminal import ProgressDisplay, make_console, print_summary
+from deploy.watch import Watch
 from rollout_server.actors import Collected
 from rollout_server.engine import EngineFacts
 from trainer.evaluate import EvaluationReport, evaluate
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 
 def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
     """Run the whole distillation, or the rest of one that was interrupted, and print its summary."""
     resumed = None
     if resume:
+        fetch_if_ahead(resolved.config)
         resumed = find_resumable(resolved.config)
         refuse_other_settings(resumed.folder, resolved)
         if (summary := resumed.finished_summary(resolved.config.trainer.num_steps)) is not None:
@@ -40,7 +49,7 @@ def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
             print_summary(summary)
             return
 
-    print_summary(_run(run(resolved, partial(_hired, resolved.config), resumed)))
+    print_summary(_run(run(resolved, partial(hired, resolved.config), resumed)))
 
 
 def evaluate_student(resolved: ResolvedConfig) -> None:
@@ -50,15 +59,30 @@ def evaluate_student(resolved: ResolvedConfig) -> None:
 
 
 @asynccontextmanager
-async def _hired(config: RunConfig, inputs: Inputs, folder: RunFolder, display: ProgressDisplay) -> AsyncIterator[Crew]:
+async def hired(
+    config: RunConfig, inputs: Inputs, folder: RunFolder, display: ProgressDisplay, *, shells: Shells | None = None
+) -> AsyncIterator[Crew]:
     """The run's actors, started and wired; ended when the run is."""
     display.note("starting the engines and the learner")
-    async with joined(config) as cluster:
+    async with joined(config, shells) as cluster:
         learner_actor = cluster.spawn_learner()
         pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
-        yield Crew(rollouts=pair.rollouts, learner=learner, put=Collected.put)
+        watch, repairs = Watch(config.supervision), Repairs(config.supervision, folder)
+        staff = cluster.staff(learner_actor, pair, watch)
+        logger.info("process ids: %s", await staff.register())
+        supervised = SupervisedLearner(learner, staff=staff, watch=watch, repairs=repairs)
+        rollouts = SupervisedRollouts(
+            pair.rollouts,
+            learner=supervised,
+            staff=staff,
+            watch=watch,
+            repairs=repairs,
+            set_aside=SetAside(folder, inputs.prompts),
+            config=config.supervision,
+        )
+        yield Crew(rollouts=rollouts, learner=supervised, put=Collected.put, bring_back=supervised.bring_back)
 
 
 async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
@@ -93,3 +117,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(until_told_to_stop())
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
+    except Exception as error:
+        if (end := clear_end(error)) is not None:
+            raise end from error
+        raise

@@ -17,7 +17,7 @@ from trainer.sequence_files import read_sequences
 
 logger = logging.getLogger(__name__)
 
-MAY_DIFFER = ("run_dir", "trainer.num_steps", "placement", "logging", "checkpoints")
+MAY_DIFFER = ("run_dir", "trainer.num_steps", "placement", "logging", "checkpoints", "storage", "supervision")
 """Settings, or parts of them, that a resumed run may change. So it may every time-out."""
 
 
@@ -57,11 +57,11 @@ def find_resumable(config: RunConfig) -> Resumable:
     """
     folders = RunFolder.all(config.run_dir)
     for folder in reversed(folders):
-        checkpoint = find_last_good(folder.checkpoints)
-        if checkpoint is not None:
+        resumable = last_resumable(folder)
+        if resumable is not None:
             if folder != folders[-1]:
                 logger.warning("%s has no checkpoint; going on with %s", folders[-1].path, folder.path)
-            return Resumable(folder=folder, checkpoint=checkpoint, state=RunState.read(checkpoint / "state.json"))
+            return resumable
     looked = f"none of {', '.join(str(folder.path) for folder in folders)} has one" if folders else "no such folder"
     raise UserError(f"run_dir: {config.run_dir!r} has no checkpoint to resume ({looked}); leave --resume out to start")
 
@@ -91,6 +91,20 @@ def rewind(resumable: Resumable, resolved: ResolvedConfig) -> None:
     folder.cut_after(state.step, last_collected=state.last_collected_step)
     clear_after(folder.checkpoints, state.step)
     folder.write_config(resolved)
+
+
+def last_resumable(folder: RunFolder) -> Resumable | None:
+    """The run at its last good checkpoint. None where it has none."""
+    checkpoint = find_last_good(folder.checkpoints)
+    if checkpoint is None:
+        return None
+    return Resumable(folder=folder, checkpoint=checkpoint, state=RunState.read(checkpoint / "state.json"))
+
+
+def rewind_to_beginning(folder: RunFolder) -> None:
+    """Take the run's folder back to where no step has been made."""
+    folder.cut_after(-1, last_collected=0)
+    clear_after(folder.checkpoints, 0)
 
 
 def _may_differ(key: str) -> bool:

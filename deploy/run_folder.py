@@ -1,5 +1,5 @@
-"""A run's folder: it explains itself. ``config.yaml``, ``metrics.jsonl``, ``traces/``, ``checkpoints/``, ``student/``,
-``summary.json``.
+"""A run's folder: it explains itself. ``config.yaml``, ``metrics.jsonl``, ``faults.jsonl``, ``set_aside.jsonl``,
+``traces/``, ``checkpoints/``, ``student/``, ``summary.json``.
 
 Owns names and formats of these files. docs/metrics.md says what each metric means.
 """
@@ -8,11 +8,12 @@ import fcntl
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from common.config_source import ResolvedConfig, dump_config
 from common.errors import UserError
@@ -32,10 +33,14 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, wanted: str, resolved: ResolvedConfig) -> "RunFolder":
-        """Make the folder and store the configuration. One that holds a run is left alone: -2, -3, ... is added."""
+    def create(cls, wanted: str, resolved: ResolvedConfig, *, taken: Collection[str] = ()) -> "RunFolder":
+        """Make the folder and store the configuration. One that holds a run, or whose name is ``taken`` elsewhere, is
+        left alone: -2, -3, ... is added.
+        """
         for number in count(1):
             path = Path(wanted if number == 1 else f"{wanted}-{number}").absolute()
+            if path.name in taken:
+                continue
             try:
                 path.mkdir(parents=True)
             except FileExistsError:
@@ -87,16 +92,25 @@ class RunFolder:
         write_whole(self.path / "config.yaml", dump_config(resolved))
 
     def append_metrics(self, metrics: Metrics) -> None:
-        """One line of JSON: what one step or one evaluation measured."""
-        with self._metrics_file.open("a") as file:
-            file.write(json.dumps({"time": time.time(), **metrics}) + "\n")
+        """What one step or one evaluation measured."""
+        _append(self._metrics_file, {"time": time.time(), **metrics})
 
     def read_metrics(self) -> list[Metrics]:
-        """All lines but one that a crash left half-written."""
-        if not self._metrics_file.exists():
-            return []
-        lines = self._metrics_file.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return _read(self._metrics_file)
+
+    def append_fault(self, fault: Mapping[str, object]) -> None:
+        """What went wrong with a part of the run, and what became of it."""
+        _append(self.path / "faults.jsonl", fault)
+
+    def read_faults(self) -> list[dict[str, Any]]:
+        return _read(self.path / "faults.jsonl")
+
+    def append_set_aside(self, prompt: Mapping[str, object]) -> None:
+        """A prompt that the run goes on without. Never taken back: a resumed run leaves it out too."""
+        _append(self.path / "set_aside.jsonl", prompt)
+
+    def read_set_aside(self) -> list[dict[str, Any]]:
+        return _read(self.path / "set_aside.jsonl")
 
     def cut_after(self, step: int, *, last_collected: int) -> None:
         """Forget what was measured after ``step`` and what was traced for steps after ``last_collected``."""
@@ -127,6 +141,19 @@ class RunFolder:
             return None
         summary: dict[str, object] = json.loads(path.read_text())
         return summary
+
+
+def _append(file: Path, record: Mapping[str, object]) -> None:
+    """One line of JSON more."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """All lines but one that a crash left half-written."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 def metrics_of(record: Trained | Evaluated) -> Metrics:
@@ -172,7 +199,15 @@ def metrics_of(record: Trained | Evaluated) -> Metrics:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def summarise_run(lines: Sequence[Metrics], *, run_dir: Path, seconds: float, num_resumed: int) -> dict[str, object]:
+def summarise_run(
+    lines: Sequence[Metrics],
+    *,
+    run_dir: Path,
+    seconds: float,
+    num_resumed: int,
+    num_faults: int = 0,
+    set_aside: Sequence[str] = (),
+) -> dict[str, object]:
     """What the run came to, from all its metrics: the content of ``summary.json``. None where a run has no such thing.
 
     ``seconds`` are those of the whole run but for what was lost between a checkpoint and a crash.
@@ -207,6 +242,8 @@ def summarise_run(lines: Sequence[Metrics], *, run_dir: Path, seconds: float, nu
         "tokens": num_tokens,
         "seconds": seconds,
         "resumed": num_resumed,
+        "faults": num_faults,
+        "prompts_set_aside": list(set_aside),
         "run_dir": str(run_dir),
     }
 

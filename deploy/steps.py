@@ -4,33 +4,31 @@ Knows the loop's protocols and not what stands behind them: Ray's actors in a re
 """
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from common.config import Checkpoints
 from common.config_source import ResolvedConfig
 from common.sequence import MixedSequence
+from common.weights import WeightVersion
+from deploy.copies import copied_names, kept_copied
 from deploy.preflight import Inputs, prepare
 from deploy.provenance import hardware, write_versions
-from deploy.resume import Resumable, rewind
+from deploy.resume import Resumable, last_resumable, rewind, rewind_to_beginning
 from deploy.run_folder import RunFolder, metrics_of, summarise_run
+from deploy.supervision import LearnerLost, StoredLearner
 from deploy.terminal import ProgressDisplay, StepLine
 from deploy.trackers import Trackers
 from trainer.checkpoint import AHEAD, LEARNER, STUDENT, RunState, prune, write_checkpoint
-from trainer.loop import BEGINNING, Learner, Rollouts, distill
+from trainer.loop import BEGINNING, Rollouts, Start, distill
+from trainer.prompts import PromptCursor
 from trainer.reports import Collected, Evaluated, StepDone, Trained
 from trainer.sequence_files import write_sequences
 
-
-class StoredLearner(Learner, Protocol):
-    """A learner that can be stored, to be served or to go on from, and brought back."""
-
-    async def save(self, folder: Path) -> None: ...
-    async def save_state(self, folder: Path) -> None: ...
-    async def load_state(self, folder: Path) -> None: ...
+BringBack = Callable[[LearnerLost, Callable[[], Awaitable[WeightVersion]]], Awaitable[None]]
+"""Start the learner anew, have its state loaded, and bring the engines the weights that it then has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +38,7 @@ class Crew:
     rollouts: Rollouts
     learner: StoredLearner
     put: Callable[[MixedSequence], Collected]  # a sequence from a checkpoint, as rollouts would have handed it out
+    bring_back: BringBack | None = None  # a learner that was lost
 
 
 Hire = Callable[[Inputs, RunFolder, ProgressDisplay], AbstractAsyncContextManager[Crew]]
@@ -49,7 +48,7 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
     """A run from its beginning, or from a checkpoint, to its summary."""
     config, started_s = resolved.config, time.perf_counter()
     inputs = prepare(config, cursor=None if resumed is None else resumed.state.cursor)
-    folder = RunFolder.create(config.run_dir, resolved) if resumed is None else resumed.folder
+    folder = _new_folder(resolved) if resumed is None else resumed.folder
     after_step = 0 if resumed is None else resumed.state.step
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
@@ -57,6 +56,7 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
             rewind(resumed, resolved)
             started_s -= resumed.state.seconds
         num_resumed = write_versions(folder.path, after_step=after_step) - 1
+        changed = stack.enter_context(kept_copied(config.storage, folder.path))
         trackers = stack.enter_context(Trackers.open(config, folder.path))
         display = stack.enter_context(ProgressDisplay(config.trainer.num_steps, first_step=after_step + 1))
         display.note(f"run folder {folder.path}; {hardware()}")
@@ -66,25 +66,73 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
                 display.note(f"going on after step {after_step}")
                 await crew.learner.load_state(resumed.checkpoint / LEARNER)
                 start = resumed.start(crew.put)
-            steps = distill(
-                config.trainer,
-                prompts=inputs.prompts,
-                rollouts=crew.rollouts,
-                learner=crew.learner,
-                held_out=inputs.held_out,
-                num_probe_prompts=config.sync.num_probe_prompts,
-                start=start,
-            )
             checkpoints = CheckpointTaker(
                 config.checkpoints, folder, crew.learner, num_steps=config.trainer.num_steps, started_s=started_s
             )
-            await _follow(steps, checkpoints, folder, trackers, display)
-            display.note("saving the student")
-            await crew.learner.save(folder.student)
-    seconds = time.perf_counter() - started_s
-    summary = summarise_run(folder.read_metrics(), run_dir=folder.path, seconds=seconds, num_resumed=num_resumed)
-    folder.write_summary(summary)
+            while True:
+                steps = distill(
+                    config.trainer,
+                    prompts=inputs.prompts,
+                    rollouts=crew.rollouts,
+                    learner=crew.learner,
+                    held_out=inputs.held_out,
+                    num_probe_prompts=config.sync.num_probe_prompts,
+                    start=start,
+                )
+                try:
+                    async with aclosing(steps):
+                        await _follow(steps, checkpoints, folder, trackers, display, changed)
+                    display.note("saving the student")
+                    await crew.learner.save(folder.student)
+                    break
+                except LearnerLost as lost:
+                    start = await _take_back(lost, crew, resolved, inputs, folder, display)
+        seconds = time.perf_counter() - started_s
+        summary = summarise_run(
+            folder.read_metrics(),
+            run_dir=folder.path,
+            seconds=seconds,
+            num_resumed=num_resumed,
+            num_faults=len(folder.read_faults()),
+            set_aside=[line["prompt_id"] for line in folder.read_set_aside()],
+        )
+        folder.write_summary(summary)
     return summary
+
+
+def _new_folder(resolved: ResolvedConfig) -> RunFolder:
+    """Of a name that no run has, here or where runs are copied to."""
+    config = resolved.config
+    return RunFolder.create(config.run_dir, resolved, taken=copied_names(config.storage))
+
+
+async def _take_back(
+    lost: LearnerLost,
+    crew: Crew,
+    resolved: ResolvedConfig,
+    inputs: Inputs,
+    folder: RunFolder,
+    display: ProgressDisplay,
+) -> Start:
+    """Take the run back to its last good checkpoint, or its beginning, with a learner that is there again."""
+    if crew.bring_back is None:
+        raise lost
+    resumable = last_resumable(folder)
+    if resumable is None:
+        rewind_to_beginning(folder)
+    else:
+        rewind(resumable, resolved)
+    inputs.prompts.go_to(PromptCursor() if resumable is None else resumable.state.cursor)
+
+    async def load() -> WeightVersion:
+        if resumable is None:
+            return 0
+        await crew.learner.load_state(resumable.checkpoint / LEARNER)
+        return resumable.state.step
+
+    await crew.bring_back(lost, load)
+    display.note(f"going on after step {0 if resumable is None else resumable.state.step}")
+    return BEGINNING if resumable is None else resumable.start(crew.put)
 
 
 async def _follow(
@@ -93,12 +141,14 @@ async def _follow(
     folder: RunFolder,
     trackers: Trackers,
     display: ProgressDisplay,
+    changed: Callable[[], None],
 ) -> None:
-    """Pass on what the loop measures, until its last step."""
+    """Pass on what the loop measures, until its last step. ``changed`` is told when the folder has grown."""
     accuracy = None  # of the weights as they are now
     async for record in steps:
         if isinstance(record, StepDone):
             await checkpoints.take_if_due(record, accuracy)
+            changed()
             continue
         accuracy = record.report.accuracy if isinstance(record, Evaluated) else None
         folder.append_metrics(metrics_of(record))

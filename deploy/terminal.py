@@ -253,6 +253,8 @@ _ROWS: dict[str, tuple[str, str]] = {
     "seconds": ("seconds in all", "{:.1f}"),
     "max_probe_nats": ("largest probe difference, nats", "{:.1e}"),
     "resumed": ("resumed", "{}"),
+    "faults": ("faults", "{}"),
+    "prompts_set_aside": ("prompts set aside", "{}"),
     "steps": ("steps", "{}"),
     "sequences": ("sequences", "{}"),
     "tokens": ("tokens", "{}"),
@@ -268,11 +270,15 @@ _ROWS: dict[str, tuple[str, str]] = {
 
 
 def print_summary(summary: Mapping[str, object], console: Console | None = None) -> None:
-    """The final table: known rows under their names, in the order above, then whatever else there is. None is ``-``."""
+    """The final table: known rows under their names, in the order above, then whatever else there is. None, or nothing
+    in a list, is ``-``.
+    """
     table = _table("", "")
     for key in sorted(summary, key=[*_ROWS, *summary].index):
         label, template = _ROWS.get(key, (key, "{}"))
         value = summary[key]
+        if isinstance(value, list):
+            value = ", ".join(map(str, value)) or None
         table.add_row(_plain(label), _plain(_ABSENT if value is None else template.format(value)))
     (console or make_console()).print(table)
 

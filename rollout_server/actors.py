@@ -4,10 +4,12 @@ What they do is in ``engines/`` and ``rollouts``. vLLM is imported by the proces
 """
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import ray
 import torch
@@ -15,6 +17,7 @@ from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
 from common.cores import bind_to_cores
+from common.health import Health
 from common.logs import set_up_logging
 from common.metrics import READ_POSITIONS, RUNNING_REQUESTS, SWITCH_POSITION, WAITING_REQUESTS, WRITTEN_TOKENS
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
@@ -36,24 +39,40 @@ if TYPE_CHECKING:
     from rollout_server.engines.vllm import VLLMEngine
 
 
+T = TypeVar("T")
+
 _EXPORT_EVERY_S = 2.0
 _ENGINE_METRICS = (RUNNING_REQUESTS, WAITING_REQUESTS, WRITTEN_TOKENS, READ_POSITIONS)
 
 
 class EngineActor:
-    """One engine in a process of its own: vLLM's, or an imitated one. ``start`` comes first."""
+    """One engine in a process of its own: vLLM's, or an imitated one. ``start`` comes first.
+
+    Where Ray puts a new process in a dead one's place, ``start`` comes first again.
+    """
+
+    _engine: "VLLMEngine | ImitatedEngine"
+    _streams: StreamMultiplexer
+    _loading_since_s: float | None = None  # weights, where that is under way
 
     async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
         """Load the model and check the engine's numbers. Raises UserError when they don't mean what they must."""
         set_up_logging()
         if spec.settings.cpu_cores:
             bind_to_cores(spec.settings.cpu_cores)
-        self._engine = _start_engine(spec)
+        self._engine = self._start_engine(spec)
         self._streams = StreamMultiplexer(self._engine)
         facts = self._engine.facts
         await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
         self._exporting = asyncio.create_task(self._export(spec))
         return facts
+
+    def _start_engine(self, spec: EngineSpec) -> "VLLMEngine | ImitatedEngine":
+        if spec.imitate is not None:
+            return ImitatedEngine.start(spec)
+        from rollout_server.engines.vllm import VLLMEngine
+
+        return VLLMEngine.start(spec)
 
     async def _export(self, spec: EngineSpec) -> None:
         """Consumes the engine's counters; produces metrics; waits some seconds between looks; stops with the actor."""
@@ -75,22 +94,32 @@ class EngineActor:
         await self._engine.init_weight_transfer(transfer_info)
 
     async def load_weights(self, update: WeightUpdate) -> None:
-        await self._engine.load_weights(update)
+        self._loading_since_s = time.monotonic()
+        try:
+            await self._engine.load_weights(update)
+        finally:
+            self._loading_since_s = None
 
     async def num_running(self) -> int:
         return self._engine.num_running
 
+    async def health(self) -> Health:
+        if not hasattr(self, "_streams"):
+            return Health(pid=os.getpid(), is_ready=False)
+        return Health(
+            pid=os.getpid(),
+            num_busy=self._streams.num_busy + (self._loading_since_s is not None),
+            still_s=max(self._streams.still_s, time.monotonic() - (self._loading_since_s or time.monotonic())),
+            failure=self._engine.failure,
+        )
+
+    async def drop_calls(self) -> None:
+        """End what dead clients, or those that have given up, left under way."""
+        self._streams.drop_calls()
+
     async def shutdown(self) -> None:
         """End vLLM's own processes, which would outlive this one."""
         self._engine.shutdown()
-
-
-def _start_engine(spec: EngineSpec) -> "VLLMEngine | ImitatedEngine":
-    if spec.imitate is not None:
-        return ImitatedEngine.start(spec)
-    from rollout_server.engines.vllm import VLLMEngine
-
-    return VLLMEngine.start(spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +132,7 @@ class EngineAddress:
 
 
 class RolloutActor:
-    """The switching controller in a process of its own."""
+    """The switching controller in a process of its own. Without engines it waits for ``connect``."""
 
     def __init__(
         self, spec: RolloutSpec, students: list[EngineAddress], teachers: list[EngineAddress], tokenizer: str
@@ -131,6 +160,15 @@ class RolloutActor:
 
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         return await self._on_this_loop().probe(texts)
+
+    async def health(self) -> Health:
+        """Answered by the event loop that the rollouts run on: where it is stuck, no answer comes."""
+        return Health(pid=os.getpid(), is_ready=bool(self._addresses[0]))
+
+    async def connect(self, students: list[EngineAddress], teachers: list[EngineAddress]) -> None:
+        """Use these engines from now on, and forget all calls to others, or to those behind the same handles before."""
+        self._addresses = (students, teachers)
+        self._rollouts = self._live = None
 
     async def write_live(self, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
         """One sequence for who watches it; goes on beside the other calls. Raises LiveRefusal or LiveFailure."""
@@ -198,7 +236,15 @@ class RemoteRollouts:
             ray.cancel(references, recursive=False)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
-        return await within(self._timeout_s, self._handle.evaluate.remote(prompts), "the evaluation")
+        return await self._answer(self._handle.evaluate.remote(prompts), "the evaluation")
 
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
-        return await within(self._timeout_s, self._handle.probe.remote(texts), "the probe's rows")
+        return await self._answer(self._handle.probe.remote(texts), "the probe's rows")
+
+    async def _answer(self, reference: "ray.ObjectRef[T]", what: str) -> T:
+        """What is not waited for any more is not written any more either."""
+        try:
+            return await within(self._timeout_s, reference, what)
+        except (TimeoutError, asyncio.CancelledError):
+            ray.cancel(reference, recursive=False)
+            raise

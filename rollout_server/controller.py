@@ -33,6 +33,14 @@ from rollout_server.verdicts import Verdicts
 class RolloutError(RuntimeError):
     """A sequence could not be written. Names the prompt and what failed."""
 
+    def __init__(self, sequence_id: str, reason: str) -> None:
+        super().__init__(sequence_id, reason)
+        self.sequence_id = sequence_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"prompt {self.sequence_id}: {self.reason}"
+
 
 class SwitchingController:
     """Writes mixed sequences under one switch policy. The result does not depend on any engine's timing.
@@ -77,7 +85,7 @@ class SwitchingController:
                 try:
                     return await self.generate(prompt, others_wait=others_wait)
                 except Exception as error:
-                    raise RolloutError(f"prompt {prompt.sequence_id}: {type(error).__name__}: {error}") from error
+                    raise RolloutError(prompt.sequence_id, f"{type(error).__name__}: {error}") from error
 
         tasks = [asyncio.create_task(write(prompt)) for prompt in prompts]
         try:

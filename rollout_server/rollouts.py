@@ -85,7 +85,7 @@ class Rollouts:
             async for sequence in finished:
                 sequences.append(sequence)
                 yield sequence
-        if self._writer is not None:
+        if self._writer is not None and sequences:
             sequences.sort(key=lambda sequence: sequence.sequence_id)  # the order of arrival means nothing
             await asyncio.to_thread(self._writer.write_segment, step, sequences)
 

@@ -5,6 +5,7 @@ vLLM's trainer half and torch are imported by the learner's processes, not by th
 """
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from common.config import Trainer
+from common.health import Health
 from common.logs import set_up_logging
 from common.sequence import Ids, MixedSequence, TopLogprobs
 from common.waiting import WaitedTooLong
@@ -24,8 +26,12 @@ from common.weights import WeightUpdate, WeightVersion
 if TYPE_CHECKING:
     from trainer.learner import StepReport
     from trainer.probe import ProbeReport
+    from trainer.weight_sender import WeightSender
 
 T = TypeVar("T")
+
+HEALTH_GROUP = "health"
+"""Ray's name for the thread of a LearnerActor that tells its health."""
 
 _GRACE_S = 5.0  # after one rank's error, for others to say why: the first to notice is seldom the cause
 
@@ -67,6 +73,11 @@ class LearnerActor:
         self._rank = rank
         self._spec = spec
         self._timeout_s = spec.trainer.step_timeout_s
+        self._sender: WeightSender | None = None
+
+    def health(self) -> Health:
+        """To be asked in a concurrency group of its own (``HEALTH_GROUP``): a step must not keep it from answering."""
+        return Health(pid=os.getpid(), is_ready=hasattr(self, "_learner"))
 
     def meeting_point(self) -> str:
         """``host:port`` where rank 0 will wait for the others."""
@@ -88,7 +99,7 @@ class LearnerActor:
         )
 
     def connect(self, spec: TransferSpec) -> None:
-        """Open the weight transfer to all student engines."""
+        """Open the weight transfer to all student engines; again, once others are behind the same handles."""
         import torch
 
         from trainer.weight_sender import LearnerWeights, OneCallClient, Rendezvous, build_sender, replica_init_info
@@ -105,6 +116,8 @@ class LearnerActor:
         def load(update: WeightUpdate) -> None:
             ray.get([student.load_weights.remote(update) for student in spec.students], timeout=spec.timeout_s)
 
+        if self._sender is not None:
+            self._sender.shutdown()
         rendezvous = None
         if spec.backend == "nccl":
             rendezvous = Rendezvous.on_this_machine(num_workers=len(spec.students) * spec.workers_per_engine)
@@ -117,14 +130,14 @@ class LearnerActor:
         return self._learner.step(ray.get(list(references), timeout=self._timeout_s))
 
     def sync(self, version: WeightVersion) -> None:
-        self._sender.send(version)
+        self._connected().send(version)
 
     def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> "ProbeReport":
         from trainer.probe import check_sync
 
         return check_sync(
             self._learner.model,
-            self._sender.previous_weights,
+            self._connected().previous_weights,
             texts,
             rows,
             tolerance=self._probe_tolerance,
@@ -142,7 +155,11 @@ class LearnerActor:
 
     def shutdown(self) -> None:
         """Give back the shared memory."""
-        self._sender.shutdown()
+        self._connected().shutdown()
+
+    def _connected(self) -> "WeightSender":
+        assert self._sender is not None, f"learner rank {self._rank}: connect comes first"
+        return self._sender
 
 
 class RemoteLearner:
@@ -191,7 +208,7 @@ async def every_rank(calls: Sequence[Awaitable[T]], what: str, *, timeout_s: flo
             await asyncio.wait(answers, timeout=_GRACE_S)
         errors = {rank: a.exception() for rank, a in enumerate(answers) if a.done() and a.exception()}
         for rank, error in errors.items():
-            if isinstance(error, RayActorError):
+            if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):  # it, and not one it called
                 raise LearnerRankDied(f"learner rank {rank} of {len(answers)} died during {what}: {error}") from error
         for error in errors.values():
             assert error is not None

@@ -9,7 +9,7 @@ server's actors stand behind the two protocols.
 
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -81,13 +81,13 @@ async def distill(
     held_out: HeldOut | None,
     num_probe_prompts: int,
     start: Start = BEGINNING,
-) -> AsyncIterator[Trained | Evaluated | StepDone]:
+) -> AsyncGenerator[Trained | Evaluated | StepDone, None]:
     """Train up to step ``config.num_steps``, yielding each step's and each evaluation's measurements as they are made.
 
     The weights after step n are weight version n. With ``max_staleness`` 0 a step's sequences are written by the
     weights of the step before. With 1 the next step's are written while this one trains, and are whole before the
     new weights go out: no sequence is torn between two versions, rollouts are never more than one step ahead, and
-    nothing is under way whenever this yields.
+    nothing is under way whenever this yields. A step without sequences trains nothing.
 
     Raises what the rollouts, the learner or the probe raise, and StaleSequences; closing the iterator ends what is
     being written.
@@ -103,17 +103,20 @@ async def distill(
             batch = await _collect(rollouts, prompts.take(config.prompts_per_step), step=step)
         batch = await _refuse_stale(batch, rollouts, step=step, max_staleness=config.max_staleness)
 
-        references = [item.reference for item in batch.items]
         ahead: Batch | None = None
-        if config.max_staleness > 0 and step < config.num_steps:
-            next_prompts = prompts.take(config.prompts_per_step)
-            training, ahead = await both(learner.step(references), _collect(rollouts, next_prompts, step=step + 1))
+        if not batch.items:  # every prompt of it is set aside: the weights stay as they are
+            await learner.sync(step)
         else:
-            training = await learner.step(references)
+            references = [item.reference for item in batch.items]
+            if config.max_staleness > 0 and step < config.num_steps:
+                next_prompts = prompts.take(config.prompts_per_step)
+                training, ahead = await both(learner.step(references), _collect(rollouts, next_prompts, step=step + 1))
+            else:
+                training = await learner.step(references)
 
-        probe_texts = [_probe_text(sequence) for sequence in batch.sequences[:num_probe_prompts]]
-        sync = await _synchronise(rollouts, learner, version=step, probe_texts=probe_texts)
-        yield Trained(step=step, rollout=summarise(batch, version=step - 1), training=training, sync=sync)
+            probe_texts = [_probe_text(sequence) for sequence in batch.sequences[:num_probe_prompts]]
+            sync = await _synchronise(rollouts, learner, version=step, probe_texts=probe_texts)
+            yield Trained(step=step, rollout=summarise(batch, version=step - 1), training=training, sync=sync)
 
         if held_out is not None and (step % held_out.every_steps == 0 or step == config.num_steps):
             yield await _evaluate(rollouts, held_out, step=step)

@@ -54,7 +54,7 @@ class PromptCursor:
 
 
 class PromptStream:
-    """Prompts without end, epoch after epoch. Mutable in one thing: its cursor.
+    """Prompts without end, epoch after epoch. Mutable in its cursor, and in what is left out.
 
     ``key`` is the place of ``config`` in the tree and heads every error. ``max_prompt_tokens`` is what the context
     leaves for a prompt; ``answers`` is there where answers are trained on. Raises UserError for anything in the rows
@@ -81,6 +81,7 @@ class PromptStream:
         self._shuffle = config.shuffle
         self._samples_per_prompt = samples_per_prompt
         self._cursor = cursor or PromptCursor()
+        self._left_out: set[tuple[str, int]] = set()  # prompt id, sample index
         if self._cursor.position >= len(self):
             raise UserError(
                 f"{key}.path: {config.path!r} has {len(self)} rows, expected more than the {self._cursor.position} "
@@ -96,8 +97,18 @@ class PromptStream:
         """Where the next ``take`` begins. A stream made with it goes on with exactly the prompts this one would."""
         return self._cursor
 
+    def go_to(self, cursor: PromptCursor) -> None:
+        """Take from there next, for a run that goes on from a checkpoint."""
+        self._cursor = cursor
+
+    def leave_out(self, prompt_id: str, sample_index: int) -> None:
+        """Give out this sample no more, in any epoch. Its row keeps its place, and all others theirs."""
+        self._left_out.add((prompt_id, sample_index))
+
     def take(self, num_rows: int) -> list[Prompt]:
-        """The next rows' prompts, samples_per_prompt for each row, on into the next epoch where this one ends."""
+        """The next rows' prompts, samples_per_prompt for each row but for those left out, on into the next epoch where
+        this one ends.
+        """
         taken, self._cursor = self._from_cursor(num_rows)
         return taken
 
@@ -144,6 +155,7 @@ class PromptStream:
                 *(columns[name] for name in FEATURES), strict=True
             )
             for sample_index in range(self._samples_per_prompt)
+            if (prompt_id, sample_index) not in self._left_out
         ]
 
 

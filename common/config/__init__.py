@@ -49,12 +49,16 @@ from common.config.recording import (
     Checkpoints,
     Logging,
     MLflow,
+    Storage,
     Trace,
     Wandb,
 )
 from common.config.run import (
     Placement,
     RunConfig,
+)
+from common.config.supervision import (
+    Supervision,
 )
 from common.config.training import (
     LoRA,
@@ -97,6 +101,8 @@ __all__ = [
     "Sampling",
     "Seconds",
     "SkewedKL",
+    "Storage",
+    "Supervision",
     "Sync",
     "Threshold",
     "Trace",

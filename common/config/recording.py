@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from common.config.part import Part, Positive
+from common.config.part import Part, Positive, Seconds
 
 
 class Trace(Part):
@@ -25,6 +25,22 @@ class Checkpoints(Part):
     """Older ones are removed once a newer one is whole."""
     keep_best: bool = True
     """And the one with the highest held-out accuracy, if any was taken in a step that is evaluated."""
+
+
+class Storage(Part):
+    """Where runs' folders are copied while they go on, to be read and resumed elsewhere."""
+
+    url: str | None = None
+    """A folder that fsspec can reach, such as s3://bucket/runs or gs://bucket/runs: the run's own is made in it, under
+    its name. Keys come from the environment, never from here. Default: no copy."""
+    timeout_s: Seconds = 600.0
+    """How long one file may take, and how long a run that has ended waits for its copy to be whole."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        if self.url is not None and "@" in urlsplit(self.url).netloc:
+            raise ValueError("url must not hold a user or a password, for it is stored with the run")
+        return self
 
 
 class Wandb(Part):

@@ -8,7 +8,8 @@ from common.config.data import Data, Evaluation
 from common.config.engines import Engines, Models, Sampling
 from common.config.part import Part, Seconds
 from common.config.policies import SKD, AdaSwitch, Dataset, Mixture, Policy, Relay
-from common.config.recording import Checkpoints, Logging, Trace
+from common.config.recording import Checkpoints, Logging, Storage, Trace
+from common.config.supervision import Supervision
 from common.config.training import Sync, Trainer
 
 
@@ -24,7 +25,7 @@ class Placement(Part):
     """student_gpu: on the student engine's GPU, so that a run fits on two. Leave the learner its memory through
     engines.student.gpu_memory_utilization."""
     timeout_s: Seconds = 300.0
-    """How long to wait for the resources."""
+    """How long to wait for the resources; also for others in place of a lost node's."""
 
 
 class RunConfig(Part):
@@ -43,7 +44,9 @@ class RunConfig(Part):
     trainer: Trainer = Trainer()
     sync: Sync = Sync()
     checkpoints: Checkpoints = Checkpoints()
+    supervision: Supervision = Supervision()
     trace: Trace = Trace()
+    storage: Storage = Storage()
     logging: Logging = Logging()
     placement: Placement = Placement()
 

@@ -92,6 +92,11 @@ PANELS: Sequence[Panel] = (
     Panel(title="Probe after the weight sync, nats", lines=_of("sync/probe_nats")),
     Panel(title="Gradient norm", lines=_of("train/grad_norm")),
     Panel(title="Step and weight version", lines=_of("step", "sync/weight_version", what=("step", "weights"))),
+    Panel(
+        title="Faults and prompts set aside",
+        description="Parts of a run that died, hung or failed; prompts that it goes on without.",
+        lines=_of("run/faults", "run/prompts_set_aside", what=("faults", "set aside")),
+    ),
 )
 
 

@@ -53,6 +53,7 @@ class ImitatedEngine:
         self._fault = fault
         self._num_calls = {"write": 0, "score": 0}
         self.num_running = 0  # calls that have not ended yet
+        self.failure: str | None = None
         self.weight_version = 0
 
     @classmethod

@@ -4,6 +4,7 @@ the other. Knows nothing of Ray.
 
 import asyncio
 import logging
+import time
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ class _Client:
         return News(written=WrittenBatch.pack(written), rows=RowsBatch.pack(rows), failures=failures)
 
     def close(self, call_id: int) -> None:
+        self.paused.pop(call_id, None)
         if (task := self.calls.pop(call_id, None)) is not None:
             task.cancel()
 
@@ -56,6 +58,25 @@ class StreamMultiplexer:
         self.num_written_tokens = 0
         self.num_read_positions = 0
         self._clients: dict[str, _Client] = {}
+        self._moved_s = time.monotonic()
+
+    @property
+    def num_busy(self) -> int:
+        """Calls under way, but for those that wait for their reader."""
+        return sum(len(client.calls) - len(client.paused) for client in self._clients.values())
+
+    @property
+    def still_s(self) -> float:
+        """Since one of them last wrote or read something, or since the first of them came; 0 while there is none."""
+        return time.monotonic() - self._moved_s if self.num_busy else 0.0
+
+    def drop_calls(self) -> None:
+        """End every call. Who made it is gone, or has given it up, or hears that it failed."""
+        for client in self._clients.values():
+            for call_id in list(client.calls):
+                client.close(call_id)
+                client.failures[call_id] = "dropped, for another part of the run is being mended"
+            client.ring()
 
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
         """Take orders; return all news since the client's last exchange, or wait for some for ``wait_s``.
@@ -84,6 +105,8 @@ class StreamMultiplexer:
         return client.take_news()
 
     def _take(self, client: _Client, orders: Orders) -> None:
+        if not self.num_busy:
+            self._moved_s = time.monotonic()
         for call_id, request in orders.opens.items():
             client.calls[call_id] = asyncio.create_task(self._write(client, call_id, request))
         for call_id, read in orders.reads.unpack():
@@ -120,6 +143,7 @@ class StreamMultiplexer:
                         pause = client.paused[call_id] = asyncio.get_running_loop().create_future()
                     client.written.append((call_id, piece))
                     self.num_written_tokens += len(piece)
+                    self._moved_s = time.monotonic()
                     client.ring()
                     if pause is not None:
                         token_id = await pause
@@ -134,6 +158,7 @@ class StreamMultiplexer:
             rows = await self._engine.score(request)
             client.rows.append((call_id, rows))
             self.num_read_positions += request.num_rows
+            self._moved_s = time.monotonic()
             client.ring()
         except Exception as error:
             self._fail(client, call_id, error)

@@ -27,7 +27,6 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from common.config import EngineSettings as Settings
 from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.engine import (
@@ -62,7 +61,7 @@ class VLLMEngine:
         Raises what vLLM raises when the model can't be loaded or the memory does not suffice.
         """
         args = _engine_args(spec)
-        with _process_environment(spec.settings):
+        with _process_environment(spec):
             llm = AsyncLLM.from_engine_args(args)
         vocabulary = llm.model_config.get_vocab_size()
         assert llm.model_config.logprobs_mode == "raw_logprobs", llm.model_config.logprobs_mode
@@ -82,6 +81,11 @@ class VLLMEngine:
     def num_running(self) -> int:
         """Requests not finished yet."""
         return int(self._llm.output_processor.get_num_unfinished_requests())
+
+    @property
+    def failure(self) -> str | None:
+        """Why it can't go on: vLLM's own process is gone."""
+        return "vLLM's engine process is dead" if self._llm.errored else None
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
         """See the protocol. Pieces end where the whole text's length is a multiple of ``chunk_tokens``.
@@ -283,12 +287,14 @@ def _best_dtype() -> str:
 
 
 @contextmanager
-def _process_environment(settings: Settings) -> Iterator[None]:
-    """What vLLM's own processes read from the environment at their start; put back afterwards."""
-    if not current_platform.is_cpu():
-        yield
-        return
-    wanted = {"OMP_NUM_THREADS": str(settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+def _process_environment(spec: EngineSpec) -> Iterator[None]:
+    """What vLLM's own processes read from the environment at their start; put back afterwards.
+
+    Their titles tell whose they are: ``student::EngineCore``, ``teacher::Worker``.
+    """
+    wanted = {"VLLM_PROCESS_NAME_PREFIX": spec.name}
+    if current_platform.is_cpu():
+        wanted |= {"OMP_NUM_THREADS": str(spec.settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -95,7 +95,9 @@ class Head:
                 if f"{MARK}={self.folder.name}".encode() in (process / "environ").read_bytes():
                     found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
         return [
-            title for title in found if re.search(r"EngineActor|LearnerActor|RolloutActor|VLLM::|deploy\.cli", title)
+            title
+            for title in found
+            if re.search(r"EngineActor|LearnerActor|RolloutActor|::EngineCore|::Worker|deploy\.cli", title)
         ]
 
 

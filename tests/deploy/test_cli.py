@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from common.errors import RunEnds
 from deploy.cli import Commands, app
 from rollout_server.traces.writer import TraceWriter
 
@@ -60,6 +61,18 @@ def test_the_installed_command_shows_no_traceback_for_a_misspelt_key(config_file
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines() == ["error: policy.windw is not a setting (--set); did you mean policy.window?"]
+
+
+def test_a_run_that_can_t_go_on_is_one_line_on_stderr_and_exit_code_1():
+    ending = typer.Typer(cls=Commands)
+    ending.callback()(lambda: None)
+
+    @ending.command()
+    def train() -> None:
+        raise RunEnds("learner: died: its process has ended")
+
+    result = CliRunner().invoke(ending, ["train"])
+    assert (result.exit_code, result.stderr) == (1, "error: learner: died: its process has ended\n")
 
 
 def test_our_own_errors_keep_their_traceback():

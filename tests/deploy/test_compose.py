@@ -1,5 +1,7 @@
 """What the container files promise, as far as a file can show it; ``deploy/verify-compose.sh`` shows the rest."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,37 @@ def test_the_image_s_packages_are_those_the_code_is_tested_with() -> None:
     assert {name: version for name, version in shipped.items() if name in tested} == {
         name: tested[name] for name in shipped if name in tested
     }
+
+
+def test_prometheus_reads_the_inspector_s_token_from_the_file_that_its_container_makes(tmp_path: Path) -> None:
+    """The container's first process, with a program in Prometheus's place that says what it was given."""
+    service = BASE["prometheus"]
+    jobs = yaml.safe_load((DEPLOY / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    inspector = next(job for job in jobs if job["job_name"] == "inspector")
+    token_file = Path(inspector["authorization"]["credentials_file"])
+    folder, _, options = service["tmpfs"][0].partition(":")
+    assert token_file.parent == Path(folder), "the token would lie on a disk"
+    assert {"uid=65534", "mode=0700"} == set(options.split(",")), "nobody, as whom the image runs, and no one else"
+
+    seen = tmp_path / "prometheus"
+    seen.write_text('#!/bin/sh\necho "$@"; env\n')
+    seen.chmod(0o700)
+    script = service["entrypoint"][2].replace("$$", "$").replace(folder, str(tmp_path))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ADASWITCH_INSPECTOR_TOKEN": "not-to-be-seen %s"}
+    started = subprocess.run(
+        [*service["entrypoint"][:2], script], env=environment, capture_output=True, text=True, timeout=20, check=True
+    )
+    written = tmp_path / token_file.name
+    assert written.read_text() == "not-to-be-seen %s"
+    assert written.stat().st_mode & 0o777 == 0o600
+    assert "--config.file=/etc/prometheus/prometheus.yml" in started.stdout
+    assert "not-to-be-seen" not in started.stdout + started.stderr
+
+
+def test_compose_puts_the_token_on_no_command_line() -> None:
+    for name, service in BASE.items():
+        commands = " ".join([*service.get("command", []), *service.get("entrypoint", [])])
+        assert "${ADASWITCH_INSPECTOR_TOKEN" not in commands.replace("$${", ""), f"compose would put it into {name}"
+    given = BASE["prometheus"]["environment"]["ADASWITCH_INSPECTOR_TOKEN"]
+    assert given == "${ADASWITCH_INSPECTOR_TOKEN}"
+    assert "${ADASWITCH_INSPECTOR_TOKEN:?" in BASE["inspector"]["environment"]["ADASWITCH_INSPECTOR_TOKEN"]

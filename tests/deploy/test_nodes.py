@@ -1,14 +1,23 @@
-"""A run spread over Ray nodes on this machine: student, teacher, rollouts and learner each on one of its own."""
+"""Runs spread over Ray nodes on this machine: each actor on one of its own, and a run that loses a node half-way."""
 
+import asyncio
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
 
+from common.config_source import read_config
+from deploy.launch import hired
+from deploy.steps import run as run_steps
+from tests.deploy.faulty_runs import PLAYED, trained, until_step, write_config
 from tests.deploy.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
 
 RUN_TIMEOUT_S = 400.0
@@ -55,3 +64,45 @@ def seats_of(head: Head) -> list[tuple[str, str]]:
     """(role, node id) of a run's actors."""
     actors = head.listed("actors", "ALIVE")
     return [(actor["class_name"], actor["node_id"]) for actor in actors if actor["class_name"] in SEATS]
+
+
+@pytest.fixture
+def three_nodes() -> Iterator[Cluster]:
+    """Besides a head that has no room for actors."""
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": quick},
+    )
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=2, object_store_memory=100_000_000)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+async def test_a_run_that_loses_the_teacher_s_node_finishes_on_the_others(three_nodes: Cluster, tmp_path: Path) -> None:
+    settings = ["placement.strategy=SPREAD", f"placement.address={three_nodes.address}"]
+    resolved = read_config(write_config(tmp_path / "run", num_steps=8), settings)
+    running = asyncio.create_task(run_steps(resolved, partial(hired, resolved.config, shells=PLAYED)))
+    await until_step(tmp_path / "run", 3, running)
+    lost = node_of_teacher()
+    (node,) = [node for node in three_nodes.worker_nodes if node.node_id == lost]
+    await asyncio.to_thread(three_nodes.remove_node, node, allow_graceful=False)
+    summary = await asyncio.wait_for(running, RUN_TIMEOUT_S)
+    assert (summary["steps"], summary["sequences"]) == (8, 8 * 4)
+    assert node_of_teacher() is None, "the run gives back what it had"
+    faults = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
+    assert "teacher engine" in {fault["who"] for fault in faults}
+    counts = trained(tmp_path / "run")
+    assert (len(counts), set(counts.values())) == (8 * 4, {1})
+
+
+def node_of_teacher() -> str | None:
+    """The node of the run's second bundle. None where no run has any."""
+    tables: list[dict[str, Any]] = list(placement_group_table().values())
+    live = [table["bundles_to_node_id"][1] for table in tables if table["state"] == "CREATED"]
+    return live[0] if live else None

@@ -196,3 +196,18 @@ async def test_a_prompt_that_fails_is_named_and_ends_the_others(server, held_out
     with pytest.raises(RolloutError, match=r"prompt endless\.0\.0: .*maximum context length is 128"):
         await collect(server, [*held_out_prompts[:40], too_long], step=7)
     assert await server.falls_silent(), await server.num_running()
+
+
+async def test_a_controller_that_is_connected_again_works_on_and_one_without_engines_says_so(
+    server, held_out_prompts
+) -> None:
+    handle = server.rollouts._handle
+    assert (await handle.health.remote()).is_ready
+    addresses = [
+        [EngineAddress(handle=engine, name=name, call_timeout_s=60.0)]
+        for engine, name in ((server.student, "student engine"), (server.teacher, "teacher engine"))
+    ]
+    await handle.connect.remote(*addresses)
+    assert len(await collect(server, held_out_prompts[:4], step=8)) == 4
+    await handle.connect.remote([], [])
+    assert not (await handle.health.remote()).is_ready

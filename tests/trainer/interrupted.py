@@ -19,6 +19,7 @@ from common.config import RunConfig
 from common.config_source import read_config
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightUpdate
+from deploy.copies import fetch_if_ahead
 from deploy.preflight import Inputs
 from deploy.resume import find_resumable, refuse_other_settings
 from deploy.run_folder import RunFolder
@@ -123,6 +124,8 @@ async def hired(config: RunConfig, inputs: Inputs, folder: RunFolder, display: P
 
 def main(path: str, *, resume: bool) -> None:
     resolved = read_config(path)
+    if resume:
+        fetch_if_ahead(resolved.config)
     resumed = find_resumable(resolved.config) if resume else None
     if resumed is not None:
         refuse_other_settings(resumed.folder, resolved)

@@ -138,10 +138,11 @@ def run(
     held_out: bool = True,
     max_staleness: Literal[0, 1] = 0,
     start: Start = BEGINNING,
+    prompts: Prompts | None = None,
 ):
     return distill(
         Trainer(num_steps=num_steps, prompts_per_step=4, max_staleness=max_staleness),
-        prompts=Prompts(),  # type: ignore[arg-type]  # a stream's interface, without its file
+        prompts=prompts or Prompts(),  # type: ignore[arg-type]  # a stream's interface, without its file
         rollouts=house,
         learner=house,
         held_out=HeldOut(
@@ -155,6 +156,26 @@ def run(
         num_probe_prompts=2,
         start=start,
     )
+
+
+class MissingPrompts(Prompts):
+    """The second step's are all set aside."""
+
+    def peek(self, num_rows: int) -> list[Prompt]:
+        return [prompt for prompt in super().peek(num_rows) if not 4 <= prompt.seed < 8]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+async def test_a_step_whose_prompts_are_all_set_aside_trains_nothing_and_the_next_one_is_as_usual(
+    make_mixed_sequence, max_staleness
+) -> None:
+    house = House(make_mixed_sequence)
+    records = [record async for record in run(house, prompts=MissingPrompts(), max_staleness=max_staleness)]
+    assert [record.step for record in made_steps(records)] == [1, 3]
+    assert [record.step for record in records if isinstance(record, StepDone)] == [1, 2, 3]
+    assert [record.step for record in records if isinstance(record, Evaluated)] == [0, 2, 3]
+    assert [call for call in house.calls if call.startswith("sync")] == ["sync 1", "sync 2", "sync 3"]
+    assert house.calls.count("step") == 2
 
 
 def made_steps(records: Sequence[object]) -> list[Trained]:

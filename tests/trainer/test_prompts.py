@@ -344,3 +344,22 @@ def test_a_hub_that_can_not_be_reached_is_one_line(make_tokenizer: Callable[...,
     (message,) = ran.stdout.splitlines()
     assert message.startswith("data.path: can't read 'nobody/nothing' from the Hugging Face hub: ")
     assert message.endswith("expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub data set")
+
+
+def test_what_is_left_out_is_given_out_no_more_and_all_others_keep_their_places(open_stream: Open) -> None:
+    whole, lacking = (open_stream(TEXTS, samples_per_prompt=2) for _ in range(2))
+    lacking.leave_out("3", 1)
+    for _ in range(4):  # over an epoch's end
+        wanted = [(p.prompt_id, p.epoch, p.sample_index, p.seed) for p in whole.take(4)]
+        taken = [(p.prompt_id, p.epoch, p.sample_index, p.seed) for p in lacking.take(4)]
+        assert taken == [each for each in wanted if (each[0], each[2]) != ("3", 1)]
+        assert lacking.cursor == whole.cursor
+
+
+def test_a_stream_that_goes_back_gives_the_same_again(open_stream: Open) -> None:
+    stream = open_stream(TEXTS)
+    stream.take(3)
+    cursor, wanted = stream.cursor, [prompt.seed for prompt in stream.peek(9)]
+    stream.take(12)
+    stream.go_to(cursor)
+    assert [prompt.seed for prompt in stream.take(9)] == wanted

@@ -208,6 +208,32 @@ def test_a_full_disk_a_damaged_checkpoint_and_half_of_one_cost_nothing_that_was_
     assert_as_if_nothing_had_happened(run, undisturbed(1))
 
 
+def test_a_run_goes_on_from_its_copy_where_nothing_else_is_left_of_it(
+    models: Path, undisturbed: Callable[[int], Path], tmp_path: Path
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copies" / "run"
+    config = write_config(models, run, max_staleness=1)
+    config.write_text(f"{config.read_text()}storage: {{url: 'file://{copy.parent}'}}\n")
+    process, deadline_s = started(config), time.monotonic() + 300
+    try:
+        while not (copy / "checkpoints" / "step-000004" / "manifest.json").exists():
+            assert process.poll() is None, log_of(config).read_text()[-4000:]
+            assert time.monotonic() < deadline_s, "waited 300 s for the copy of a checkpoint"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    shutil.rmtree(run)
+    finish(config, "--resume")
+
+    assert legs_of(run)[0] == 0
+    assert legs_of(run)[1] >= 4
+    assert_as_if_nothing_had_happened(run, undisturbed(1))
+    assert traced(copy) == traced(run)
+    assert (copy / "summary.json").read_bytes() == (run / "summary.json").read_bytes()
+    assert names_in(copy / "checkpoints") == names_in(run / "checkpoints")
+
+
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -10,6 +10,10 @@ class Unprobed:
     """A learner that does not look whether the engine says what it says itself."""
 
     async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
+        return self.report()
+
+    @staticmethod
+    def report() -> ProbeReport:
         return ProbeReport(
             max_difference=0.0,
             text_index=0,

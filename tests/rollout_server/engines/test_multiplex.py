@@ -236,3 +236,44 @@ async def test_a_failed_score_is_reported_and_leaves_the_others_alone(caplog: py
 async def test_an_exchange_without_news_returns_empty_handed_when_its_time_is_over() -> None:
     news = await NumberedStreams(ScriptedEngine(SCRIPT, top_logprobs=K)).exchange("client", orders(), 0.01)
     assert (list(news.written.unpack()), list(news.rows.unpack()), news.failures) == ([], [], {})
+
+
+async def test_a_call_that_hangs_stands_still_while_others_that_write_do_not() -> None:
+    endless = replace(ENDLESS, ignore_eos=True)
+    hanging = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="write", number=1, hangs=True)))
+    writing = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K, delay=lambda: 0.01))
+    assert (hanging.num_busy, hanging.still_s) == (0, 0.0)
+    for streams in (hanging, writing):
+        await streams.exchange("c", replace(orders(opens={0: endless}), number=0), 0.0)
+    await asyncio.sleep(0.3)
+    assert (hanging.num_busy, writing.num_busy) == (1, 1)
+    assert hanging.still_s > 0.25
+    assert writing.still_s < 0.2
+    for streams in (hanging, writing):
+        streams.drop_calls()
+    assert (hanging.num_busy, hanging.still_s) == (0, 0.0)
+
+
+async def test_a_call_that_waits_for_its_reader_is_not_busy() -> None:
+    streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K))
+    request = replace(ENDLESS, pause_after=(3,), ignore_eos=True)
+    await streams.exchange("c", replace(orders(opens={0: request}), number=0), 1.0)
+    async with asyncio.timeout(2.0):
+        while streams.num_busy:
+            await asyncio.sleep(0.01)
+    await streams.exchange("c", replace(orders(resumes={0: None}), number=1), 0.0)
+    assert streams.num_busy == 1
+    streams.drop_calls()
+
+
+async def test_dropped_calls_leave_nothing_running_in_the_engine_and_who_waits_for_one_hears_of_it() -> None:
+    engine = ScriptedEngine(SCRIPT, top_logprobs=K, delay=lambda: 0.01)
+    streams = StreamMultiplexer(engine)
+    for client in ("a", "b"):
+        await streams.exchange(client, replace(orders(opens={0: ENDLESS, 1: ENDLESS}), number=0), 0.0)
+    await until_still(engine, 4)
+    waiting = asyncio.create_task(streams.exchange("a", replace(orders(), number=1), 5.0))
+    await asyncio.sleep(0)
+    streams.drop_calls()
+    assert set((await asyncio.wait_for(waiting, 1.0)).failures) == {0, 1}
+    await until_still(engine)

@@ -1,0 +1,146 @@
+"""A folder in an object store, or on any file system that fsspec knows. The only importer of fsspec.
+
+Owns how files get there and back whole. Knows nothing of what they hold.
+"""
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
+
+from common.errors import UserError
+from common.files import is_passing
+from common.waiting import WaitedTooLong
+
+T = TypeVar("T")
+
+_ATTEMPTS, _LONGEST_PAUSE_S = 5, 30.0
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A stored file as the store lists it."""
+
+    num_bytes: int
+    mark: str  # everything the store says of it: another mark, another content
+
+
+class Store:
+    """The folder behind a URL. May be used by several threads."""
+
+    def __init__(self, url: str, *, timeout_s: float, key: str = "storage.url") -> None:
+        """``timeout_s`` is for each file and each listing; ``key`` heads errors.
+
+        Raises UserError for a protocol that nobody knows, or whose package is missing.
+        """
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        try:
+            self._files, root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            protocol = urlsplit(url).scheme
+            extra = _EXTRAS.get(protocol)
+            hint = f"; pip install 'adaswitch[{extra}]'" if extra else ""
+            raise UserError(f"{key}: {protocol}:// needs a package that is not installed ({error}){hint}") from error
+        except ValueError as error:
+            raise UserError(f"{key}: can't use {url!r}: {error}") from error
+        self._root = str(root).rstrip("/")
+        self._is_disk = "file" in self._files.protocol
+
+    def below(self, name: str) -> "Store":
+        """The store of a folder in this one."""
+        return Store(f"{self.url}/{name}", timeout_s=self._timeout_s)
+
+    def versions(self) -> dict[str, Version]:
+        """Every whole file below, by its path from here. A folder that is not there has none."""
+
+        def look() -> dict[str, Any]:
+            self._files.invalidate_cache()
+            found: dict[str, Any] = self._files.find(self._root, detail=True)
+            return found
+
+        start = len(self._root) + 1
+        return {
+            path[start:]: Version(int(facts["size"]), str(sorted(map(str, facts.items()))))
+            for path, facts in self._tried(f"the list of {self.url}", look).items()
+            if not any(part in (".", "..") or is_passing(part) for part in path[start:].split("/"))
+        }
+
+    def put(self, file: Path, name: str) -> None:
+        """Store or replace a file, whole at any moment. Raises FileNotFoundError where ``file`` has gone."""
+        path = f"{self._root}/{name}"
+
+        def send() -> None:
+            if not self._is_disk:
+                self._files.put_file(str(file), path)
+                return
+            # A store takes an object whole; on a disk only a new name appears at once.
+            unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, unfinished)
+            unfinished.rename(path)
+
+        self._tried(f"{name} to be stored in {self.url}", send)
+
+    def get(self, name: str, file: Path) -> None:
+        """Bring a file, whole at any moment. Raises FileNotFoundError where there is none."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        self._tried(f"{name} of {self.url}", lambda: self._files.get_file(f"{self._root}/{name}", str(unfinished)))
+        unfinished.rename(file)
+
+    def remove(self, name: str) -> None:
+        """One that is gone already is no error. A folder goes with its last file, as in an object store."""
+        path = f"{self._root}/{name}"
+
+        def drop() -> None:
+            with suppress(FileNotFoundError):
+                self._files.rm_file(path)
+            if self._is_disk:
+                with suppress(OSError):  # not empty
+                    for folder in Path(path).parents[: len(Path(name).parents) - 1]:
+                        folder.rmdir()
+
+        self._tried(f"{name} to be removed from {self.url}", drop)
+
+    def _tried(self, what: str, call: Callable[[], T]) -> T:
+        """The call's result, tried again a few times after an error of the store's."""
+        for attempt in Retrying(
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
+            retry=retry_if_not_exception_type((FileNotFoundError, PermissionError, WaitedTooLong)),
+            reraise=True,
+        ):
+            with attempt:
+                return _in_time(self._timeout_s, what, call)
+        raise AssertionError("the last attempt raises")
+
+
+def _in_time(timeout_s: float, what: str, call: Callable[[], T]) -> T:
+    """The call's result, or WaitedTooLong: stores have time-outs of their own, or none. A call that hangs is left
+    behind in a thread that keeps nobody from ending.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # handed to the caller, whatever it is
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True, name="storage").start()
+    try:
+        return future.result(timeout_s)
+    except TimeoutError as error:
+        if future.done():
+            raise
+        raise WaitedTooLong(f"waited {timeout_s:g} s for {what}") from error

@@ -1,0 +1,32 @@
+"""Why a run ended, in one line, where it is nobody's fault: memory and disk. Pure."""
+
+import errno
+
+import torch
+
+from common.errors import RunEnds
+from deploy.watch import cause_of
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TO_LOWER = {
+    "student engine": "engines.student.kv_cache_gib or max_num_seqs (on GPUs gpu_memory_utilization)",
+    "teacher engine": "engines.teacher.kv_cache_gib or max_num_seqs (on GPUs gpu_memory_utilization)",
+    "controller": "sampling.max_in_flight",
+    "learner": "trainer.tokens_per_micro_batch, or set trainer.activation_checkpointing",
+}
+
+
+def clear_end(error: BaseException) -> RunEnds | None:
+    """The one line for an error that is no fault of the program; None for any other."""
+    cause = cause_of(error)
+    if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+        return RunEnds(f"{cause.filename or 'the disk'}: {cause.strerror or cause}; make room, then resume (--resume)")
+    if isinstance(cause, torch.OutOfMemoryError | MemoryError):
+        reason = " ".join(str(cause).split()) or "out of memory"
+        return RunEnds(f"{reason}; lower {_TO_LOWER['learner']}, then resume (--resume)")
+    return None
+
+
+def what_to_lower(who: str) -> str:
+    """Settings that decide on the memory of a member of the run."""
+    return next((settings for name, settings in _TO_LOWER.items() if who.startswith(name)), "what it holds")

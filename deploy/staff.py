@@ -1,0 +1,157 @@
+"""The processes of a run, and how each is ended and started again. Ray puts a new one where an old one ended.
+
+Handles stay valid for a run's whole life: Ray restarts an actor in its seat, and finds another node for the seat where
+its own is lost. The new process is bare until it has been started as the first one was.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from common.errors import RunEnds
+from common.health import Health
+from common.waiting import WaitedTooLong, within
+from deploy.watch import Watch
+
+_ASK_S = 2.0  # for an answer, where a process is expected to be gone or new
+_ASK_AGAIN_S = 0.2
+
+
+@dataclass(slots=True, kw_only=True)
+class Process:
+    """One actor, whichever process is behind it at the moment."""
+
+    name: str
+    handle: ActorHandle
+    start: Callable[[], Awaitable[Any]] | None = None  # makes a bare process ready; None where its birth does
+    health_options: dict[str, Any] = field(default_factory=dict)
+    pid: int | None = None  # of the process that answered last
+
+    async def health(self) -> Health:
+        health = await self._ask()
+        if self.pid is None:
+            self.pid = health.pid
+        return health
+
+    async def be_replaced(self, timeout_s: float) -> None:
+        """Return when Ray has put another process in this one's place. Raises WaitedTooLong.
+
+        One that is gone already is not killed again, which might hit its successor.
+        """
+        deadline_s, is_killed = time.monotonic() + timeout_s, False
+        while True:
+            try:
+                pid = (await within(_ASK_S, self._ask(), "an answer")).pid
+                if pid != self.pid and (self.pid is not None or is_killed):
+                    self.pid = pid
+                    return
+                self.pid, is_there = pid, True
+            except RayActorError:
+                is_there = False
+            except WaitedTooLong:
+                is_there = True  # stopped, most likely
+            if is_there and not is_killed:
+                ray.kill(self.handle, no_restart=False)
+                is_killed = True
+            if time.monotonic() > deadline_s:
+                raise WaitedTooLong(f"waited {timeout_s:g} s for another process in place of the {self.name}")
+            await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _ask(self) -> Health:
+        health: Health = await self.handle.health.options(**self.health_options).remote()
+        return health
+
+
+class RunStaff:
+    """Everyone of one run. See ``supervision.Staff``."""
+
+    def __init__(
+        self,
+        *,
+        students: Sequence[Process],
+        teachers: Sequence[Process],
+        controller: Process,
+        ranks: Sequence[Process],
+        start_learner: Callable[[], Awaitable[object]],
+        connect: Callable[[], Awaitable[object]],
+        watch: Watch,
+        students_are_one: bool,
+        seat_timeout_s: float,
+        call_timeout_s: float,
+        shortage: Callable[[], str | None],
+    ) -> None:
+        """``students_are_one``: none of them can be replaced alone, for they and the learner are one NCCL group.
+        ``shortage`` says what keeps Ray from placing a process that should be there again; None where nothing does.
+        """
+        self.students = students
+        self.teachers = teachers
+        self.controller = controller
+        self.ranks = ranks
+        self.students_lack_weights = False
+        self._start_learner = start_learner
+        self._connect = connect
+        self._watch = watch
+        self._students_are_one = students_are_one
+        self._seat_timeout_s = seat_timeout_s
+        self._call_timeout_s = call_timeout_s
+        self._shortage = shortage
+
+    @property
+    def rollout_side(self) -> list[Process]:
+        return [self.controller, *self.students, *self.teachers]
+
+    async def register(self) -> dict[str, int]:
+        """Everyone's process id, by which a process is told from its successor."""
+        everyone = [*self.rollout_side, *self.ranks]
+        calls = [within(self._call_timeout_s, process.health(), f"{process.name} to answer") for process in everyone]
+        answers = await asyncio.gather(*calls)
+        return {process.name: health.pid for process, health in zip(everyone, answers, strict=True)}
+
+    async def mend_rollouts(self, ill: set[str]) -> None:
+        ill = ill | {fault.who for fault in await self._watch.look(self.rollout_side)}
+        if self._students_are_one and any(student.name in ill for student in self.students):
+            ill |= {student.name for student in self.students}
+        self.students_lack_weights |= any(student.name in ill for student in self.students)
+        await _all(self._renew(process) for process in self.rollout_side if process.name in ill)
+        if self.controller.name not in ill and self.controller.start is not None:
+            await self.controller.start()
+        well = [engine for engine in (*self.students, *self.teachers) if engine.name not in ill]
+        calls = (engine.handle.drop_calls.remote() for engine in well)
+        await _all(within(self._call_timeout_s, call, "an engine to drop its calls") for call in calls)
+
+    async def restart_learner(self) -> None:
+        if self._students_are_one:
+            await _all(map(self._renew, self.students))
+        await _all(map(self._replace, self.ranks))
+        await self._start_learner()
+
+    async def connect(self) -> None:
+        await self._connect()
+
+    async def _renew(self, process: Process) -> None:
+        await self._replace(process)
+        if process.start is not None:
+            await process.start()
+
+    async def _replace(self, process: Process) -> None:
+        try:
+            await process.be_replaced(self._seat_timeout_s)
+        except WaitedTooLong as error:
+            if (shortage := self._shortage()) is not None:
+                raise RunEnds(
+                    f"placement: {error}: {shortage}; add nodes, or raise placement.timeout_s, and resume"
+                ) from error
+            raise
+
+
+async def _all(calls: Any) -> None:
+    """Wait for every one of them, then raise the first error."""
+    for answer in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(answer, BaseException):
+            raise answer

@@ -1,0 +1,351 @@
+"""A run that goes on when a part of it dies or hangs: rollouts and learner as the loop sees them, mended underneath.
+
+    SupervisedRollouts   an engine or the controller is ill: mend it, bring it the weights, ask for what is missing
+    SupervisedLearner    the learner is ill, its state lost: raises LearnerLost; ``steps`` goes on from a checkpoint
+
+Owns when the run gives up, and which prompts it goes on without. How a process is ended and started is ``staff``'s.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ray.exceptions import RayError
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+
+from common.config import Supervision
+from common.errors import RunEnds
+from common.metrics import FAULTS, PROMPTS_SET_ASIDE
+from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
+from common.waiting import WaitedTooLong
+from common.weights import WeightVersion
+from deploy.bisection import Search
+from deploy.endings import what_to_lower
+from deploy.run_folder import RunFolder
+from deploy.set_aside import Data, SetAside
+from deploy.watch import Fault, Ill, Member, Watch
+from rollout_server.exported import Exported
+from trainer.learner import StepReport
+from trainer.loop import Learner, Rollouts
+from trainer.probe import ProbeReport
+from trainer.reports import Collected
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_CURABLE = (RayError, WaitedTooLong, Ill)  # what may go well when the repair is tried again
+
+
+class StoredLearner(Learner, Protocol):
+    """A learner that can be stored, to be served or to go on from, and brought back."""
+
+    async def save(self, folder: Path) -> None: ...
+    async def save_state(self, folder: Path) -> None: ...
+    async def load_state(self, folder: Path) -> None: ...
+
+
+class Staff(Protocol):
+    """Everyone who works on a run, and how they are mended. Defined here, implemented over Ray by ``staff``."""
+
+    students_lack_weights: bool  # True from a student engine's new start until its user says otherwise
+
+    @property
+    def rollout_side(self) -> Sequence[Member]:
+        """The controller, then the engines."""
+        ...
+
+    @property
+    def ranks(self) -> Sequence[Member]: ...
+    @property
+    def students(self) -> Sequence[Member]: ...
+    async def mend_rollouts(self, ill: set[str]) -> None:
+        """Start anew whoever of the rollout side is named, or found ill, and have the rest forget them."""
+        ...
+
+    async def restart_learner(self) -> None:
+        """All ranks, which then hold what the run began with."""
+        ...
+
+    async def connect(self) -> None:
+        """Open the weight transfer between the ranks and the student engines that there are now."""
+        ...
+
+
+class LearnerLost(RuntimeError):
+    """A rank of the learner is gone or hangs, and with it model and optimizer: a checkpoint has them."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("; ".join(map(str, faults)))
+        self.faults = tuple(faults)
+
+
+class Repairs:
+    """How repairs are tried, counted and told."""
+
+    def __init__(self, config: Supervision, folder: RunFolder) -> None:
+        self._config = config
+        self._folder = folder
+        self._exported = Exported([FAULTS, PROMPTS_SET_ASIDE], {"run": folder.path.name})
+        self._num_in_a_row = 0
+        self._last_step = 0
+
+    def step_finished(self, step: int) -> None:
+        """Repairs count anew, unless the step had been made before and is only made again."""
+        if step > self._last_step:
+            self._last_step, self._num_in_a_row = step, 0
+
+    def set_aside(self) -> None:
+        self._exported.add(PROMPTS_SET_ASIDE, 1)
+
+    async def make(
+        self, faults: Sequence[Fault], cure: Callable[[], Awaitable[None]], *, what: str, counts: bool = True
+    ) -> None:
+        """Mend until it works. Raises RunEnds when too many repairs in a row were not followed by a finished step."""
+        noticed, noticed_s = time.time(), time.monotonic()
+        for fault in faults:
+            logger.warning("%s", fault)
+        recovered_s = None
+        try:
+            if counts:
+                self._count(faults)
+            await asyncio.sleep(self._pause_s())
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(_CURABLE), wait=self._wait, before_sleep=self._again, reraise=True
+            ):
+                with attempt:
+                    await cure()
+            recovered_s = time.monotonic() - noticed_s
+            logger.warning("%s after %.1f s", what, recovered_s)
+        finally:
+            for fault in faults:
+                self._exported.add(FAULTS, 1)
+                self._folder.append_fault(
+                    {
+                        "time": noticed,
+                        "kind": fault.kind,
+                        "who": fault.who,
+                        "reason": fault.reason,
+                        "detected_s": fault.detected_s,
+                        "recovered_s": recovered_s,
+                    }
+                )
+
+    def _count(self, faults: Sequence[Fault]) -> None:
+        if self._num_in_a_row >= self._config.max_repairs:
+            advice = [f"; lower {what_to_lower(it.who)}" for it in faults if it.kind == "out_of_memory"]
+            raise RunEnds(
+                f"{'; '.join(map(str, faults))}{''.join(advice)}; {self._num_in_a_row} repairs in a row have led to no "
+                "finished step (supervision.max_repairs); resume (--resume) from the last checkpoint, if there is one"
+            )
+        self._num_in_a_row += 1
+
+    def _again(self, state: RetryCallState) -> None:
+        """A repair that failed counts as one more."""
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        logger.warning("a repair failed: %s", reason)
+        self._count([Fault(kind="failed", who="a repair", reason=reason, detected_s=None)])
+
+    def _wait(self, _: RetryCallState) -> float:
+        return self._pause_s()
+
+    def _pause_s(self) -> float:
+        """Before the next repair: none before the first in a row."""
+        if self._num_in_a_row < 2:
+            return 0.0
+        return min(self._config.backoff_first_s * 2.0 ** (self._num_in_a_row - 2), self._config.backoff_last_s)
+
+
+class SupervisedLearner:
+    """The loop's learner. Raises LearnerLost from every call that a rank's end or silence has ended."""
+
+    def __init__(self, learner: StoredLearner, *, staff: Staff, watch: Watch, repairs: Repairs) -> None:
+        self._learner = learner
+        self._staff = staff
+        self._watch = watch
+        self._repairs = repairs
+        self._turn = asyncio.Lock()  # a step, a sync or a new connection at a time
+        self._version: WeightVersion = 0  # that the learner's weights have, or will be sent under
+
+    async def step(self, references: Sequence[Any]) -> StepReport:
+        async with self._turn:
+            report = await self._guarded(self._learner.step(references))
+            self._version += 1
+            return report
+
+    async def sync(self, version: WeightVersion) -> None:
+        """A student engine that is ill is mended, which brings it the weights."""
+        self._version = version
+        try:
+            async with self._turn:
+                await self._to_students(self._learner.sync(version))
+        except Ill as ill:
+            await self.mend_rollouts(ill)
+        self._repairs.step_finished(version)
+
+    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
+        return await self._guarded(self._learner.check_probe(texts, rows))
+
+    async def save(self, folder: Path) -> None:
+        await self._guarded(self._learner.save(folder))
+
+    async def save_state(self, folder: Path) -> None:
+        await self._guarded(self._learner.save_state(folder))
+
+    async def load_state(self, folder: Path) -> None:
+        await self._guarded(self._learner.load_state(folder))
+
+    async def mend_rollouts(self, ill: Ill, *, counts: bool = True) -> None:
+        """Bring the rollout side back, with the weights that the learner holds when no step of it is under way."""
+
+        async def cure() -> None:
+            await self._staff.mend_rollouts(ill.names)
+            if self._staff.students_lack_weights:
+                async with self._turn:
+                    await self._to_students(self._staff.connect())
+                    await self._to_students(self._learner.sync(self._version))
+                self._staff.students_lack_weights = False
+
+        await self._repairs.make(ill.faults, cure, what="the rollouts go on", counts=counts)
+
+    async def bring_back(self, lost: LearnerLost, load: Callable[[], Awaitable[WeightVersion]]) -> None:
+        """Start the learner anew, and whoever else is ill; ``load`` its state, which says the weights' version; bring
+        them to the engines.
+        """
+
+        async def cure() -> None:
+            try:
+                await self._staff.mend_rollouts(set())
+                await self._staff.restart_learner()
+                await self._to_students(self._staff.connect())
+                self._version = await load()
+                await self._to_students(self._learner.sync(self._version))
+                self._staff.students_lack_weights = False
+            except LearnerLost as again:
+                raise Ill(again.faults) from again
+
+        await self._repairs.make(lost.faults, cure, what="the learner goes on")
+
+    async def _to_students(self, work: Awaitable[T]) -> T:
+        """Raises Ill where it is student engines alone that are."""
+        try:
+            async with self._watch.over([*self._staff.ranks, *self._staff.students]) as guard:
+                return await guard(work)
+        except Ill as ill:
+            if ill.names <= {student.name for student in self._staff.students}:
+                raise
+            raise LearnerLost(ill.faults) from ill
+
+    async def _guarded(self, work: Awaitable[T]) -> T:
+        try:
+            async with self._watch.over(self._staff.ranks) as guard:
+                return await guard(work)
+        except Ill as ill:
+            raise LearnerLost(ill.faults) from ill
+
+
+class SupervisedRollouts:
+    """The loop's rollouts. Every call goes on, from what has come, after a repair."""
+
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        *,
+        learner: SupervisedLearner,
+        staff: Staff,
+        watch: Watch,
+        repairs: Repairs,
+        set_aside: SetAside,
+        config: Supervision,
+    ) -> None:
+        self._rollouts = rollouts
+        self._learner = learner
+        self._staff = staff
+        self._watch = watch
+        self._repairs = repairs
+        self._set_aside = set_aside
+        self._config = config
+
+    async def collect(
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
+    ) -> AsyncGenerator[Collected, None]:
+        come = list(kept)
+
+        def ask(group: Sequence[Prompt]) -> AsyncGenerator[Collected, None]:
+            return self._rollouts.collect(group, step, tuple(come))
+
+        gathered = self._gather(prompts, ask, lambda item: item.sequence.sequence_id, data="data", step=step)
+        async with aclosing(gathered) as items:
+            async for item in items:
+                come.append(item.sequence)
+                yield item
+
+    async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
+        async def ask(group: Sequence[Prompt]) -> AsyncGenerator[MixedSequence, None]:
+            for sequence in await self._rollouts.evaluate(group):
+                yield sequence
+
+        prompts = self._set_aside.sift_held_out(prompts)
+        gathered = self._gather(prompts, ask, lambda it: it.sequence_id, data="evaluation.data", step=None)
+        async with aclosing(gathered) as sequences:
+            return [sequence async for sequence in sequences]
+
+    async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
+        while True:
+            try:
+                async with self._watch.over(self._staff.rollout_side) as guard:
+                    return await guard(self._rollouts.probe(texts))
+            except Ill as ill:
+                await self._learner.mend_rollouts(ill)
+
+    async def _gather(
+        self,
+        prompts: Sequence[Prompt],
+        ask: Callable[[Sequence[Prompt]], AsyncGenerator[T, None]],
+        id_of: Callable[[T], str],
+        *,
+        data: Data,
+        step: int | None,
+    ) -> AsyncGenerator[T, None]:
+        """Consumes what the rollouts write; produces each prompt's once; waits for repairs; stops when all have come
+        but those that are set aside.
+
+        A prompt is set aside only when another was written after it: it may be the engines that write nothing any more.
+        """
+        search = Search(prompts, max_failures=self._config.max_prompt_failures)
+        given_up: list[tuple[Prompt, str]] = []
+        while (group := search.next_group()) is not None:
+            try:
+                async with AsyncExitStack() as stack:
+                    guard = await stack.enter_async_context(self._watch.over(self._staff.rollout_side))
+                    items = await stack.enter_async_context(aclosing(ask(group)))
+                    while True:
+                        try:
+                            item = await guard(anext(items))
+                        except StopAsyncIteration:
+                            break
+                        search.came(id_of(item))
+                        self._confirm(given_up, data, step)
+                        yield item
+                search.succeeded()
+            except Ill as ill:
+                if ill.suspect is None:
+                    await self._learner.mend_rollouts(ill, counts=not search.is_narrowing)
+                if (prompt := search.failed(ill.suspect)) is not None:
+                    given_up.append((prompt, str(ill)))
+                if len(given_up) > self._config.max_repairs:
+                    raise RunEnds(
+                        f"{len(given_up)} prompts one after the other could not be written, the last for: {ill}"
+                    ) from ill
+        self._confirm(given_up, data, step)
+
+    def _confirm(self, given_up: list[tuple[Prompt, str]], data: Data, step: int | None) -> None:
+        for prompt, reason in given_up:
+            self._set_aside.add(prompt, data=data, step=step, reason=reason)
+            self._repairs.set_aside()
+        given_up.clear()

@@ -1,0 +1,85 @@
+"""A part of a real run is ended or stopped while it works: the run goes on, and every prompt is trained once."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import ray
+
+from common.config_source import read_config
+from deploy.launch import hired
+from deploy.preflight import prepare
+from deploy.steps import run
+from tests.deploy.faulty_runs import PLAYED, POISON, processes_of_run, trained, until_step, write_config
+
+NUM_STEPS, PROMPTS_PER_STEP = 6, 4
+TIMEOUT_S = 120.0
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    """A Ray of this module's own; yields the file that may hold a poisonous prompt."""
+    poison = tmp_path_factory.mktemp("poison") / "token_ids"
+    poison.write_text("")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {POISON: str(poison)}},
+    )
+    try:
+        yield poison
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("who", ["student engine", "teacher engine", "controller", "learner"])
+async def test_the_run_goes_on(cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, who, kind) -> None:
+    caplog.set_level(logging.INFO, logger="deploy")
+    resolved = read_config(write_config(tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP))
+    running = asyncio.create_task(run(resolved, partial(hired, resolved.config, shells=PLAYED)))
+    await until_step(tmp_path / "run", 3, running)
+    os.kill(processes_of_run(caplog)[who], kind)
+    summary = await asyncio.wait_for(running, TIMEOUT_S)
+    assert (summary["steps"], summary["sequences"]) == (NUM_STEPS, NUM_STEPS * PROMPTS_PER_STEP)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
+    assert {line["who"] for line in lines} == {who}, lines
+    assert lines[0]["kind"] in ({"died"} if kind is signal.SIGKILL else {"silent", "died"})
+    assert 0.0 < lines[0]["recovered_s"] < 60.0
+    assert summary["faults"] == len(lines)
+    assert set(trained(tmp_path / "run").values()) == {1}
+    assert len(trained(tmp_path / "run")) == NUM_STEPS * PROMPTS_PER_STEP
+
+
+async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_others_are_trained(
+    cluster: Path, tmp_path: Path
+) -> None:
+    """Two epochs: in the second one it is not even asked for."""
+    config = write_config(tmp_path / "run", num_rows=8, num_steps=4, prompts_per_step=4)
+    resolved = read_config(config)
+    poison = prepare(resolved.config).prompts.take(8)[5]
+    cluster.write_text(" ".join(map(str, poison.token_ids.tolist())))
+    try:
+        hire = partial(hired, resolved.config, shells=PLAYED)
+        summary = await asyncio.wait_for(run(resolved, hire), TIMEOUT_S)
+    finally:
+        cluster.write_text("")
+    assert summary["prompts_set_aside"] == [poison.prompt_id]
+    assert (summary["steps"], summary["sequences"]) == (4, 2 * 7)
+    counts = trained(tmp_path / "run")
+    assert set(counts.values()) == {1}
+    assert {prompt_id for prompt_id, _ in counts} == {str(row) for row in range(8)} - {poison.prompt_id}
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "set_aside.jsonl").read_text().splitlines()]
+    assert (line["prompt_id"], line["step"]) == (poison.prompt_id, 2)
