@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 BLOCK_TOKENS = 16
 
 
-class CPUAttentionInSmallBlocks(CPUAttentionBackend):
+class CPUAttentionInSmallBlocks(CPUAttentionBackend):  # type: ignore[misc]  # vLLM is not typed here
     """vLLM's own, with smaller blocks on offer."""
 
     @staticmethod

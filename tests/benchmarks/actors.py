@@ -92,45 +92,56 @@ class MeasuredEngineActor(EngineActor):
 
     async def read_batch(self, requests: Sequence[ScoreRequest]) -> float:
         """Seconds for all reads as one offline batch: log-probs of the rows after the cached prefix."""
+        return await self._run_batch([self._read_call(request) for request in requests])
+
+    async def read_in_pieces(self, texts: Sequence[Sequence[ScoreRequest]], at_once: int) -> float:
+        """Seconds for all reads, those of a text one after the other, ``at_once`` texts at a time."""
+        gate = asyncio.Semaphore(at_once)
+
+        async def read(pieces: Sequence[ScoreRequest]) -> None:
+            async with gate:
+                for piece in pieces:
+                    await self._run(*self._read_call(piece))
+
+        started_s = time.perf_counter()
+        await asyncio.gather(*map(read, texts))
+        return time.perf_counter() - started_s
+
+    def _read_call(self, request: ScoreRequest) -> tuple[Ids, Any]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         k = self._engine.facts.top_logprobs
-        calls = [
-            (
-                request.token_ids,
-                SamplingParams(
-                    temperature=0.0,
-                    max_tokens=1,
-                    logprobs=k,
-                    prompt_logprobs=k if request.num_rows > 1 else None,
-                    flat_logprobs=True,
-                    detokenize=False,
-                    skip_reading_prefix_cache=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                ),
-            )
-            for request in requests
-        ]
-        return await self._run_batch(calls)
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            logprobs=k,
+            prompt_logprobs=k if request.num_rows > 1 else None,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_reading_prefix_cache=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        return request.token_ids, params
 
     async def _run_batch(self, calls: Sequence[tuple[Ids, Any]], at_once: int | None = None) -> float:
-        from vllm.inputs import TokensPrompt
-
         gate = asyncio.Semaphore(at_once or len(calls) or 1)
 
         async def run(text: Ids, params: Any) -> None:
-            prompt = TokensPrompt(prompt_token_ids=text.tolist())
-            async with (
-                gate,
-                aclosing(self._engine._llm.generate(prompt, params, self._engine._request_id())) as outputs,
-            ):
-                async for _ in outputs:
-                    pass
+            async with gate:
+                await self._run(text, params)
 
         started_s = time.perf_counter()
         await asyncio.gather(*(run(text, params) for text, params in calls))
         return time.perf_counter() - started_s
+
+    async def _run(self, text: Ids, params: Any) -> None:
+        from vllm.inputs import TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=text.tolist())
+        async with aclosing(self._engine._llm.generate(prompt, params, self._engine._request_id())) as outputs:
+            async for _ in outputs:
+                pass
 
     def _count_outputs(self) -> None:
         """Look at every message of vLLM's engine process as it arrives, those for ended requests too."""

@@ -342,7 +342,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2, 4, 8], help="of each role")
     parser.add_argument("--window-s", type=float, default=12.0, help="measured after the warm-up")
-    parser.add_argument("--chunk-tokens", type=int, default=Sampling().chunk_tokens)
+    parser.add_argument("--chunk-tokens", type=int, default=64, help="switches are about 512 tokens apart")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "benchmarks")
     return parser.parse_args()
 
