@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 WeightVersion = int
-"""Counts the weight syncs of a run: 0 for the weights the engines loaded at start."""
+"""Counts the weight syncs of a run: 0 for the weights the engines loaded at start. They are sent too, where a run goes
+back to its beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,4 +20,4 @@ class WeightUpdate:
     transfer_info: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        assert self.version >= 1, f"version must be >= 1 (0 is what engines start with), got {self.version}"
+        assert self.version >= 0, f"version must be >= 0, got {self.version}"

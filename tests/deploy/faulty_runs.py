@@ -42,7 +42,7 @@ policy: {{window: 3, floor: 0.2}}
 sampling: {{max_new_tokens: 24, chunk_tokens: 4}}
 data: {{path: {demo}/data/train.jsonl, max_prompts: {num_rows}}}
 trainer: {{num_steps: {num_steps}, prompts_per_step: {prompts_per_step}, learning_rate: 0.001, num_threads: 1}}
-checkpoints: {{every_steps: 2}}
+checkpoints: {{every_steps: {checkpoint_every}}}
 supervision:
   health_every_s: 0.5
   health_timeout_s: 4
@@ -97,11 +97,18 @@ class UnprobedLearnerActor(LearnerActor):
 PLAYED = Shells(engine=PlayedEngineActor, learner=UnprobedLearnerActor)
 
 
-def write_config(run_dir: Path, *, num_rows: int = 16, num_steps: int = 6, prompts_per_step: int = 4) -> Path:
+def write_config(
+    run_dir: Path, *, num_rows: int = 16, num_steps: int = 6, prompts_per_step: int = 4, checkpoint_every: int = 2
+) -> Path:
     path = run_dir.with_suffix(".yaml")
     path.write_text(
         CONFIG.format(
-            run_dir=run_dir, demo=DEMO, num_rows=num_rows, num_steps=num_steps, prompts_per_step=prompts_per_step
+            run_dir=run_dir,
+            demo=DEMO,
+            num_rows=num_rows,
+            num_steps=num_steps,
+            prompts_per_step=prompts_per_step,
+            checkpoint_every=checkpoint_every,
         )
     )
     return path

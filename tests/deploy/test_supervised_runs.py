@@ -63,6 +63,23 @@ async def test_the_run_goes_on(cluster: Path, tmp_path: Path, caplog: pytest.Log
     assert len(trained(tmp_path / "run")) == NUM_STEPS * PROMPTS_PER_STEP
 
 
+async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
+    cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="deploy")
+    config = write_config(
+        tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP, checkpoint_every=NUM_STEPS
+    )
+    resolved = read_config(config)
+    running = asyncio.create_task(run(resolved, partial(hired, resolved.config, shells=PLAYED)))
+    await until_step(tmp_path / "run", 2, running)
+    os.kill(processes_of_run(caplog)["learner"], signal.SIGKILL)
+    summary = await asyncio.wait_for(running, TIMEOUT_S)
+    assert (summary["steps"], summary["sequences"], summary["faults"]) == (NUM_STEPS, NUM_STEPS * PROMPTS_PER_STEP, 1)
+    counts = trained(tmp_path / "run")
+    assert (set(counts.values()), len(counts)) == ({1}, NUM_STEPS * PROMPTS_PER_STEP)
+
+
 async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_others_are_trained(
     cluster: Path, tmp_path: Path
 ) -> None:
