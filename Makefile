@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CONFIG ?= deploy/configs/demo.yaml
 ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: help setup check format test docs audit bench bench-rollouts bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
+.PHONY: help setup check format test docs audit bench bench-rollouts bench-rollouts-full bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -40,6 +40,9 @@ bench: bench-rollouts bench-capacity bench-trainer bench-staleness  ## Measure e
 
 bench-rollouts: $(READY)  ## Measure the rollouts (under 15 minutes)
 	$(BIN)/python -m tests.benchmarks.rollouts --quick $(ARGS)
+
+bench-rollouts-full: $(READY)  ## The same for all policies, batches, lengths and pairs (more than an hour)
+	$(BIN)/python -m tests.benchmarks.rollouts --full $(ARGS)
 
 bench-capacity: $(READY)  ## Measure how many engines one controller keeps busy (about 4 minutes)
 	$(BIN)/python -m tests.benchmarks.capacity $(ARGS)

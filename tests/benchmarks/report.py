@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.rollouts_plot import plot
 from tests.benchmarks.work import OfflineTimes
 
 
@@ -92,6 +93,7 @@ def write(folder: Path, results: Sequence[PolicyResult]) -> None:
         },
     )
     _replace_table(folder / "README.md", "rollouts", _table(rows))
+    plot(rows, folder / "rollouts.svg")
 
 
 def write_capacity(folder: Path, results: Sequence[CapacityResult]) -> None:

@@ -358,26 +358,50 @@ def main() -> None:
     arguments = _parse()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
-    pair = demo_pair() if arguments.pair == "demo" else synthetic_pair(arguments.max_new_tokens)
-    plan = Plan(
+    plans = [_plan(arguments, **changes) for changes in (_FULL if arguments.full else ({},))]
+    for number, plan in enumerate(plans, 1):
+        logger.info(
+            "%d of %d: %s, %d in flight, %d new tokens, %s",
+            *(number, len(plans), plan.pair.name, plan.in_flight, plan.pair.max_new_tokens),
+            ", ".join(policy.type for policy in plan.policies),
+        )
+        results = asyncio.run(measure(plan))
+        report.write(arguments.out, results)
+        print(report.table(results), flush=True)
+
+
+_QUICK = {"max_new_tokens": 96, "policies": ["adaswitch", "on_policy", "off_policy", "skd"], "offline_repetitions": 1}
+_PAIR_OF_POLICIES = ["adaswitch", "on_policy"]
+_FULL: tuple[dict[str, Any], ...] = (
+    {**_QUICK, "policies": None},
+    {**_QUICK, "policies": _PAIR_OF_POLICIES, "in_flight": 16},
+    {**_QUICK, "policies": _PAIR_OF_POLICIES, "in_flight": 256, "repetitions": 1},
+    {**_QUICK, "policies": _PAIR_OF_POLICIES, "max_new_tokens": 256, "repetitions": 1},
+    {**_QUICK, "pair": "demo"},
+)
+"""Every policy; then what batch, length and pair make of the main one."""
+
+
+def _plan(arguments: argparse.Namespace, **changes: Any) -> Plan:
+    given = argparse.Namespace(**{**vars(arguments), **changes})
+    pair = demo_pair() if given.pair == "demo" else synthetic_pair(given.max_new_tokens)
+    return Plan(
         pair=pair,
-        policies=_policies(pair, arguments.policies),
-        in_flight=arguments.in_flight,
-        num_sequences=arguments.sequences or 4 * arguments.in_flight,
-        repetitions=arguments.repetitions,
-        offline_repetitions=1 if arguments.quick else arguments.repetitions,
-        chunk_tokens=arguments.chunk_tokens,
-        dtype=arguments.dtype,
+        policies=_policies(pair, given.policies),
+        in_flight=given.in_flight,
+        num_sequences=given.sequences or 4 * given.in_flight,
+        repetitions=given.repetitions,
+        offline_repetitions=given.offline_repetitions or given.repetitions,
+        chunk_tokens=given.chunk_tokens,
+        dtype=given.dtype,
         cores=((), ()) if (os.cpu_count() or 1) < 2 else ((0,), (1,)),
     )
-    results = asyncio.run(measure(plan))
-    report.write(arguments.out, results)
-    print(report.table(results))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the four policies of the first table, 96 new tokens")
+    parser.add_argument("--full", action="store_true", help="all that the page shows; takes more than an hour")
     parser.add_argument("--pair", choices=("synthetic", "demo"), default="synthetic")
     parser.add_argument("--policies", nargs="+", help="default: all")
     parser.add_argument("--in-flight", type=int, default=64)
@@ -386,11 +410,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--offline-repetitions", type=int, help="followed by their work offline; default: all")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "benchmarks")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.max_new_tokens = 96
-        arguments.policies = arguments.policies or ["adaswitch", "on_policy", "off_policy", "skd"]
+        named = arguments.policies
+        vars(arguments).update(_QUICK)
+        arguments.policies = named or arguments.policies
     return arguments
 
 
