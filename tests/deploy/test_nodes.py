@@ -69,7 +69,7 @@ def seats_of(head: Head) -> list[tuple[str, str]]:
 @pytest.fixture
 def three_nodes() -> Iterator[Cluster]:
     """Besides a head that has no room for actors."""
-    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": quick},
