@@ -96,7 +96,8 @@ async def test_a_run_that_loses_the_teacher_s_node_finishes_on_the_others(three_
     assert (summary["steps"], summary["sequences"]) == (8, 8 * 4)
     assert node_of_teacher() is None, "the run gives back what it had"
     faults = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
-    assert "teacher engine" in {fault["who"] for fault in faults}
+    # Whoever of that node is noticed first: the learner may sit beside the teacher, and its repair mends both.
+    assert {fault["who"] for fault in faults} & {"teacher engine", "learner"}, faults
     counts = trained(tmp_path / "run")
     assert (len(counts), set(counts.values())) == (8 * 4, {1})
 
