@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 from ray.actor import ActorHandle
 
 from common.config import AdaSwitch, EngineSettings, Sampling, Trace
-from common.cores import bind_to_cores
+from common.cores import bind_to_cores, move_to_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts
 from rollout_server.engine import EngineSpec
@@ -82,9 +82,8 @@ class BoundRolloutActor(MeasuredRolloutActor):
     """The controller on a core of its own."""
 
     async def bind(self, core: int) -> None:
-        """All threads that there are, too; where the driver is, which this process got its cores from, is no limit."""
-        for thread in psutil.Process().threads():
-            os.sched_setaffinity(thread.id, {core})
+        """Away from the driver's cores, on which this process was started."""
+        move_to_cores([core])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
