@@ -16,7 +16,6 @@ import torch
 from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
-from common.cores import bind_to_cores
 from common.health import Health
 from common.logs import set_up_logging
 from common.metrics import READ_POSITIONS, RUNNING_REQUESTS, SWITCH_POSITION, WAITING_REQUESTS, WRITTEN_TOKENS
@@ -58,8 +57,6 @@ class EngineActor:
     async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
         """Load the model and check the engine's numbers. Raises UserError when they don't mean what they must."""
         set_up_logging()
-        if spec.settings.cpu_cores:
-            bind_to_cores(spec.settings.cpu_cores)
         self._engine = self._start_engine(spec)
         self._streams = StreamMultiplexer(self._engine)
         facts = self._engine.facts

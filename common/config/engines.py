@@ -36,7 +36,9 @@ class EngineSettings(Part):
     num_threads: Positive = 1
     """OpenMP threads of one engine. Processors only."""
     cpu_cores: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Cores that this role's engines keep to, so that the roles don't take turns on the same ones. Default: any."""
+    """Cores that vLLM's own processes keep to, so that the roles don't compute on the same ones. Default: any. The
+    process that feeds them, with vLLM's front end, may run elsewhere, as it does beside a GPU.
+    """
     enforce_eager: bool = False
     """Skip graph capture: starts sooner, decodes slower on GPUs."""
 

@@ -27,6 +27,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from common.cores import children_on_cores
 from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.engine import (
@@ -288,17 +289,20 @@ def _best_dtype() -> str:
 
 @contextmanager
 def _process_environment(spec: EngineSpec) -> Iterator[None]:
-    """What vLLM's own processes read from the environment at their start; put back afterwards.
+    """What vLLM's own processes take over at their start: the environment, and the cores they may run on. Put back
+    afterwards.
 
     Their titles tell whose they are: ``student::EngineCore``, ``teacher::Worker``.
     """
     wanted = {"VLLM_PROCESS_NAME_PREFIX": spec.name}
     if current_platform.is_cpu():
         wanted |= {"OMP_NUM_THREADS": str(spec.settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    cores = spec.settings.cpu_cores or os.sched_getaffinity(0)
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        yield
+        with children_on_cores(cores):
+            yield
     finally:
         for name, value in before.items():
             if value is None:

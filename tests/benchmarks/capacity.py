@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 from ray.actor import ActorHandle
 
 from common.config import AdaSwitch, EngineSettings, Sampling, Trace
-from common.cores import bind_to_cores, move_to_cores
+from common.cores import move_to_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts
 from rollout_server.engine import EngineSpec
@@ -233,7 +233,7 @@ async def _actors(plan: Plan, num_replicas: int) -> AsyncIterator[tuple[ActorHan
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     num_cores = os.cpu_count() or 1
     if num_cores > 1:
-        bind_to_cores(range(1, num_cores))  # what is started from here on stays off the controller's core
+        move_to_cores(range(1, num_cores))  # what is started from here on stays off the controller's core
     ray.init(
         address="local",
         num_cpus=2 * num_replicas + 2,

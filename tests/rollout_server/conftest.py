@@ -5,6 +5,7 @@ Tests that use the engines run on the session's event loop, to which the engines
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,17 @@ def make_spec() -> Callable[[str], EngineSpec]:
 
 
 def _make_spec(role: str) -> EngineSpec:
+    """The student keeps to one core."""
     return EngineSpec(
         name=role,
         model=str(DEMO / "models" / role),
-        settings=EngineSettings(dtype="float32", enforce_eager=True, kv_cache_gib=0.25, max_num_seqs=256),
+        settings=EngineSettings(
+            dtype="float32",
+            enforce_eager=True,
+            kv_cache_gib=0.25,
+            max_num_seqs=256,
+            cpu_cores=(max(os.sched_getaffinity(0)),) if role == "student" else (),
+        ),
         top_logprobs=VOCABULARY_SIZE,
         weight_transfer_backend=None,
     )
