@@ -25,7 +25,6 @@ from deploy.preflight import Inputs
 from deploy.run_folder import RunFolder
 from deploy.shortage import describe_shortage
 from deploy.staff import Process, RunStaff
-from deploy.watch import Watch
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
@@ -161,7 +160,7 @@ class Cluster:
             learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
         )
 
-    def staff(self, learner: SpawnedLearner, pair: Pair, watch: Watch) -> RunStaff:
+    def staff(self, learner: SpawnedLearner, pair: Pair) -> RunStaff:
         """The run's processes, as they are looked after."""
 
         async def start_learner() -> None:
@@ -178,7 +177,6 @@ class Cluster:
             ],
             start_learner=start_learner,
             connect=lambda: self._connect(learner.ranks, pair),
-            watch=watch,
             students_are_one=self._backend == "nccl",
             seat_timeout_s=self._config.placement.timeout_s,
             call_timeout_s=self._config.engines.call_timeout_s,

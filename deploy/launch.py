@@ -70,7 +70,7 @@ async def hired(
         learner = await cluster.connect_learner(learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
         watch, repairs = Watch(config.supervision), Repairs(config.supervision, folder)
-        staff = cluster.staff(learner_actor, pair, watch)
+        staff = cluster.staff(learner_actor, pair)
         logger.info("process ids: %s", await staff.register())
         supervised = SupervisedLearner(learner, staff=staff, watch=watch, repairs=repairs)
         rollouts = SupervisedRollouts(

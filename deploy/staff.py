@@ -17,7 +17,6 @@ from ray.exceptions import RayActorError
 from common.errors import RunEnds
 from common.health import Health
 from common.waiting import WaitedTooLong, within
-from deploy.watch import Watch
 
 _ASK_S = 2.0  # for an answer, where a process is expected to be gone or new
 _ASK_AGAIN_S = 0.2
@@ -80,7 +79,6 @@ class RunStaff:
         ranks: Sequence[Process],
         start_learner: Callable[[], Awaitable[object]],
         connect: Callable[[], Awaitable[object]],
-        watch: Watch,
         students_are_one: bool,
         seat_timeout_s: float,
         call_timeout_s: float,
@@ -96,7 +94,6 @@ class RunStaff:
         self.students_lack_weights = False
         self._start_learner = start_learner
         self._connect = connect
-        self._watch = watch
         self._students_are_one = students_are_one
         self._seat_timeout_s = seat_timeout_s
         self._call_timeout_s = call_timeout_s
@@ -114,9 +111,8 @@ class RunStaff:
         return {process.name: health.pid for process, health in zip(everyone, answers, strict=True)}
 
     async def mend_rollouts(self, ill: set[str]) -> None:
-        ill = ill | {fault.who for fault in await self._watch.look(self.rollout_side)}
         if self._students_are_one and any(student.name in ill for student in self.students):
-            ill |= {student.name for student in self.students}
+            ill = ill | {student.name for student in self.students}
         self.students_lack_weights |= any(student.name in ill for student in self.students)
         await _all(self._renew(process) for process in self.rollout_side if process.name in ill)
         if self.controller.name not in ill and self.controller.start is not None:

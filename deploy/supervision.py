@@ -63,7 +63,7 @@ class Staff(Protocol):
     @property
     def students(self) -> Sequence[Member]: ...
     async def mend_rollouts(self, ill: set[str]) -> None:
-        """Start anew whoever of the rollout side is named, or found ill, and have the rest forget them."""
+        """Start anew whoever of the rollout side is named, and have the rest forget them."""
         ...
 
     async def restart_learner(self) -> None:
@@ -102,9 +102,13 @@ class Repairs:
         self._exported.add(PROMPTS_SET_ASIDE, 1)
 
     async def make(
-        self, faults: Sequence[Fault], cure: Callable[[], Awaitable[None]], *, what: str, counts: bool = True
+        self, faults: Sequence[Fault], cure: Callable[[list[Fault]], Awaitable[None]], *, what: str, counts: bool = True
     ) -> None:
-        """Mend until it works. Raises RunEnds when too many repairs in a row were not followed by a finished step."""
+        """Mend until it works. ``cure`` adds to the faults what it finds besides.
+
+        Raises RunEnds when too many repairs in a row were not followed by a finished step.
+        """
+        faults = list(faults)
         noticed, noticed_s = time.time(), time.monotonic()
         for fault in faults:
             logger.warning("%s", fault)
@@ -117,7 +121,7 @@ class Repairs:
                 retry=retry_if_exception_type(_CURABLE), wait=self._wait, before_sleep=self._again, reraise=True
             ):
                 with attempt:
-                    await cure()
+                    await cure(faults)
             recovered_s = time.monotonic() - noticed_s
             logger.warning("%s after %.1f s", what, recovered_s)
         finally:
@@ -203,8 +207,8 @@ class SupervisedLearner:
     async def mend_rollouts(self, ill: Ill, *, counts: bool = True) -> None:
         """Bring the rollout side back, with the weights that the learner holds when no step of it is under way."""
 
-        async def cure() -> None:
-            await self._staff.mend_rollouts(ill.names)
+        async def cure(faults: list[Fault]) -> None:
+            await self._staff.mend_rollouts(ill.names | await self._look_for_more(faults))
             if self._staff.students_lack_weights:
                 async with self._turn:
                     await self._to_students(self._staff.connect())
@@ -218,9 +222,9 @@ class SupervisedLearner:
         them to the engines.
         """
 
-        async def cure() -> None:
+        async def cure(faults: list[Fault]) -> None:
             try:
-                await self._staff.mend_rollouts(set())
+                await self._staff.mend_rollouts(await self._look_for_more(faults))
                 await self._staff.restart_learner()
                 await self._to_students(self._staff.connect())
                 self._version = await load()
@@ -230,6 +234,13 @@ class SupervisedLearner:
                 raise Ill(again.faults) from again
 
         await self._repairs.make(lost.faults, cure, what="the learner goes on")
+
+    async def _look_for_more(self, faults: list[Fault]) -> set[str]:
+        """Who of the rollout side is ill now; faults that are new are added."""
+        found = await self._watch.look(self._staff.rollout_side)
+        known = {fault.who for fault in faults}
+        faults += [fault for fault in found if fault.who not in known]
+        return {fault.who for fault in found}
 
     async def _to_students(self, work: Awaitable[T]) -> T:
         """Raises Ill where it is student engines alone that are."""

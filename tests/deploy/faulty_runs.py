@@ -7,15 +7,21 @@ learner's weights, so that the probe of the weights is left out.
 import asyncio
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.config_source import read_config
 from common.sequence import Ids, TopLogprobs
 from deploy.cluster import Shells
+from deploy.launch import hired
+from deploy.steps import run
 from rollout_server.actors import EngineActor
 from rollout_server.engine import EngineFacts, EngineSpec, WriteRequest, Written
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
@@ -23,6 +29,9 @@ from rollout_server.traces.reader import TraceReader
 from tests.trainer.unprobed import Unprobed
 from trainer.actors import LearnerActor
 from trainer.probe import ProbeReport
+
+Run = asyncio.Task[dict[str, object]]
+"""A run in this process, to its summary."""
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 VOCABULARY_SIZE, EOS_TOKEN_ID = 32, 2
@@ -32,7 +41,8 @@ POISON = "ADASWITCH_TEST_POISON"
 prompt does.
 """
 DELAY_S = 0.02
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
+"""For a run to reach a step, or its end: engines start in 20 s or less, but machines that run tests are shared."""
 
 CONFIG = """
 run_dir: {run_dir}
@@ -114,12 +124,35 @@ def write_config(
     return path
 
 
-async def until_step(run_dir: Path, step: int, running: "asyncio.Task[dict[str, object]]") -> None:
+@asynccontextmanager
+async def going_on(path: Path, *settings: str, shells: Shells | None = None) -> AsyncIterator[Run]:
+    """A run beside this task; ended, with all its actors, when the block is left before it has finished."""
+    resolved = read_config(path, settings)
+    running = asyncio.create_task(run(resolved, partial(hired, resolved.config, shells=shells)))
+    try:
+        yield running
+    finally:
+        running.cancel()
+        await asyncio.wait([running], timeout=TIMEOUT_S)
+
+
+async def summary_of(running: Run) -> dict[str, object]:
+    return await asyncio.wait_for(running, TIMEOUT_S)
+
+
+def faults_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "faults.jsonl").read_text().splitlines()]
+
+
+async def until_step(run_dir: Path, step: int, running: Run) -> None:
     """Wait until a run in this process has measured the step."""
-    async with asyncio.timeout(TIMEOUT_S):
-        while last_step(run_dir) < step:
-            assert not running.done(), running.exception()
-            await asyncio.sleep(0.05)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while last_step(run_dir) < step:
+        assert not running.done(), running.exception()
+        assert time.monotonic() < deadline_s, (
+            f"waited {TIMEOUT_S:g} s for step {step}; the last was {last_step(run_dir)}"
+        )
+        await asyncio.sleep(0.05)
 
 
 def last_step(run_dir: Path) -> int:

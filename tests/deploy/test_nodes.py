@@ -14,10 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from common.config_source import read_config
-from deploy.launch import hired
-from deploy.steps import run as run_steps
-from tests.deploy.faulty_runs import PLAYED, trained, until_step, write_config
+from tests.deploy.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
 from tests.deploy.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
 
 RUN_TIMEOUT_S = 400.0
@@ -86,18 +83,16 @@ def three_nodes() -> Iterator[Cluster]:
 
 async def test_a_run_that_loses_the_teacher_s_node_finishes_on_the_others(three_nodes: Cluster, tmp_path: Path) -> None:
     settings = ["placement.strategy=SPREAD", f"placement.address={three_nodes.address}"]
-    resolved = read_config(write_config(tmp_path / "run", num_steps=8), settings)
-    running = asyncio.create_task(run_steps(resolved, partial(hired, resolved.config, shells=PLAYED)))
-    await until_step(tmp_path / "run", 3, running)
-    lost = node_of_teacher()
-    (node,) = [node for node in three_nodes.worker_nodes if node.node_id == lost]
-    await asyncio.to_thread(three_nodes.remove_node, node, allow_graceful=False)
-    summary = await asyncio.wait_for(running, RUN_TIMEOUT_S)
+    config = write_config(tmp_path / "run", num_steps=8)
+    async with going_on(config, *settings, shells=PLAYED) as running:
+        await until_step(tmp_path / "run", 3, running)
+        lost = node_of_teacher()
+        (node,) = [node for node in three_nodes.worker_nodes if node.node_id == lost]
+        await asyncio.to_thread(three_nodes.remove_node, node, allow_graceful=False)
+        summary = await summary_of(running)
     assert (summary["steps"], summary["sequences"]) == (8, 8 * 4)
     assert node_of_teacher() is None, "the run gives back what it had"
-    faults = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
-    # Whoever of that node is noticed first: the learner may sit beside the teacher, and its repair mends both.
-    assert {fault["who"] for fault in faults} & {"teacher engine", "learner"}, faults
+    assert "teacher engine" in {fault["who"] for fault in faults_of(tmp_path / "run")}
     counts = trained(tmp_path / "run")
     assert (len(counts), set(counts.values())) == (8 * 4, {1})
 

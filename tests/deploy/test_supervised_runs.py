@@ -1,12 +1,10 @@
 """A part of a real run is ended or stopped while it works: the run goes on, and every prompt is trained once."""
 
-import asyncio
 import json
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,20 @@ import pytest_asyncio
 import ray
 
 from common.config_source import read_config
-from deploy.launch import hired
 from deploy.preflight import prepare
-from deploy.steps import run
-from tests.deploy.faulty_runs import PLAYED, POISON, processes_of_run, trained, until_step, write_config
+from tests.deploy.faulty_runs import (
+    PLAYED,
+    POISON,
+    faults_of,
+    going_on,
+    processes_of_run,
+    summary_of,
+    trained,
+    until_step,
+    write_config,
+)
 
 NUM_STEPS, PROMPTS_PER_STEP = 6, 4
-TIMEOUT_S = 120.0
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -48,13 +53,13 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pat
 @pytest.mark.parametrize("who", ["student engine", "teacher engine", "controller", "learner"])
 async def test_the_run_goes_on(cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, who, kind) -> None:
     caplog.set_level(logging.INFO, logger="deploy")
-    resolved = read_config(write_config(tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP))
-    running = asyncio.create_task(run(resolved, partial(hired, resolved.config, shells=PLAYED)))
-    await until_step(tmp_path / "run", 3, running)
-    os.kill(processes_of_run(caplog)[who], kind)
-    summary = await asyncio.wait_for(running, TIMEOUT_S)
+    config = write_config(tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP)
+    async with going_on(config, shells=PLAYED) as running:
+        await until_step(tmp_path / "run", 3, running)
+        os.kill(processes_of_run(caplog)[who], kind)
+        summary = await summary_of(running)
     assert (summary["steps"], summary["sequences"]) == (NUM_STEPS, NUM_STEPS * PROMPTS_PER_STEP)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
+    lines = faults_of(tmp_path / "run")
     assert {line["who"] for line in lines} == {who}, lines
     assert lines[0]["kind"] in ({"died"} if kind is signal.SIGKILL else {"silent", "died"})
     assert 0.0 < lines[0]["recovered_s"] < 60.0
@@ -70,11 +75,10 @@ async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
     config = write_config(
         tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP, checkpoint_every=NUM_STEPS
     )
-    resolved = read_config(config)
-    running = asyncio.create_task(run(resolved, partial(hired, resolved.config, shells=PLAYED)))
-    await until_step(tmp_path / "run", 2, running)
-    os.kill(processes_of_run(caplog)["learner"], signal.SIGKILL)
-    summary = await asyncio.wait_for(running, TIMEOUT_S)
+    async with going_on(config, shells=PLAYED) as running:
+        await until_step(tmp_path / "run", 2, running)
+        os.kill(processes_of_run(caplog)["learner"], signal.SIGKILL)
+        summary = await summary_of(running)
     assert (summary["steps"], summary["sequences"], summary["faults"]) == (NUM_STEPS, NUM_STEPS * PROMPTS_PER_STEP, 1)
     counts = trained(tmp_path / "run")
     assert (set(counts.values()), len(counts)) == ({1}, NUM_STEPS * PROMPTS_PER_STEP)
@@ -85,12 +89,11 @@ async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_othe
 ) -> None:
     """Two epochs: in the second one it is not even asked for."""
     config = write_config(tmp_path / "run", num_rows=8, num_steps=4, prompts_per_step=4)
-    resolved = read_config(config)
-    poison = prepare(resolved.config).prompts.take(8)[5]
+    poison = prepare(read_config(config).config).prompts.take(8)[5]
     cluster.write_text(" ".join(map(str, poison.token_ids.tolist())))
     try:
-        hire = partial(hired, resolved.config, shells=PLAYED)
-        summary = await asyncio.wait_for(run(resolved, hire), TIMEOUT_S)
+        async with going_on(config, shells=PLAYED) as running:
+            summary = await summary_of(running)
     finally:
         cluster.write_text("")
     assert summary["prompts_set_aside"] == [poison.prompt_id]

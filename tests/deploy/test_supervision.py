@@ -73,7 +73,6 @@ class House:
         self._make_sequence = make_sequence
 
     async def mend_rollouts(self, ill: set[str]) -> None:
-        ill = ill | {member.name for member in self.rollout_side if member.answer != Health(pid=1)}
         self.calls.append(f"mend {', '.join(sorted(ill))}")
         for member in self.rollout_side:
             member.answer = Health(pid=1)
@@ -321,7 +320,10 @@ async def test_a_lost_learner_is_restarted_loaded_and_its_weights_go_to_the_engi
         await supervised.learner.sync(23)
     await supervised.learner.bring_back(lost.value, load)
     assert house.calls == ["sync 23", "mend teacher", "restart learner", "connect", "load", "sync 20"]
-    assert [fault["who"] for fault in supervised.folder.read_faults()] == ["learner"]
+    assert [(fault["who"], fault["kind"]) for fault in supervised.folder.read_faults()] == [
+        ("learner", "died"),
+        ("teacher", "died"),
+    ]
 
 
 async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_others_come(
