@@ -22,11 +22,11 @@ from common.sequence import MixedSequence, Prompt, TopLogprobs
 from common.waiting import both
 from rollout_server.draft import Draft, Judged
 from rollout_server.drawing import can_draw, draw_place
-from rollout_server.engine import Engine, WriteRequest, Written, concatenate_written, next_piece
+from rollout_server.engine import Engine, GoOn, WriteRequest, Written, next_piece
 from rollout_server.given import read_answer
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
-from rollout_server.schedule import Pauses, goes_in_step, pauses_before_the_switch, pauses_between_switches
+from rollout_server.schedule import goes_in_step, until_pause_before_the_switch, until_pause_between_switches
 from rollout_server.verdicts import Verdicts
 
 
@@ -129,50 +129,46 @@ class SwitchingController:
             return True, None
         # After guidance the teacher has the text in its cache: it is read with the first proposal.
         reading = TeacherReading(self._teacher, draft.text, draft.prompt.sequence_id, ahead=not draft.num_switches)
-        first, max_tokens = len(draft), last_position - len(draft)
-        pauses = self._pauses(draft, max_tokens, others_wait)
-        request = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=pauses.after)
-        pieces: list[Written] = []
+        finish_reason, go_on = None, None
+        request = self._write_request(
+            draft,
+            "student",
+            max_tokens=last_position - len(draft),
+            pause_after=self._until_pause(draft, others_wait),
+        )
         try:
             async with aclosing(self._student.stream(request)) as stream:
-                async for piece in stream:
-                    pieces.append(piece)
-                    num_written = len(draft) - first + sum(map(len, pieces))
-                    is_early = piece.finish_reason is None and num_written in pauses.early
-                    if is_early and not self._policy.is_near(draft.divergences):
-                        continue
-                    proposal, pieces = concatenate_written(pieces), []
-                    scores = await reading.scores(proposal, is_last=proposal.finish_reason is not None)
+                while (proposal := await next_piece(stream, go_on)) is not None:
+                    finish_reason = proposal.finish_reason
+                    scores = await reading.scores(proposal, is_last=finish_reason is not None)
                     judged, switch = await self._judge(draft, proposal, scores)
                     if switch is not None:
                         draft.keep(judged[:switch])
                         draft.num_wasted_tokens += len(judged) - switch
                         return True, judged[switch : switch + 1]
                     draft.keep(judged)
+                    go_on = GoOn(num_tokens=self._until_pause(draft, others_wait))
         finally:
             await reading.close()
-        if proposal.finish_reason == "length" and len(draft) < self._sampling.max_new_tokens:
+        if finish_reason == "length" and len(draft) < self._sampling.max_new_tokens:
             return True, None
-        draft.finish_reason = proposal.finish_reason
+        draft.finish_reason = finish_reason
         return False, None
 
-    def _pauses(self, draft: Draft, max_tokens: int, others_wait: bool) -> Pauses:
-        """Where the student waits for the verdict.
+    def _until_pause(self, draft: Draft, others_wait: bool) -> int | None:
+        """How many tokens the student writes before it waits for the verdict; None where it never does.
 
         One that is interrupted once at most, and whose place nobody waits for, runs on.
         """
-        if self._policy.guidance_tokens is None:
-            if not others_wait or not self._policy.watches:
-                return Pauses()
-            return pauses_before_the_switch(
-                text_tokens=draft.text.size, max_tokens=max_tokens, block_tokens=self._sampling.chunk_tokens
+        block_tokens = self._sampling.chunk_tokens
+        if self._policy.guidance_tokens is not None:
+            return until_pause_between_switches(
+                position=len(draft), num_switches=draft.num_switches, block_tokens=block_tokens
             )
-        return pauses_between_switches(
-            position=len(draft),
-            num_switches=draft.num_switches,
-            max_tokens=max_tokens,
-            block_tokens=self._sampling.chunk_tokens,
-        )
+        if not others_wait or not self._policy.watches:
+            return None
+        is_near = self._policy.is_near(draft.divergences)
+        return until_pause_before_the_switch(text_tokens=draft.text.size, block_tokens=block_tokens, is_near=is_near)
 
     def _goes_in_step(self, draft: Draft, *, is_in_step: bool) -> bool:
         return self._policy.guidance_tokens == 1 and goes_in_step(
@@ -184,12 +180,12 @@ class SwitchingController:
         sequence ends or switches have become rare.
         """
         max_tokens = self._sampling.max_new_tokens - len(draft)
-        writes = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=tuple(range(1, max_tokens)))
+        writes = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=1)
         reads = replace(writes, temperature=0.0, stop_token_ids=(), ignore_eos=True)
-        token_id: int | None = None
+        go_on: GoOn | None = None
         async with aclosing(self._student.stream(writes)) as proposals, aclosing(self._teacher.stream(reads)) as rows:
             while True:
-                proposal, row = await both(next_piece(proposals, token_id), next_piece(rows, token_id))
+                proposal, row = await both(next_piece(proposals, go_on), next_piece(rows, go_on))
                 assert proposal is not None, "the student ended without a finish reason"
                 assert row is not None, "the teacher ended before the text did"
                 judged, switch = await self._judge(draft, proposal, row.top)
@@ -203,7 +199,7 @@ class SwitchingController:
                     return
                 if not self._goes_in_step(draft, is_in_step=True):
                     return
-                token_id = draft.last_token_id
+                go_on = GoOn(num_tokens=1, token_id=draft.last_token_id)
 
     async def _judge(self, draft: Draft, proposal: Written, scores: TopLogprobs) -> tuple[Judged, int | None]:
         """What verifier and policy say of a proposal, and the index in it that the teacher takes, if any."""
@@ -270,7 +266,7 @@ class SwitchingController:
         )
 
     def _write_request(
-        self, draft: Draft, role: str, *, max_tokens: int, pause_after: tuple[int, ...] = ()
+        self, draft: Draft, role: str, *, max_tokens: int, pause_after: int | None = None
     ) -> WriteRequest:
         return WriteRequest(
             prefix=draft.text,

@@ -6,7 +6,6 @@ row of position j is the distribution of token j given tokens 0..j-1.
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -34,16 +33,27 @@ class WriteRequest:
     stop_token_ids: tuple[int, ...] = ()  # end after one of these, besides the model's own end-of-sequence token
     excluded_token_ids: tuple[int, ...] = ()  # never write these
     sequence_id: str | None = None  # whose text this is; calls of one sequence find their prefix in one replica
-    # After so many tokens hand over what is there, and write no more until the reader comes back. Changes no token.
-    pause_after: tuple[int, ...] = ()
+    # After so many tokens hand over what is there, and write no more until the reader says how far. Changes no token.
+    pause_after: int | None = None
     ignore_eos: bool = False  # no token ends the text, not even the model's own end-of-sequence token
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1, self.max_tokens
         assert self.chunk_tokens >= 1, self.chunk_tokens
-        ends = (0, *self.pause_after, self.max_tokens)
-        assert all(end < after for end, after in pairwise(ends)), f"pauses must ascend within {ends}"
+        assert self.pause_after is None or self.pause_after >= 1, self.pause_after
         assert not (self.ignore_eos and self.stop_token_ids), "a text that no token ends has no stop tokens"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoOn:
+    """What the reader of a stream that pauses says to it."""
+
+    num_tokens: int | None = None  # to write until the next pause; None for all
+    token_id: int | None = None  # to go on after in place of the last one written
+
+    def pause_after(self, num_written: int) -> int | None:
+        """The next pause, in tokens since the stream began, of which there are ``num_written``."""
+        return None if self.num_tokens is None else num_written + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,12 +118,11 @@ class EngineFacts:
 class Engine(Protocol):
     """A language model that writes and reads. Every method may be called many hundred times at once."""
 
-    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         """Yield what has been written since the last yield, until it has a finish_reason.
 
-        The engine writes on meanwhile, but for the request's pauses: there it waits for the next ``anext``, or for an
-        ``asend`` of the token to go on after in place of the last one written. Closing the generator ends the request
-        in the engine.
+        The engine writes on meanwhile, but at a pause: there it waits for an ``asend`` that says how to go on, or for
+        the next ``anext``, which has it write all the rest. Closing the generator ends the request in the engine.
         """
         ...
 
@@ -133,10 +142,10 @@ class Engine(Protocol):
         ...
 
 
-async def next_piece(pieces: AsyncGenerator[Written, int | None], token_id: int | None = None) -> Written | None:
-    """A stream's next piece, after sending it ``token_id``; None when it has ended."""
+async def next_piece(pieces: AsyncGenerator[Written, GoOn | None], go_on: GoOn | None = None) -> Written | None:
+    """A stream's next piece, after sending it ``go_on``; None when it has ended."""
     try:
-        return await pieces.asend(token_id)
+        return await pieces.asend(go_on)
     except StopAsyncIteration:
         return None
 

@@ -40,7 +40,7 @@ class Work:
     needs_row: int | None = None  # a read: the first row it needs, which the cache must not hold
     num_tokens: int = 1  # to be written
     piece_ends: deque[int] = field(default_factory=deque)  # counts of written tokens to report at, ascending
-    pauses: frozenset[int] = frozenset()  # counts at which to wait for the reader
+    pause_after: int | None = None  # the count at which to wait for the reader
     is_admitted: bool = False
     hashes: Hashes | None = None  # of whole blocks, once looked up
     num_left: int = 0  # tokens still to prefill
@@ -115,8 +115,11 @@ class Accelerator:
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
 
-    def resume(self, work: Work) -> None:
+    def resume(self, work: Work, pause_after: int | None) -> None:
         """The reader wants more after a pause. The cache is kept; the place in the batch has to be found again."""
+        work.pause_after = pause_after
+        if pause_after is not None and pause_after < work.num_tokens:
+            work.piece_ends.appendleft(pause_after)
         work.num_before, work.num_left, work.is_admitted = work.num_reported, 1, False
         self.submit(work)
 
@@ -193,7 +196,7 @@ class Accelerator:
                 continue
             work.num_reported = work.num_before + self._step - work.first_step + 1
             work.news.set()
-            if work.num_reported == work.num_tokens or work.num_reported in work.pauses:
+            if work.num_reported == work.num_tokens or work.num_reported == work.pause_after:
                 self._decoding.discard(work)
             else:
                 self._await_piece(work)

@@ -6,7 +6,7 @@ ends what is dropped, and fails or hangs where a Fault says so. Knows nothing of
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest, Written, write_whole
+from rollout_server.engine import EngineFacts, EngineSpec, GoOn, ScoreRequest, WriteRequest, Written, write_whole
 from rollout_server.engines.accelerator import Accelerator, DeviceCounters, Work
 from rollout_server.engines.imitation import EOS_TOKEN_ID, AcceleratorSpeeds, RowTable
 from rollout_server.engines.scripted import Fault, ScriptedError
@@ -71,19 +71,21 @@ class ImitatedEngine:
     def counters(self) -> DeviceCounters:
         return self._device.counters
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         """See the protocol. Pieces end at pauses or where the whole text's length is a multiple of ``chunk_tokens``."""
         with self._call("write"):
             await self._start("write", request.prefix.size + request.max_tokens)
             plan = self._plan(request)
             num_tokens = plan.token_ids.size
             first_end = request.chunk_tokens - request.prefix.size % request.chunk_tokens
-            ends = request.pause_after or range(first_end, num_tokens, request.chunk_tokens)
+            ends: Iterable[int] = range(first_end, num_tokens, request.chunk_tokens)
+            if request.pause_after is not None:
+                ends = (request.pause_after,)
             work = Work(
                 text=request.prefix,
                 num_tokens=num_tokens,
                 piece_ends=deque([*(end for end in ends if end < num_tokens), num_tokens]),
-                pauses=frozenset(request.pause_after),
+                pause_after=request.pause_after,
             )
             self._device.submit(work)
             num_taken, text = 0, plan.token_ids.copy()
@@ -92,17 +94,17 @@ class ImitatedEngine:
                     await work.news.wait()
                     work.news.clear()
                     piece, num_taken = slice(num_taken, work.num_reported), work.num_reported
-                    token_id = yield Written(
+                    go_on = (yield Written(
                         token_ids=plan.token_ids[piece],
                         logprobs=plan.logprobs[piece],
                         top=self._table.rows(plan.row_numbers[piece]),
                         weight_version=self.weight_version,
                         finish_reason=plan.finish_reason if num_taken == num_tokens else None,
-                    )
-                    if num_taken in work.pauses and num_taken < num_tokens:
-                        if token_id is not None:
-                            text[num_taken - 1] = token_id
-                        self._device.resume(work)
+                    )) or GoOn()  # fmt: skip
+                    if num_taken == work.pause_after and num_taken < num_tokens:
+                        if go_on.token_id is not None:
+                            text[num_taken - 1] = go_on.token_id
+                        self._device.resume(work, go_on.pause_after(num_taken))
             finally:
                 self._device.drop(work)
                 if work.num_reported:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
-from rollout_server.engine import ScoreRequest, WriteRequest, Written
+from rollout_server.engine import GoOn, ScoreRequest, WriteRequest, Written
 
 CallIds = npt.NDArray[np.int64]
 
@@ -120,7 +120,7 @@ class Orders:
 
     number: int  # of this message among the client's, from 0
     opens: dict[int, WriteRequest]
-    resumes: dict[int, int | None]  # streams that pause -> the token to go on after, None for the one they wrote
+    resumes: dict[int, GoOn]  # streams that pause -> how they go on
     closes: list[int]  # streams and reads nobody waits for any more
     reads: ReadBatch
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from common.sequence import TopLogprobs
 from common.waiting import within
-from rollout_server.engine import Engine, ScoreRequest, WriteRequest, Written, next_piece
+from rollout_server.engine import Engine, GoOn, ScoreRequest, WriteRequest, Written, next_piece
 from rollout_server.engines.messages import News, Orders, RowsBatch, WrittenBatch
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class _Client:
     """One reader of this engine: its calls under way and what they came to since it was last told."""
 
     calls: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    paused: dict[int, asyncio.Future[int | None]] = field(default_factory=dict)  # set when the reader comes back
+    paused: dict[int, asyncio.Future[GoOn]] = field(default_factory=dict)  # set when the reader comes back
     written: list[tuple[int, Written]] = field(default_factory=list)
     rows: list[tuple[int, TopLogprobs]] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
@@ -111,9 +111,9 @@ class StreamMultiplexer:
             client.calls[call_id] = asyncio.create_task(self._write(client, call_id, request))
         for call_id, read in orders.reads.unpack():
             client.calls[call_id] = asyncio.create_task(self._read(client, call_id, read))
-        for call_id, token_id in orders.resumes.items():
-            if (pause := client.paused.pop(call_id, None)) is not None:
-                pause.set_result(token_id)
+        for call_id, go_on in orders.resumes.items():
+            if (paused := client.paused.pop(call_id, None)) is not None:
+                paused.set_result(go_on)
         for call_id in orders.closes:
             client.close(call_id)
         if orders.closes:
@@ -133,20 +133,21 @@ class StreamMultiplexer:
         """Consumes one stream of the engine; produces into the client's news; waits for the client at pauses; stops
         when the stream ends or is closed.
         """
-        num_written, token_id = 0, None
+        num_written, pause_after, go_on = 0, request.pause_after, None
         try:
             async with aclosing(self._engine.stream(request)) as pieces:
-                while (piece := await next_piece(pieces, token_id)) is not None:
-                    num_written, token_id = num_written + len(piece), None
-                    pause: asyncio.Future[int | None] | None = None
-                    if piece.finish_reason is None and num_written in request.pause_after:
-                        pause = client.paused[call_id] = asyncio.get_running_loop().create_future()
+                while (piece := await next_piece(pieces, go_on)) is not None:
+                    num_written, go_on = num_written + len(piece), None
+                    paused: asyncio.Future[GoOn] | None = None
+                    if piece.finish_reason is None and num_written == pause_after:
+                        paused = client.paused[call_id] = asyncio.get_running_loop().create_future()
                     client.written.append((call_id, piece))
                     self.num_written_tokens += len(piece)
                     self._moved_s = time.monotonic()
                     client.ring()
-                    if pause is not None:
-                        token_id = await pause
+                    if paused is not None:
+                        go_on = await paused
+                        pause_after = go_on.pause_after(num_written)
         except Exception as error:
             self._fail(client, call_id, error)
         finally:

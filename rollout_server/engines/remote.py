@@ -20,6 +20,7 @@ from common.waiting import WaitedTooLong, within
 from common.weights import WeightUpdate
 from rollout_server.engine import (
     EngineCallError,
+    GoOn,
     ScoreRequest,
     WriteRequest,
     Written,
@@ -61,20 +62,20 @@ class RemoteEngine:
         self._inboxes: dict[int, _Inbox] = {}
         self._reads: dict[int, asyncio.Future[TopLogprobs]] = {}
         self._to_open: dict[int, WriteRequest] = {}
-        self._to_resume: dict[int, int | None] = {}
+        self._to_resume: dict[int, GoOn] = {}
         self._to_read: dict[int, ScoreRequest] = {}
         self._to_close: list[int] = []
         self._is_scheduled = False
         self._next_s = 0.0  # on the event loop's clock: when the next message may be sent
         self._exchanges: set[asyncio.Task[None]] = set()
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         call_id, inbox = next(self._call_numbers), _Inbox()
         self._inboxes[call_id] = inbox
         self._to_open[call_id] = request
         self._send_soon()
         try:
-            finish_reason, num_taken = None, 0
+            finish_reason, num_taken, pause_after = None, 0, request.pause_after
             while finish_reason is None:
                 await self._within(inbox.news.wait(), "the next tokens of a stream")
                 inbox.news.clear()
@@ -82,9 +83,10 @@ class RemoteEngine:
                     raise EngineCallError(inbox.failure)
                 written, inbox.pieces = concatenate_written(inbox.pieces), []
                 finish_reason, num_taken = written.finish_reason, num_taken + len(written)
-                token_id = yield written
-                if num_taken in request.pause_after:
-                    self._to_resume[call_id] = token_id
+                go_on = (yield written) or GoOn()
+                if num_taken == pause_after:
+                    pause_after = go_on.pause_after(num_taken)
+                    self._to_resume[call_id] = go_on
                     self._send_soon()
         finally:
             del self._inboxes[call_id]

@@ -16,6 +16,7 @@ from common.weights import WeightUpdate
 from rollout_server.engine import (
     Engine,
     EngineCallError,
+    GoOn,
     ScoreRequest,
     WriteRequest,
     Written,
@@ -40,27 +41,27 @@ class ReplicatedEngine:
         self._failed: set[int] = set()
         self._homes: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
-        num_taken, token_id = 0, None
-        sent: dict[int, int | None] = {}  # after so many tokens -> what the reader sent
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
+        num_taken, go_on = 0, None
+        sent: dict[int, GoOn | None] = {}  # after so many tokens -> what the reader sent
         with self._at(self._home(request.sequence_id)) as replica:
             try:
                 async with aclosing(self.replicas[replica].stream(request)) as pieces:
-                    while (written := await next_piece(pieces, token_id)) is not None:
+                    while (written := await next_piece(pieces, go_on)) is not None:
                         num_taken += len(written)
-                        token_id = sent[num_taken] = yield written
+                        go_on = sent[num_taken] = yield written
                 return
             except EngineCallError as error:
                 other = self._move(request.sequence_id, replica, error)
-        num_written, token_id = 0, None
+        num_written, go_on = 0, None
         with self._at(other) as replica:
             async with aclosing(self.replicas[replica].stream(request)) as pieces:
-                while (written := await next_piece(pieces, token_id)) is not None:
+                while (written := await next_piece(pieces, go_on)) is not None:
                     num_known, num_written = num_taken - num_written, num_written + len(written)
                     if num_written <= num_taken:
-                        token_id = sent.get(num_written)
+                        go_on = sent.get(num_written)
                     else:
-                        token_id = yield written[max(0, num_known) :]
+                        go_on = yield written[max(0, num_known) :]
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)

@@ -21,7 +21,15 @@ import numpy.typing as npt
 from common.seeds import derive_seed
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineCallError, ScoreRequest, WriteRequest, Written, concatenate_written, write_whole
+from rollout_server.engine import (
+    EngineCallError,
+    GoOn,
+    ScoreRequest,
+    WriteRequest,
+    Written,
+    concatenate_written,
+    write_whole,
+)
 
 _MAX_CACHED_ROWS = 4096
 
@@ -154,14 +162,14 @@ class ScriptedEngine:
         self.num_written_tokens = 0
         self.num_untaken_tokens = 0  # of these: never handed over, because the stream was closed
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         pieces: list[Written] = []
         news = asyncio.Event()
-        wanted: asyncio.Queue[int | None] = asyncio.Queue(1)
+        wanted: asyncio.Queue[GoOn] = asyncio.Queue(1)
         with self._call("write") as number:
             writing = asyncio.create_task(self._write(request, number, pieces, news, wanted))
             try:
-                finish_reason, num_taken = None, 0
+                finish_reason, num_taken, pause_after = None, 0, request.pause_after
                 while finish_reason is None:
                     await news.wait()
                     news.clear()
@@ -170,10 +178,11 @@ class ScriptedEngine:
                     written = concatenate_written(pieces)
                     pieces.clear()
                     finish_reason = written.finish_reason
-                    token_id = yield written
+                    go_on = (yield written) or GoOn()
                     num_taken += len(written)
-                    if num_taken in request.pause_after:
-                        wanted.put_nowait(token_id)
+                    if num_taken == pause_after:
+                        pause_after = go_on.pause_after(num_taken)
+                        wanted.put_nowait(go_on)
             finally:
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
@@ -221,7 +230,7 @@ class ScriptedEngine:
         number: int,
         pieces: list[Written],
         news: asyncio.Event,
-        wanted: "asyncio.Queue[int | None]",
+        wanted: "asyncio.Queue[GoOn]",
     ) -> None:
         """Consumes the reader's wish to go on after a pause; produces pieces, taken or not; waits for the delay and at
         pauses; stops at the end or when cancelled.
@@ -229,30 +238,32 @@ class ScriptedEngine:
         try:
             await self._start("write", number, request.prefix.size + request.max_tokens)
             text, rng = request.prefix, np.random.default_rng(request.seed)
-            finish_reason = None
+            finish_reason, num_written, pause_after = None, 0, request.pause_after
             while finish_reason is None:
                 await asyncio.sleep(self._delay())
-                piece = self._write_chunk(text, request, rng)
+                num_tokens = request.chunk_tokens
+                if pause_after is not None:
+                    num_tokens = min(num_tokens, pause_after - num_written)
+                piece = self._write_chunk(text, request, rng, num_tokens)
                 text = np.concatenate([text, piece.token_ids])
-                finish_reason = piece.finish_reason
+                finish_reason, num_written = piece.finish_reason, num_written + len(piece)
                 self.num_written_tokens += len(piece)
                 pieces.append(piece)
                 news.set()
-                if text.size - request.prefix.size in request.pause_after:
-                    token_id = await wanted.get()
-                    if token_id is not None:
-                        text = np.append(text[:-1], np.int32(token_id))
+                if num_written == pause_after:
+                    go_on = await wanted.get()
+                    pause_after = go_on.pause_after(num_written)
+                    if go_on.token_id is not None:
+                        text = np.append(text[:-1], np.int32(go_on.token_id))
         finally:
             news.set()
 
-    def _write_chunk(self, text: Ids, request: WriteRequest, rng: np.random.Generator) -> Written:
+    def _write_chunk(self, text: Ids, request: WriteRequest, rng: np.random.Generator, num_tokens: int) -> Written:
         """The next tokens after ``text``, which the request's prefix begins."""
         rows: list[Floats] = []
         token_ids: list[int] = []
         finish_reason: FinishReason | None = None
-        num_written = text.size - request.prefix.size
-        to_pause = min((end - num_written for end in request.pause_after if end > num_written), default=math.inf)
-        while finish_reason is None and len(rows) < min(request.chunk_tokens, to_pause):
+        while finish_reason is None and len(rows) < num_tokens:
             rows.append(self._script.next_logprobs(text))
             token_ids.append(_choose(rows[-1], request, rng))
             text = np.append(text, np.int32(token_ids[-1]))

@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import count
 from typing import Self
 
 import numpy as np
@@ -33,6 +33,7 @@ from common.weights import WeightUpdate
 from rollout_server.engine import (
     EngineFacts,
     EngineSpec,
+    GoOn,
     ScoreRequest,
     WriteRequest,
     Written,
@@ -88,17 +89,17 @@ class VLLMEngine:
         """Why it can't go on: vLLM's own process is gone."""
         return "vLLM's engine process is dead" if self._llm.errored else None
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         """See the protocol. Pieces end where the whole text's length is a multiple of ``chunk_tokens``.
 
         Whoever reads the text along then finds its cached blocks ending there too, and computes no token twice (where
         ``chunk_tokens`` is a multiple of vLLM's block).
         """
-        if request.pause_after:
-            async with aclosing(self._stream_in_turns(request)) as pieces:
-                token_id = None
-                while (piece := await next_piece(pieces, token_id)) is not None:
-                    token_id = yield piece
+        if request.pause_after is not None:
+            async with aclosing(self._stream_in_turns(request, request.pause_after)) as pieces:
+                go_on = None
+                while (piece := await next_piece(pieces, go_on)) is not None:
+                    go_on = yield piece
             return
         params = self._write_params(request, RequestOutputKind.DELTA)
         held: list[Written] = []
@@ -115,7 +116,9 @@ class VLLMEngine:
                     held = [written[end:]] if end < num_held else []
                     num_wanted = request.chunk_tokens
 
-    async def _stream_in_turns(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    async def _stream_in_turns(
+        self, request: WriteRequest, pause_after: int | None
+    ) -> AsyncGenerator[Written, GoOn | None]:
         """A stream with pauses: one session of vLLM, a turn from pause to pause.
 
         Between turns the session keeps its cache and its random state and gives up its place in the batch. Its next
@@ -129,17 +132,16 @@ class VLLMEngine:
                 yield await turns.get()
 
         def turn(prompt: Ids, num_tokens: int) -> StreamingInput:
-            params = self._write_params(
-                replace(request, max_tokens=num_tokens, pause_after=()), RequestOutputKind.DELTA
-            )
+            params = self._write_params(replace(request, max_tokens=num_tokens), RequestOutputKind.DELTA)
             params.stream_interval = num_tokens  # nobody takes a part of a turn
             return StreamingInput(prompt=_prompt(prompt), sampling_params=params)
 
         params = self._write_params(request, RequestOutputKind.DELTA)
         prompt, num_written = request.prefix, 0
         async with aclosing(self._llm.generate(inputs(), params, self._request_id())) as outputs:
-            for start, end in pairwise((0, *request.pause_after, request.max_tokens)):
-                turns.put_nowait(turn(prompt, end - start))
+            while True:
+                end = min(pause_after or request.max_tokens, request.max_tokens)
+                turns.put_nowait(turn(prompt, end - num_written))
                 held: list[Written] = []
                 while num_written < end and not (held and held[-1].finish_reason == "stop"):
                     held.append(self._written((await anext(outputs)).outputs[0]))
@@ -148,8 +150,9 @@ class VLLMEngine:
                 if written.finish_reason == "stop" or end == request.max_tokens:
                     yield written
                     return
-                token_id = yield replace(written, finish_reason=None)
-                prompt = written.token_ids[-1:] if token_id is None else np.array([token_id], np.int32)
+                go_on = (yield replace(written, finish_reason=None)) or GoOn()
+                pause_after = go_on.pause_after(num_written)
+                prompt = written.token_ids[-1:] if go_on.token_id is None else np.array([go_on.token_id], np.int32)
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)

@@ -23,7 +23,7 @@ from deploy.cluster import Shells
 from deploy.launch import hired
 from deploy.steps import run
 from rollout_server.actors import EngineActor
-from rollout_server.engine import EngineFacts, EngineSpec, WriteRequest, Written
+from rollout_server.engine import EngineFacts, EngineSpec, GoOn, WriteRequest, Written
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.traces.reader import TraceReader
 from tests.trainer.unprobed import Unprobed
@@ -74,14 +74,14 @@ class PlayedEngine(ScriptedEngine):
         self.facts = EngineFacts(dtype="float32", max_model_len=128, top_logprobs=spec.top_logprobs)
         self._is_student = spec.name == "student"
 
-    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         if self._is_student and self._poison and request.prefix[: len(self._poison)].tolist() == self._poison:
             os._exit(1)
         pieces = super().stream(request)
-        token_id = None
+        go_on = None
         try:
             while True:
-                token_id = yield await pieces.asend(token_id)
+                go_on = yield await pieces.asend(go_on)
         except StopAsyncIteration:
             return
         finally:

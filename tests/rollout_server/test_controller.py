@@ -32,7 +32,7 @@ from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TokenSource, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.controller import RolloutError, SwitchingController
-from rollout_server.engine import ScoreRequest, WriteRequest, Written
+from rollout_server.engine import GoOn, ScoreRequest, WriteRequest, Written
 from rollout_server.engines.scripted import Fault, HashedScript, Script, ScriptedEngine
 from rollout_server.policies import ScoredPositions, make_policy
 
@@ -241,7 +241,7 @@ class AskedEngine(ScriptedEngine):
 
     num_asked = 0
 
-    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, int | None]:
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         self.num_asked += not request.ignore_eos
         return super().stream(request)
 

@@ -1,42 +1,42 @@
-from itertools import pairwise
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_server.schedule import goes_in_step, pauses_before_the_switch, pauses_between_switches
+from rollout_server.schedule import goes_in_step, until_pause_before_the_switch, until_pause_between_switches
 
 positive = st.integers(1, 300)
 
 
-@pytest.mark.parametrize(("position", "num_switches", "first"), [(0, 0, 6), (20, 0, 32), (20, 7, 5), (300, 150, 4)])
-def test_a_sequence_that_switches_often_is_judged_often(position: int, num_switches: int, first: int) -> None:
-    pauses = pauses_between_switches(position=position, num_switches=num_switches, max_tokens=200, block_tokens=32)
-    assert pauses.after[0] == first
+@pytest.mark.parametrize(("position", "num_switches", "expected"), [(0, 0, 6), (20, 0, 32), (20, 7, 5), (300, 150, 4)])
+def test_a_sequence_that_switches_often_is_judged_often(position: int, num_switches: int, expected: int) -> None:
+    assert until_pause_between_switches(position=position, num_switches=num_switches, block_tokens=32) == expected
 
 
-@given(position=st.integers(0, 300), num_switches=st.integers(0, 100), max_tokens=positive, block_tokens=positive)
-def test_pauses_between_switches_ascend_and_are_at_most_a_block_apart(
-    position: int, num_switches: int, max_tokens: int, block_tokens: int
+@given(position=st.integers(0, 300), num_switches=st.integers(0, 100), block_tokens=positive)
+def test_pauses_between_switches_are_at_most_a_block_apart(position: int, num_switches: int, block_tokens: int) -> None:
+    num_tokens = until_pause_between_switches(position=position, num_switches=num_switches, block_tokens=block_tokens)
+    assert 0 < num_tokens <= block_tokens
+
+
+@given(text_tokens=positive, block_tokens=positive)
+def test_before_the_switch_the_student_writes_to_the_end_of_the_texts_block(
+    text_tokens: int, block_tokens: int
 ) -> None:
-    pauses = pauses_between_switches(
-        position=position, num_switches=num_switches, max_tokens=max_tokens, block_tokens=block_tokens
-    )
-    steps = [after - pause for pause, after in pairwise((0, *pauses.after, max_tokens))]
-    assert all(0 < step <= block_tokens for step in steps)
+    num_tokens = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, is_near=False)
+    assert 0 < num_tokens <= block_tokens
+    assert (text_tokens + num_tokens) % block_tokens == 0
 
 
-@given(text_tokens=positive, max_tokens=positive, block_tokens=positive)
-def test_pauses_before_the_switch_are_the_ends_of_the_texts_blocks_and_early_ones_within(
-    text_tokens: int, max_tokens: int, block_tokens: int
-) -> None:
-    pauses = pauses_before_the_switch(text_tokens=text_tokens, max_tokens=max_tokens, block_tokens=block_tokens)
-    ends = [end for end in range(text_tokens + 1, text_tokens + max_tokens) if end % block_tokens == 0]
-    assert [text_tokens + pause for pause in pauses.after if pause not in pauses.early] == ends
-    assert pauses.early <= set(pauses.after)
-    assert list(pauses.after) == sorted(set(pauses.after))
-    for pause in pauses.early:
-        assert (text_tokens + pause) % block_tokens < pause, "its block begins after the text"
+@pytest.mark.parametrize(("text_tokens", "expected"), [(64, 6), (65, 5), (69, 1), (70, 10), (79, 1), (80, 6)])
+def test_where_a_switch_is_near_the_first_verdict_of_a_block_is_early(text_tokens: int, expected: int) -> None:
+    assert until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=16, is_near=True) == expected
+
+
+@given(text_tokens=positive, block_tokens=positive)
+def test_an_early_verdict_is_within_the_block(text_tokens: int, block_tokens: int) -> None:
+    early = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, is_near=True)
+    end = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, is_near=False)
+    assert 0 < early <= end
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.sequence import TopLogprobs
-from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written
+from rollout_server.engine import GoOn, ScoreRequest, WriteRequest, Written, concatenate_written
 from rollout_server.engines import multiplex
 from rollout_server.engines.messages import News, Orders, ReadBatch
 from rollout_server.engines.multiplex import StreamMultiplexer
@@ -36,7 +36,7 @@ class NumberedStreams(StreamMultiplexer):
 
 def orders(
     opens: dict[int, WriteRequest] | None = None,
-    resumes: dict[int, int | None] | None = None,
+    resumes: dict[int, GoOn] | None = None,
     closes: list[int] | None = None,
     reads: dict[int, ScoreRequest] | None = None,
 ) -> Orders:
@@ -116,10 +116,10 @@ async def test_two_clients_may_choose_the_same_ids() -> None:
 async def test_a_paused_stream_goes_on_after_the_token_it_is_sent() -> None:
     engine = ScriptedEngine(SCRIPT, top_logprobs=K)
     streams = NumberedStreams(engine)
-    request = replace(REQUEST, pause_after=(3,), temperature=0.0, max_tokens=8, chunk_tokens=8, ignore_eos=True)
+    request = replace(REQUEST, pause_after=3, temperature=0.0, max_tokens=8, chunk_tokens=8, ignore_eos=True)
     first = dict((await streams.exchange("client", orders({0: request}), 5.0)).written.unpack())[0]
     other = (int(first.token_ids[-1]) + 1) % SCRIPT.vocabulary_size
-    rest = dict((await streams.exchange("client", orders(resumes={0: other}), 5.0)).written.unpack())[0]
+    rest = dict((await streams.exchange("client", orders(resumes={0: GoOn(token_id=other)}), 5.0)).written.unpack())[0]
     text = np.concatenate([REQUEST.prefix, first.token_ids[:-1], np.array([other], np.int32)])
     assert rest.token_ids[0] == SCRIPT.next_logprobs(text).argmax()
 
@@ -256,12 +256,12 @@ async def test_a_call_that_hangs_stands_still_while_others_that_write_do_not() -
 
 async def test_a_call_that_waits_for_its_reader_is_not_busy() -> None:
     streams = StreamMultiplexer(ScriptedEngine(SCRIPT, top_logprobs=K))
-    request = replace(ENDLESS, pause_after=(3,), ignore_eos=True)
+    request = replace(ENDLESS, pause_after=3, ignore_eos=True)
     await streams.exchange("c", replace(orders(opens={0: request}), number=0), 1.0)
     async with asyncio.timeout(2.0):
         while streams.num_busy:
             await asyncio.sleep(0.01)
-    await streams.exchange("c", replace(orders(resumes={0: None}), number=1), 0.0)
+    await streams.exchange("c", replace(orders(resumes={0: GoOn()}), number=1), 0.0)
     assert streams.num_busy == 1
     streams.drop_calls()
 

@@ -17,7 +17,7 @@ from common.config import AdaSwitch, Sampling
 from common.sequence import Prompt, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.controller import SwitchingController
-from rollout_server.engine import ScoreRequest, WriteRequest, Written, next_piece
+from rollout_server.engine import GoOn, ScoreRequest, WriteRequest, Written, next_piece
 from rollout_server.engines.messages import News, Orders
 from rollout_server.engines.multiplex import StreamMultiplexer
 from rollout_server.engines.remote import EngineCallError, RemoteEngine
@@ -217,14 +217,14 @@ async def test_an_engine_whose_process_died_fails_by_name(remote: Remote) -> Non
 async def test_a_paused_stream_goes_on_after_the_token_it_is_sent(remote: Remote) -> None:
     engine, _ = remote()
     here = ScriptedEngine(SCRIPT, top_logprobs=K)
-    request = replace(REQUEST, pause_after=tuple(range(1, 8)), max_tokens=8, ignore_eos=True, temperature=0.0)
+    request = replace(REQUEST, pause_after=1, max_tokens=8, ignore_eos=True, temperature=0.0)
     texts = []
     for each in (engine, here):
         async with aclosing(each.stream(request)) as pieces:
             token_ids, sent = [], None
             while (piece := await next_piece(pieces, sent)) is not None:
                 token_ids += piece.token_ids.tolist()
-                sent = len(token_ids)
+                sent = GoOn(num_tokens=1, token_id=len(token_ids))
         texts.append(token_ids)
     assert texts[0] == texts[1]
     assert len(texts[0]) == 8

@@ -250,9 +250,9 @@ async def test_pieces_end_where_the_text_is_a_multiple_of_the_chunk_and_only_the
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("pause_after", [(1,), (4, 9), tuple(range(1, 24)), (20,)])
+@pytest.mark.parametrize("turns", [[1], [4, 5], [1] * 23, [20]])
 async def test_pauses_change_no_token_and_hand_over_what_is_written(
-    temperature, pause_after, engines, held_out_prompts
+    temperature, turns, engines, held_out_prompts, pieces_of
 ) -> None:
     engine = engines.student
     request = write_request(
@@ -261,10 +261,9 @@ async def test_pauses_change_no_token_and_hand_over_what_is_written(
     whole = await engine.generate(request)
     others = [engine.generate(write_request(prompt.token_ids, seed=1)) for prompt in held_out_prompts[1:8]]
     crowd = asyncio.gather(*others)
-    async with aclosing(engine.stream(replace(request, pause_after=pause_after))) as stream:
-        pieces = [piece async for piece in stream]
+    pieces = await pieces_of(engine, request, turns)
     await crowd
-    ends = [end for end in (*pause_after, 24) if end < len(whole)]
+    ends = [end for end in (*np.cumsum(turns).tolist(), 24) if end < len(whole)]
     assert np.cumsum([len(piece) for piece in pieces]).tolist() == [*ends, len(whole)]
     paused = concatenate_written(pieces)
     assert paused.finish_reason == whole.finish_reason
@@ -275,7 +274,7 @@ async def test_pauses_change_no_token_and_hand_over_what_is_written(
 
 async def test_a_paused_stream_writes_nothing_until_it_is_asked_and_ends_when_closed(engines, held_out_prompts) -> None:
     engine = engines.teacher
-    request = replace(write_request(held_out_prompts[0].token_ids), pause_after=(2,))
+    request = replace(write_request(held_out_prompts[0].token_ids), pause_after=2)
     async with aclosing(engine.stream(request)) as stream:
         assert len(await anext(stream)) == 2
         assert engine.num_running == 1
