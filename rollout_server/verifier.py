@@ -97,8 +97,8 @@ def _slots(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tuple[Tensor, 
     num_bits = (num_slots - 1).bit_length()
     ids_NM = np.concatenate([teacher_top.token_ids, student_top.token_ids], axis=1)
     fits = int(ids_NM.max(initial=0)).bit_length() + num_bits < 32
-    dtype = np.int32 if fits else np.int64  # half as wide, half the time
-    sorted_NM = np.sort((ids_NM.astype(dtype) << num_bits) | np.arange(num_slots, dtype=dtype), axis=1)
+    keys_NM = ids_NM if fits else ids_NM.astype(np.int64)  # half as wide, half the time
+    sorted_NM = np.sort((keys_NM << num_bits) | np.arange(num_slots, dtype=keys_NM.dtype), axis=1)
     id_NM, slot_NM = sorted_NM >> num_bits, sorted_NM & ((1 << num_bits) - 1)
     row, column = np.nonzero(id_NM[:, 1:] == id_NM[:, :-1])
     slots_NK = np.full(student_top.token_ids.shape, teacher_top.k, np.int64)

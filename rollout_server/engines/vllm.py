@@ -96,7 +96,7 @@ class VLLMEngine:
         ``chunk_tokens`` is a multiple of vLLM's block).
         """
         if request.pause_after is not None:
-            async with aclosing(self._stream_in_turns(request, request.pause_after)) as pieces:
+            async with aclosing(self._stream_in_turns(request)) as pieces:
                 go_on = None
                 while (piece := await next_piece(pieces, go_on)) is not None:
                     go_on = yield piece
@@ -116,9 +116,7 @@ class VLLMEngine:
                     held = [written[end:]] if end < num_held else []
                     num_wanted = request.chunk_tokens
 
-    async def _stream_in_turns(
-        self, request: WriteRequest, pause_after: int | None
-    ) -> AsyncGenerator[Written, GoOn | None]:
+    async def _stream_in_turns(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         """A stream with pauses: one session of vLLM, a turn from pause to pause.
 
         Between turns the session keeps its cache and its random state and gives up its place in the batch. Its next
@@ -137,7 +135,7 @@ class VLLMEngine:
             return StreamingInput(prompt=_prompt(prompt), sampling_params=params)
 
         params = self._write_params(request, RequestOutputKind.DELTA)
-        prompt, num_written = request.prefix, 0
+        prompt, num_written, pause_after = request.prefix, 0, request.pause_after
         async with aclosing(self._llm.generate(inputs(), params, self._request_id())) as outputs:
             while True:
                 end = min(pause_after or request.max_tokens, request.max_tokens)
