@@ -12,16 +12,28 @@ from common.errors import UserError
 def children_on_cores(cores: Iterable[int]) -> Iterator[None]:
     """Processes that this thread starts within the block keep to these cores; this process is where it was afterwards.
 
-    Raises UserError for cores that the process may not use.
+    Raises UserError for cores that the system does not give.
     """
-    wanted, allowed = set(cores), os.sched_getaffinity(0)
-    if not wanted <= allowed:
-        raise UserError(f"cpu_cores must be among {sorted(allowed)} on this machine, got {sorted(wanted)}")
-    os.sched_setaffinity(0, wanted)
+    wanted, before = set(cores), os.sched_getaffinity(0)
+    with suppress(OSError):  # none of them is there
+        os.sched_setaffinity(0, wanted)
+    try:
+        if (given := os.sched_getaffinity(0)) != wanted:
+            raise UserError(f"cpu_cores: wanted {sorted(wanted)}, this machine gives {sorted(given)}")
+        yield
+    finally:
+        move_to_cores(before)  # with the threads that were started meanwhile
+
+
+@contextmanager
+def on_cores(cores: Iterable[int]) -> Iterator[None]:
+    """This process and what it starts keep to these cores within the block."""
+    before = os.sched_getaffinity(0)
+    move_to_cores(cores)
     try:
         yield
     finally:
-        move_to_cores(allowed)  # with the threads that were started meanwhile
+        move_to_cores(before)
 
 
 def move_to_cores(cores: Iterable[int]) -> None:

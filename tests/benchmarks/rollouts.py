@@ -3,8 +3,8 @@
     python -m tests.benchmarks.rollouts --quick
 
 Writes docs/benchmarks/rollouts.json, rollouts_details.json and the table in README.md beside them. Engines, controller
-and transport are the product's, in Ray actors as in a run; each engine has a core of its own. All ratios are between
-figures of one run on one machine. What is measured and how: docs/benchmarks/README.md.
+and transport are the product's, in Ray actors as in a run. Each engine has a core of its own; the rest shares the
+student's. All ratios are between figures of one run on one machine. What is measured and how: docs/benchmarks/README.md.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import ray
 from ray.actor import ActorHandle
 
 from common.config import AdaSwitch, Dataset, EngineSettings, OffPolicy, OnPolicy, Policy, Sampling, Trace
+from common.cores import on_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineAddress, RemoteRollouts
 from rollout_server.engine import EngineSpec
@@ -265,7 +266,8 @@ def _describe(repetition: Repetition, offline: OfflineTimes) -> str:
         f"with split reads {offline.split_serial_s / repetition.wall_s:.2f}, "
         f"{offline.split_parallel_s / repetition.wall_s:.2f} "
         f"(offline, s: {in_seconds}), "
-        f"teacher decodes {repetition.counters[1].mean_decode_batch:.0f} at a time, "
+        f"decoding at a time: student {repetition.counters[0].mean_decode_batch:.0f}, "
+        f"teacher {repetition.counters[1].mean_decode_batch:.0f}, "
         f"wasted {_wasted_share(repetition):.3f}, recomputed {_recomputed_share(repetition):.3f}, "
         f"controller {repetition.controller_cpu_s / repetition.num_tokens * 1e6:.0f} us/token"
     )
@@ -276,7 +278,18 @@ def _describe(repetition: Repetition, offline: OfflineTimes) -> str:
 
 @asynccontextmanager
 async def _engines(plan: Plan) -> AsyncIterator[Engines]:
-    """Both engines, each on its own core; ended afterwards."""
+    """Both engines, each on its own core; ended afterwards.
+
+    Everything else of the run, vLLM's front ends, controller, Ray and this process, shares the student's core: an
+    engine on a GPU would not share it with them either, and two cores leave no third place.
+    """
+    with on_cores(plan.cores[0] or os.sched_getaffinity(0)):
+        async with _started(plan) as engines:
+            yield engines
+
+
+@asynccontextmanager
+async def _started(plan: Plan) -> AsyncIterator[Engines]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
