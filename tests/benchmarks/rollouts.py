@@ -4,7 +4,7 @@
 
 Writes docs/benchmarks/rollouts.json, rollouts_details.json and the table in README.md beside them. Engines, controller
 and transport are the product's, in Ray actors as in a run. Each engine has a core of its own; the rest shares the
-student's. All ratios are between figures of one run on one machine. What is measured and how: docs/benchmarks/README.md.
+student's. All ratios are between figures of one run on one machine. What is measured and how is written in that page.
 """
 
 import argparse
