@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from common.errors import UserError
 
@@ -36,12 +37,12 @@ def on_cores(cores: Iterable[int]) -> Iterator[None]:
         move_to_cores(before)
 
 
-def move_to_cores(cores: Iterable[int]) -> None:
-    """Keep this process, all its threads and whatever it starts from now on to these cores, even if it was not on them.
+def move_to_cores(cores: Iterable[int], pid: int | Literal["self"] = "self") -> None:
+    """Keep a process, all its threads and whatever it starts from now on to these cores, even if it was not on them.
 
     Raises OSError where the system refuses.
     """
     wanted = set(cores)
-    for thread in Path("/proc/self/task").iterdir():
+    for thread in Path(f"/proc/{pid}/task").iterdir():
         with suppress(ProcessLookupError):  # it has ended meanwhile
             os.sched_setaffinity(int(thread.name), wanted)

@@ -45,6 +45,7 @@ _IN_FLIGHT = 2 * 256  # sequences for each pair of replicas: enough for a full b
 _PROMPT_TOKENS, _NEW_TOKENS, _TOP_LOGPROBS = 128, 256, 64
 _BATCH = 256  # sequences that one engine decodes at its nominal speed
 _VOCABULARY = 32_768
+_TIMEOUT_S = 300.0
 _END_RATE = 1 / 1024  # a text ends at any position with this chance
 _SPIKE_RATE = 1 / 512  # the student goes astray at any position with this chance
 _SPEEDS = {
@@ -76,14 +77,6 @@ class ImitatedEngineActor(EngineActor):
 
     async def cpu_seconds(self) -> float:
         return time.process_time()
-
-
-class BoundRolloutActor(MeasuredRolloutActor):
-    """The controller on a core of its own."""
-
-    async def bind(self, core: int) -> None:
-        """Away from the driver's cores, on which this process was started."""
-        move_to_cores([core])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,15 +140,20 @@ async def _watch(
         )
 
     async def watch() -> tuple[Snapshot, Snapshot]:
-        # All begin at once; when as many have finished as run at once, they are spread over their lengths.
-        while len(finished) < _IN_FLIGHT * num_replicas:
-            await asyncio.sleep(0.1)
-        before = await snapshot()
+        # All begin at once; when as many have finished as run at once, they are spread over their lengths. The window
+        # is long enough for as many again: where the machine is full, they may still come in waves.
+        before = await until(_IN_FLIGHT * num_replicas)
         await asyncio.sleep(plan.window_s)
-        return before, await snapshot()
+        return before, await until(before.num_sequences + _IN_FLIGHT * num_replicas)
+
+    async def until(num_finished: int) -> Snapshot:
+        async with asyncio.timeout(_TIMEOUT_S):
+            while len(finished) < num_finished:
+                await asyncio.sleep(0.1)
+        return await snapshot()
 
     watching = asyncio.create_task(watch())
-    remote = RemoteRollouts(rollouts, timeout_s=300.0)
+    remote = RemoteRollouts(rollouts, timeout_s=_TIMEOUT_S)
     async with aclosing(remote.collect(prompts, step=0)) as collected:
         async for item in collected:
             finished.append(item.sequence)
@@ -205,7 +203,7 @@ def _nominal_s(role: str, device: DeviceCounters) -> float:
 def _prompts(num_replicas: int, window_s: float) -> list[Prompt]:
     """For the warm-up, for a window at twice the student's speed, and enough to be in flight at its end."""
     num_in_window = round(window_s * 2.0 * _SPEEDS["student"].decode_tokens_per_s / _NEW_TOKENS)
-    num_prompts = num_replicas * (2 * _IN_FLIGHT + num_in_window)
+    num_prompts = num_replicas * (3 * _IN_FLIGHT + num_in_window)
     rng = np.random.default_rng(num_replicas)
     texts = rng.integers(1, _VOCABULARY, (num_prompts, _PROMPT_TOKENS), np.int32)
     return [Prompt(prompt_id=str(number), token_ids=text, seed=number) for number, text in enumerate(texts)]
@@ -231,9 +229,7 @@ def knee(results: Sequence[CapacityResult]) -> int:
 async def _actors(plan: Plan, num_replicas: int) -> AsyncIterator[tuple[ActorHandle, dict[str, list[ActorHandle]]]]:
     """One engine actor for each replica and one rollout actor; ended afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    num_cores = os.cpu_count() or 1
-    if num_cores > 1:
-        move_to_cores(range(1, num_cores))  # what is started from here on stays off the controller's core
+    cores = sorted(os.sched_getaffinity(0))
     ray.init(
         address="local",
         num_cpus=2 * num_replicas + 2,
@@ -250,7 +246,7 @@ async def _actors(plan: Plan, num_replicas: int) -> AsyncIterator[tuple[ActorHan
             handle.start.remote(_engine_spec(role), prefix) for role, handles in engines.items() for handle in handles
         ))  # fmt: skip
         rollouts = (
-            ray.remote(BoundRolloutActor)
+            ray.remote(MeasuredRolloutActor)
             .options(num_cpus=0)
             .remote(
                 _rollout_spec(plan, num_replicas),
@@ -258,11 +254,19 @@ async def _actors(plan: Plan, num_replicas: int) -> AsyncIterator[tuple[ActorHan
                 str(REPOSITORY / "deploy" / "demo" / "models" / "student"),  # no text is decoded
             )
         )
-        if num_cores > 1:
-            await rollouts.bind.remote(0)
+        controller_pid = (await rollouts.health.remote()).pid
+        for pid in _processes():
+            move_to_cores(cores[:1] if pid == controller_pid else cores[1:] or cores, pid)
         yield rollouts, engines
     finally:
         ray.shutdown()
+        move_to_cores(cores)
+
+
+def _processes() -> list[int]:
+    """This one, Ray's, and the actors."""
+    driver = psutil.Process()
+    return [process.pid for process in (driver, *driver.children(recursive=True))]
 
 
 def _engine_spec(role: str) -> EngineSpec:
