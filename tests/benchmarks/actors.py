@@ -1,19 +1,15 @@
-"""The product's actors with instruments attached: what an engine really computed, CPU times, and offline batches.
-
-An engine runs on a core of its own, as it would on a GPU of its own: its processes inherit the binding of the actor
-that starts them.
-"""
+"""The product's actors with instruments attached: what an engine really computed, CPU times, and offline batches."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from common.sequence import Ids
+from common.sequence import Ids, MixedSequence, Prompt
 from rollout_server.actors import EngineActor, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
 
@@ -164,8 +160,44 @@ class MeasuredEngineActor(EngineActor):
         processor.process_outputs = counting
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What a controller has finished since its start."""
+
+    num_sequences: int = 0
+    num_switched: int = 0
+    num_tokens: int = 0
+    num_teacher_tokens: int = 0
+    num_wasted_tokens: int = 0
+
+    def and_one_more(self, sequence: MixedSequence) -> "Finished":
+        return Finished(
+            num_sequences=self.num_sequences + 1,
+            num_switched=self.num_switched + (sequence.first_switch is not None),
+            num_tokens=self.num_tokens + len(sequence),
+            num_teacher_tokens=self.num_teacher_tokens + sequence.num_teacher_tokens,
+            num_wasted_tokens=self.num_wasted_tokens + sequence.num_wasted_tokens,
+        )
+
+    def __sub__(self, earlier: "Finished") -> "Finished":
+        return Finished(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
+
+
 class MeasuredRolloutActor(RolloutActor):
-    """The controller, with its processor time."""
+    """The controller, with its processor time and what it has finished."""
+
+    _finished = Finished()
+
+    async def collect(
+        self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
+    ) -> AsyncGenerator[MixedSequence, None]:
+        async with aclosing(super().collect(prompts, step, kept)) as sequences:
+            async for sequence in sequences:
+                self._finished = self._finished.and_one_more(sequence)
+                yield sequence
+
+    async def finished(self) -> Finished:
+        return self._finished
 
     async def cpu_seconds(self) -> float:
         return time.process_time()

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -27,14 +27,14 @@ from ray.actor import ActorHandle
 
 from common.config import AdaSwitch, EngineSettings, Sampling, Trace
 from common.cores import move_to_cores
-from common.sequence import MixedSequence, Prompt
-from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts
+from common.sequence import Prompt
+from rollout_server.actors import EngineActor, EngineAddress
 from rollout_server.engine import EngineSpec
 from rollout_server.engines.accelerator import DeviceCounters
 from rollout_server.engines.imitation import AcceleratorSpeeds, ImitatedText
 from rollout_server.rollouts import RolloutSpec
 from tests.benchmarks import report
-from tests.benchmarks.actors import MeasuredRolloutActor
+from tests.benchmarks.actors import Finished, MeasuredRolloutActor
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.report import CapacityResult
 
@@ -84,11 +84,7 @@ class Snapshot:
     """Counters at one moment, since the actors' start."""
 
     at_s: float
-    num_tokens: int  # in finished mixed sequences
-    num_sequences: int
-    num_switched: int
-    num_teacher_tokens: int
-    num_wasted_tokens: int
+    finished: Finished
     controller_cpu_s: float
     engines_cpu_s: float
     machine_cpu_s: float
@@ -114,12 +110,13 @@ async def measure(plan: Plan, num_replicas: int) -> CapacityResult:
 async def _watch(
     plan: Plan, num_replicas: int, rollouts: ActorHandle, engines: dict[str, list[ActorHandle]]
 ) -> tuple[Snapshot, Snapshot]:
-    """Collect; what was counted when the window opened and when it closed. The rest is dropped."""
-    finished: list[MixedSequence] = []
-    prompts = _prompts(num_replicas, plan.window_s)
+    """Collect; what was counted when the window opened and when it closed.
 
-    async def snapshot() -> Snapshot:
-        at_s, num_finished = time.perf_counter(), len(finished)
+    Sequences come over Ray and are dropped unread: who reads them has a core of its own in a real run.
+    """
+
+    async def snapshot(finished: Finished) -> Snapshot:
+        at_s = time.perf_counter()
         students, teachers = [
             await asyncio.gather(*(handle.counters.remote() for handle in engines[role])) for role in _SPEEDS
         ]
@@ -127,11 +124,7 @@ async def _watch(
         machine = psutil.cpu_times()
         return Snapshot(
             at_s=at_s,
-            num_sequences=num_finished,
-            num_tokens=sum(map(len, finished[:num_finished])),
-            num_switched=sum(sequence.first_switch is not None for sequence in finished[:num_finished]),
-            num_teacher_tokens=sum(sequence.num_teacher_tokens for sequence in finished[:num_finished]),
-            num_wasted_tokens=sum(sequence.num_wasted_tokens for sequence in finished[:num_finished]),
+            finished=finished,
             controller_cpu_s=await rollouts.cpu_seconds.remote(),
             engines_cpu_s=sum(await asyncio.gather(*engines_cpu)),
             machine_cpu_s=machine.user + machine.system,
@@ -139,53 +132,55 @@ async def _watch(
             teachers=teachers,
         )
 
-    async def watch() -> tuple[Snapshot, Snapshot]:
+    async def until(num_sequences: int) -> Snapshot:
+        async with asyncio.timeout(_TIMEOUT_S):
+            while (finished := await rollouts.finished.remote()).num_sequences < num_sequences:
+                await asyncio.sleep(0.5)
+        return await snapshot(finished)
+
+    async def drop(references: ray.ObjectRefGenerator) -> None:
+        async for _ in references:
+            pass
+
+    prompts = _prompts(num_replicas, plan.window_s)
+    references = rollouts.collect.options(num_returns="streaming").remote(prompts, 0)
+    dropping = asyncio.create_task(drop(references))
+    try:
         # All begin at once; when as many have finished as run at once, they are spread over their lengths. The window
         # is long enough for as many again: where the machine is full, they may still come in waves.
         before = await until(_IN_FLIGHT * num_replicas)
         await asyncio.sleep(plan.window_s)
-        return before, await until(before.num_sequences + _IN_FLIGHT * num_replicas)
-
-    async def until(num_finished: int) -> Snapshot:
-        async with asyncio.timeout(_TIMEOUT_S):
-            while len(finished) < num_finished:
-                await asyncio.sleep(0.1)
-        return await snapshot()
-
-    watching = asyncio.create_task(watch())
-    remote = RemoteRollouts(rollouts, timeout_s=_TIMEOUT_S)
-    async with aclosing(remote.collect(prompts, step=0)) as collected:
-        async for item in collected:
-            finished.append(item.sequence)
-            if watching.done():
-                return watching.result()
-    raise RuntimeError(f"{len(prompts)} prompts were written before the window closed")
+        after = await until(before.finished.num_sequences + _IN_FLIGHT * num_replicas)
+    finally:
+        dropping.cancel()
+        ray.cancel(references, recursive=False)
+    assert after.finished.num_sequences < len(prompts) - _IN_FLIGHT * num_replicas, "the window saw the end"
+    return before, after
 
 
 def _result(num_replicas: int, before: Snapshot, after: Snapshot) -> CapacityResult:
     wall_s = after.at_s - before.at_s
-    num_tokens = after.num_tokens - before.num_tokens
+    finished = after.finished - before.finished
     students = [now - then for now, then in zip(after.students, before.students, strict=True)]
     teachers = [now - then for now, then in zip(after.teachers, before.teachers, strict=True)]
-    num_sequences = after.num_sequences - before.num_sequences
-    num_wasted = after.num_wasted_tokens - before.num_wasted_tokens
+    controller_cpu_s = after.controller_cpu_s - before.controller_cpu_s
     num_written = sum(device.num_generated_tokens for device in students)
-    num_explored = num_tokens - (after.num_teacher_tokens - before.num_teacher_tokens)
+    num_explored = finished.num_tokens - finished.num_teacher_tokens
     return CapacityResult(
         replicas=num_replicas,
         student_busy=mean(device.busy_s for device in students) / wall_s,
         teacher_busy=mean(device.busy_s for device in teachers) / wall_s,
-        tokens_per_s=num_tokens / wall_s,
-        controller_us_per_token=(after.controller_cpu_s - before.controller_cpu_s) / num_tokens * 1e6,
+        tokens_per_s=finished.num_tokens / wall_s,
+        controller_us_per_token=controller_cpu_s / finished.num_tokens * 1e6,
         student_at_nominal=mean(_nominal_s("student", device) for device in students) / wall_s,
         teacher_at_nominal=mean(_nominal_s("teacher", device) for device in teachers) / wall_s,
         unused_student_tokens=max(0.0, 1.0 - num_explored / num_written),
-        wasted_student_tokens=num_wasted / (num_wasted + num_explored),
-        teacher_share=1.0 - num_explored / num_tokens,
-        switched=(after.num_switched - before.num_switched) / num_sequences,
-        sequences=num_sequences,
+        wasted_student_tokens=finished.num_wasted_tokens / (finished.num_wasted_tokens + num_explored),
+        teacher_share=finished.num_teacher_tokens / finished.num_tokens,
+        switched=finished.num_switched / finished.num_sequences,
+        sequences=finished.num_sequences,
         wall_s=wall_s,
-        controller_cpu=(after.controller_cpu_s - before.controller_cpu_s) / wall_s,
+        controller_cpu=controller_cpu_s / wall_s,
         engines_cpu=(after.engines_cpu_s - before.engines_cpu_s) / wall_s,
         machine_cpu=(after.machine_cpu_s - before.machine_cpu_s) / wall_s,
     )
