@@ -25,6 +25,9 @@ Kind = Literal["died", "silent", "hung", "failed", "out_of_memory"]
 _PASSING = (RayError, WaitedTooLong, EngineCallError, RolloutError, LearnerRankDied)
 """What may go well at the next try. Any other error of a call, where nobody is ill, is a fault of the program."""
 
+_KNOWN_AFTER_S = 1.0
+"""A process that has ended may be known to have a moment after the calls that it took with it."""
+
 _ENDED = "its process has ended"
 
 
@@ -93,8 +96,11 @@ class Watch:
 
         The first member is the one that was called.
         """
-        faults = await self.look(members)
         called, cause = members[0].name, cause_of(error)
+        faults = await self.look(members)
+        if not faults and isinstance(cause, _PASSING):
+            await asyncio.sleep(min(self._config.health_every_s, _KNOWN_AFTER_S))
+            faults = await self.look(members)
         if isinstance(error, RayError) and not isinstance(error, RayTaskError) and called not in _names(faults):
             faults.append(self._fault(_kind_of(error), called, _reason_of(error)))
         if faults:

@@ -213,6 +213,14 @@ async def test_how_long_it_took_to_notice_counts_from_the_last_sign_of_life() ->
     assert fault.detected_s == pytest.approx(0.1, abs=0.08)
 
 
+async def test_who_is_not_known_to_have_died_yet_is_looked_at_again() -> None:
+    learner, student = Member("learner"), Member("student engine")
+    asyncio.get_running_loop().call_later(0.01, setattr, student, "answer", GONE)
+    ill = await Watch(CONFIG).explain(EngineCallError("student engine: a weight update failed"), [learner, student])
+    assert ill is not None
+    assert ill.names == {"student engine"}
+
+
 async def test_an_engine_that_dies_is_mended_gets_the_weights_and_only_what_is_missing_is_written_again(
     supervised: Supervised,
 ) -> None:
