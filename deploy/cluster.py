@@ -2,9 +2,6 @@
 
 import asyncio
 import logging
-import os
-import signal
-import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import RunConfig
@@ -22,8 +19,8 @@ from common.waiting import within
 from deploy.attach import NAMESPACE
 from deploy.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.preflight import Inputs
+from deploy.reservation import connect, reserve, shortage_of, use_gpus
 from deploy.run_folder import RunFolder
-from deploy.shortage import describe_shortage
 from deploy.staff import Process, RunStaff
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec
@@ -33,7 +30,6 @@ from trainer.actors import HEALTH_GROUP, LearnerActor, LearnerSpec, RemoteLearne
 logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 8.0  # less than what ``deploy.submit`` has Ray wait between asking a job to stop and killing it
-_SAY_WHAT_IS_MISSING_EVERY_S = 10.0
 
 T = TypeVar("T")
 
@@ -180,7 +176,7 @@ class Cluster:
             students_are_one=self._backend == "nccl",
             seat_timeout_s=self._config.placement.timeout_s,
             call_timeout_s=self._config.engines.call_timeout_s,
-            shortage=self._shortage,
+            shortage=lambda: shortage_of(self._group, self._plan, self._config.placement.strategy),
         )
 
     async def _connect(self, ranks: list[ActorHandle], pair: Pair) -> None:
@@ -197,16 +193,6 @@ class Cluster:
         calls = [rank.connect.remote(transfer) for rank in ranks]
         what, timeout_s = "the weight transfer to open", config.engines.start_timeout_s
         await _unwrapped(every_rank(calls, what, timeout_s=timeout_s))
-
-    def _shortage(self) -> str | None:
-        """What keeps Ray from finding another node for bundles whose node is lost. None where all have one."""
-        placed = placement_group_table(self._group)["bundles_to_node_id"]
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        lost = [bundle for number, bundle in enumerate(self._plan.bundles) if placed.get(number) not in alive]
-        if not lost:
-            return None
-        strategy, free = self._config.placement.strategy, _of_interest(ray.available_resources())
-        return describe_shortage(lost, strategy=strategy, nodes=_nodes(), free=free)
 
     async def stop(self) -> None:
         """End the actors: first those that only call others, then, side by side, those that hold something and give it
@@ -295,83 +281,16 @@ async def joined(config: RunConfig, shells: Shells | None = None) -> AsyncIterat
 
     Raises UserError when the resources never come.
     """
-    _connect(config.placement.address)
-    _end_in_order_on_sigterm()
-    use_gpus = _use_gpus(config.placement.use_gpus)
-    plan = seat(config, use_gpus=use_gpus)
-    group = await _reserve(config, plan)
-    cluster = Cluster(config, plan, group, shells or Shells(), use_gpus=use_gpus)
+    connect(config.placement.address)
+    gpus = use_gpus(config.placement.use_gpus)
+    plan = seat(config, use_gpus=gpus)
+    group = await reserve(plan, strategy=config.placement.strategy, timeout_s=config.placement.timeout_s)
+    cluster = Cluster(config, plan, group, shells or Shells(), use_gpus=gpus)
     try:
         yield cluster
     finally:
         await cluster.stop()
         remove_placement_group(group)
-
-
-def _connect(address: str | None) -> None:
-    """Join the cluster that is named, or start one on this machine."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other process on the machine starve engines
-    named = address or os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        ray.init(
-            address=named or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if named else {"include_dashboard": False}),
-        )
-
-
-def _end_in_order_on_sigterm() -> None:
-    """Ray takes SIGTERM over when it is joined, and would end this process at once: no actor could give anything back.
-    So it is taken back, to end this task as Ctrl-C does.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-
-
-def _use_gpus(wanted: Literal["auto"] | bool) -> bool:
-    num_gpus = ray.cluster_resources().get("GPU", 0)
-    if wanted is True and not num_gpus:
-        raise UserError("placement.use_gpus is true, but the cluster has no GPU")
-    return bool(num_gpus) if wanted == "auto" else wanted
-
-
-async def _reserve(config: RunConfig, plan: SeatingPlan) -> PlacementGroup:
-    """Waits for the run's bundles and says now and then what is missing. Stops when they are there or time is up."""
-    strategy, timeout_s = config.placement.strategy, config.placement.timeout_s
-    group = placement_group(plan.bundles, strategy=strategy)
-    ready, started_s = asyncio.ensure_future(group.ready()), time.monotonic()
-    try:
-        while True:
-            left_s = timeout_s - (time.monotonic() - started_s)
-            done, _ = await asyncio.wait([ready], timeout=max(0.0, min(_SAY_WHAT_IS_MISSING_EVERY_S, left_s)))
-            if done:
-                ready.result()
-                return group
-            missing = describe_shortage(
-                plan.bundles, strategy=strategy, nodes=_nodes(), free=_of_interest(ray.available_resources())
-            )
-            waited_s = time.monotonic() - started_s
-            if waited_s >= timeout_s:
-                raise UserError(
-                    f"placement: waited {timeout_s:g} s for the cluster's resources: {missing}; add nodes, wait for "
-                    "other runs to end, or raise placement.timeout_s"
-                )
-            logger.info("waiting for resources, %.0f of %g s: %s", waited_s, timeout_s, missing)
-    except BaseException:
-        ready.cancel()
-        remove_placement_group(group)
-        raise
-
-
-def _nodes() -> list[dict[str, float]]:
-    return [_of_interest(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def _of_interest(resources: dict[str, float]) -> dict[str, float]:
-    return {name: resources[name] for name in ("CPU", "GPU") if name in resources}
 
 
 async def _answer(call: Any, what: str, timeout_s: float) -> Any:

@@ -1,4 +1,4 @@
-"""What a run still waits for, in words: its bundles against what the cluster has. Pure; ``cluster`` asks Ray."""
+"""What a run still waits for, in words: its bundles against what the cluster has. Pure; ``reservation`` asks Ray."""
 
 from collections.abc import Mapping, Sequence
 

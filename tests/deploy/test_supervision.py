@@ -17,9 +17,10 @@ from common.health import Health
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import WaitedTooLong
 from deploy.endings import clear_end
+from deploy.repairs import Repairs
 from deploy.run_folder import RunFolder
 from deploy.set_aside import SetAside
-from deploy.supervision import LearnerLost, Repairs, SupervisedLearner, SupervisedRollouts
+from deploy.supervision import LearnerLost, SupervisedLearner, SupervisedRollouts
 from deploy.watch import Ill, Watch
 from rollout_server.controller import RolloutError
 from rollout_server.engine import EngineCallError
