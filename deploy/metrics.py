@@ -1,12 +1,8 @@
 """A run's steps and evaluations as Ray metrics, which Prometheus fetches: one more tracker beside TensorBoard."""
 
-from typing import TYPE_CHECKING
-
 from common.metrics import EVALUATION_METRICS, STEP, STEP_METRICS
+from deploy.tracker import Metrics, Outcome
 from rollout_server.exported import Exported
-
-if TYPE_CHECKING:
-    from deploy.trackers import Metrics, Outcome
 
 _BY_NAME = {metric.name: metric for metric in (*STEP_METRICS, *EVALUATION_METRICS)}
 
@@ -17,11 +13,11 @@ class RayTracker:
     def __init__(self, run: str) -> None:
         self._exported = Exported([STEP, *_BY_NAME.values()], {"run": run})
 
-    def log(self, step: int, metrics: "Metrics") -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         self._exported.add(STEP, step)
         for name, value in metrics.items():
             if name in _BY_NAME:
                 self._exported.add(_BY_NAME[name], value)
 
-    def close(self, outcome: "Outcome") -> None:
+    def close(self, outcome: Outcome) -> None:
         """Ray forgets them with the process."""

@@ -15,28 +15,20 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from common.config import Logging, MLflow, RunConfig, Wandb
 from common.errors import UserError
 from deploy.metrics import RayTracker
+from deploy.tracker import Metrics, Outcome, Tracker
 
 logger = logging.getLogger(__name__)
 
-Metrics = Mapping[str, float | int]
-Outcome = Literal["finished", "failed"]
 T = TypeVar("T")
 
 _QUEUED_RECORDS = 1000  # a tracker that far behind loses records instead of holding up the run
 _CLOSE_TIMEOUT_S = 60.0
 _MLFLOW_BATCH = 100  # parameters a server takes in one call
-
-
-class Tracker(Protocol):
-    """One place that shows metrics. Called from one thread after it is made."""
-
-    def log(self, step: int, metrics: Metrics) -> None: ...
-    def close(self, outcome: Outcome) -> None: ...
 
 
 class Trackers:

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.config import Data, Logging, MLflow, Models, RunConfig, Wandb
 from common.errors import UserError
-from deploy.trackers import Metrics, Outcome, TensorBoardTracker, Trackers, refuse_missing_packages
+from deploy.tracker import Metrics, Outcome
+from deploy.trackers import TensorBoardTracker, Trackers, refuse_missing_packages
 
 RECORDS: list[dict[str, float | int]] = [
     {"step": 0, "evaluation/accuracy": 0.25},
