@@ -18,13 +18,14 @@ from deploy.cluster import Shells, joined
 from deploy.copies import fetch_if_ahead
 from deploy.endings import clear_end
 from deploy.preflight import Inputs, prepare
+from deploy.progress import ProgressDisplay
 from deploy.repairs import Repairs
 from deploy.resume import find_resumable, refuse_other_settings
 from deploy.run_folder import RunFolder
 from deploy.set_aside import SetAside
 from deploy.steps import Crew, run
 from deploy.supervision import SupervisedLearner, SupervisedRollouts
-from deploy.terminal import ProgressDisplay, make_console, print_summary
+from deploy.terminal import make_console, print_summary
 from deploy.watch import Watch
 from rollout_server.actors import Collected
 from rollout_server.engine import EngineFacts

@@ -15,11 +15,11 @@ from common.sequence import MixedSequence
 from common.weights import WeightVersion
 from deploy.copies import copied_names, kept_copied
 from deploy.preflight import Inputs, prepare
+from deploy.progress import ProgressDisplay, StepLine
 from deploy.provenance import hardware, write_versions
 from deploy.resume import Resumable, last_resumable, rewind, rewind_to_beginning
 from deploy.run_folder import RunFolder, metrics_of, summarise_run
 from deploy.supervision import LearnerLost, StoredLearner
-from deploy.terminal import ProgressDisplay, StepLine
 from deploy.trackers import Trackers
 from trainer.checkpoint import AHEAD, LEARNER, STUDENT, RunState, prune, write_checkpoint
 from trainer.loop import BEGINNING, Rollouts, Start, distill

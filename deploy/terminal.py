@@ -1,4 +1,4 @@
-"""What a run and its trace look like in a terminal, and in a pipe. Knows records, never where they come from.
+"""What a finished run and its trace look like in a terminal, and in a pipe. Knows records, never where they come from.
 
 Nothing is told by colour alone: the teacher's tokens stand between « and », and every switch opens a new pair. Text
 that models wrote is shown as it is, never as markup, with control characters made visible.
@@ -6,14 +6,9 @@ that models wrote is shown as it is, never as markup, with control characters ma
 
 import io
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -55,9 +50,9 @@ def print_sequences(sequences: Sequence[SequenceRecord], console: Console | None
     )
     for sequence in sequences:
         table.add_row(
-            _plain(sequence.sequence_id),
+            plain(sequence.sequence_id),
             str(sequence.step),
-            _plain(sequence.policy),
+            plain(sequence.policy),
             str(sequence.num_tokens),
             f"{sequence.num_teacher_tokens / sequence.num_tokens:.0%}",
             str(sequence.num_switches),
@@ -65,7 +60,7 @@ def print_sequences(sequences: Sequence[SequenceRecord], console: Console | None
             _decimal(sequence.mean_divergence),
             str(sequence.num_wasted_tokens),
             sequence.finish_reason,
-            _plain(_shortened(sequence.completion_text)),
+            plain(_shortened(sequence.completion_text)),
         )
     (console or make_console()).print(table)
 
@@ -75,12 +70,12 @@ def print_sequence(trace: SequenceTrace, console: Console | None = None) -> None
     console = console or make_console()
     sequence = trace.sequence
     head = f"{sequence.sequence_id}  step {sequence.step}  {sequence.policy}  seed {sequence.seed}"
-    lines = [_plain(head), _labelled("prompt", _plain(sequence.prompt_text))]
+    lines = [plain(head), _labelled("prompt", plain(sequence.prompt_text))]
     if sequence.answer is not None:
-        lines.append(_labelled("expected answer", _plain(sequence.answer)))
+        lines.append(_labelled("expected answer", plain(sequence.answer)))
     lines.append(_labelled("completion", _marked_text(trace.tokens)))
     if "".join(token.text for token in trace.tokens) != sequence.completion_text:
-        lines.append(_labelled("decoded together", _plain(sequence.completion_text)))
+        lines.append(_labelled("decoded together", plain(sequence.completion_text)))
     is_given = all(token.source == "dataset" for token in trace.tokens)
     legend = "the answer as the data has it" if is_given else "« » the teacher's tokens, a switch at each «"
     lines.append(Text(f"{legend}; finish reason: {sequence.finish_reason}\n"))
@@ -135,107 +130,6 @@ def _token_table(tokens: Iterable[TokenRecord]) -> Table:
     return table
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepLine:
-    """What a training step shows of itself."""
-
-    step: int  # from 1
-    loss: float  # nats
-    switch_rate: float
-    teacher_share: float
-    tokens_per_s: float
-    rollout_s: float
-    train_s: float
-    sync_s: float
-    accuracy: float | None = None  # held out, where this step was evaluated
-    probe: float | None = None  # nats; largest log-prob difference between trainer and engine after the sync
-
-    def text(self) -> str:
-        parts = [
-            f"loss {self.loss:.4f}",
-            f"switch rate {self.switch_rate:.3f}",
-            f"teacher {self.teacher_share:.1%}",
-            f"{self.tokens_per_s:.0f} tokens/s",
-            f"rollout {self.rollout_s:.1f} s, train {self.train_s:.1f} s, sync {self.sync_s:.1f} s",
-        ]
-        if self.accuracy is not None:
-            parts.append(f"accuracy {self.accuracy:.3f}")
-        if self.probe is not None:
-            parts.append(f"probe {self.probe:.1e}")
-        return "  ".join(parts)
-
-
-class ProgressDisplay:
-    """The progress of a run: a live bar in a terminal, one plain line per step without one.
-
-    with ProgressDisplay(total_steps) as display:
-        display.note("starting engines")
-        display.step(StepLine(...))
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        *,
-        first_step: int = 1,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """``first_step`` is where a resumed run goes on; ``clock`` tells seconds."""
-        self._total_steps = total_steps
-        self._first_step = first_step
-        self._console = console or make_console(stderr=True)
-        self._clock = clock
-        self._started_at_s: float | None = None  # of the first step; starting engines is no part of a step's time
-        self._progress: Progress | None = None
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}", markup=False),
-                TimeElapsedColumn(),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("", total=total_steps, completed=first_step - 1)
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def note(self, message: str) -> None:
-        """Say what happens between steps."""
-        if self._progress is not None:
-            self._progress.update(self._task, description=message)
-        self._console.print(_plain(message), soft_wrap=True)
-
-    def step(self, line: StepLine) -> None:
-        """A step is done."""
-        text = f"{line.text()}  {self._time_left(line)}"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=line.step, description=text)
-        # The bar shows the last step only; evaluations stay in sight above it.
-        if self._progress is None or line.accuracy is not None:
-            self._console.print(Text(f"step {line.step}/{self._total_steps}  {text}"), soft_wrap=True)
-
-    def _time_left(self, line: StepLine) -> str:
-        now_s = self._clock()
-        if self._started_at_s is None:
-            self._started_at_s = now_s - line.rollout_s - line.train_s - line.sync_s
-        num_steps = line.step - self._first_step + 1
-        return f"{_duration((now_s - self._started_at_s) / num_steps * (self._total_steps - line.step))} left"
-
-
 # ------------------------------------------------------------------------------------------------------------- summary
 
 _ROWS: dict[str, tuple[str, str]] = {
@@ -279,7 +173,7 @@ def print_summary(summary: Mapping[str, object], console: Console | None = None)
         value = summary[key]
         if isinstance(value, list):
             value = ", ".join(map(str, value)) or None
-        table.add_row(_plain(label), _plain(_ABSENT if value is None else template.format(value)))
+        table.add_row(plain(label), plain(_ABSENT if value is None else template.format(value)))
     (console or make_console()).print(table)
 
 
@@ -291,7 +185,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _plain(text: str) -> Text:
+def plain(text: str) -> Text:
     """Text that is never taken for markup and never moves the cursor."""
     return Text(visible(text))
 
@@ -310,9 +204,3 @@ def _whole(value: int | None) -> str:
 
 def _decimal(value: float | None) -> str:
     return _ABSENT if value is None else f"{value:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest_s:02d} s" if minutes else f"{rest_s} s"

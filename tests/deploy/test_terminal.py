@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from common.sequence import TokenSource
-from deploy.terminal import ProgressDisplay, StepLine, print_sequence, print_sequences, print_summary, visible
+from deploy.progress import ProgressDisplay, StepLine
+from deploy.terminal import print_sequence, print_sequences, print_summary, visible
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceTrace
 from rollout_server.traces.writer import TraceWriter

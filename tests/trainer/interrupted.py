@@ -21,10 +21,10 @@ from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightUpdate
 from deploy.copies import fetch_if_ahead
 from deploy.preflight import Inputs
+from deploy.progress import ProgressDisplay
 from deploy.resume import find_resumable, refuse_other_settings
 from deploy.run_folder import RunFolder
 from deploy.steps import Crew, run
-from deploy.terminal import ProgressDisplay
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
