@@ -321,7 +321,11 @@ def _engine_spec(plan: Plan, role: str, cores: tuple[int, ...]) -> EngineSpec:
         name=role,
         model=str(getattr(plan.pair, role)),
         settings=EngineSettings(
-            dtype=plan.dtype, enforce_eager=True, kv_cache_gib=1.0, max_num_seqs=plan.in_flight, cpu_cores=cores
+            dtype=plan.dtype,
+            enforce_eager=True,
+            kv_cache_gib=max(1.0, plan.in_flight / 64),  # room for every text in flight
+            max_num_seqs=plan.in_flight,
+            cpu_cores=cores,
         ),
         top_logprobs=plan.pair.top_logprobs,
     )
