@@ -65,7 +65,7 @@ async def test_the_run_goes_on_whoever_is_lost(
         summary = await summary_of(running)
     faults = faults_of(folder)
     assert [(fault["who"], fault["kind"]) for fault in faults] == [(who, seen_as) for who in everyone], faults
-    assert all(fault["recovered_s"] > 0.0 for fault in faults)
+    assert all(0.0 < fault["recovered_s"] < 60.0 for fault in faults)
     assert summary["faults"] == len(everyone)
     assert (summary["steps"], summary["sequences"]) == (num_steps, num_steps * PROMPTS_PER_STEP)
     assert set(trained(folder).values()) == {1}
