@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from transformers import AutoTokenizer
 
 from common.health import Health
+from common.heap import freeze_heap
 from common.logs import set_up_logging
 from common.metrics import READ_POSITIONS, RUNNING_REQUESTS, SWITCH_POSITION, WAITING_REQUESTS, WRITTEN_TOKENS
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
@@ -62,6 +63,7 @@ class EngineActor:
         facts = self._engine.facts
         await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
         self._exporting = asyncio.create_task(self._export(spec))
+        freeze_heap()
         return facts
 
     def _start_engine(self, spec: EngineSpec) -> "VLLMEngine | ImitatedEngine":
@@ -194,6 +196,7 @@ class RolloutActor:
                 self._live = LiveWriter(
                     self._spec, self._spec.live, student=student, teacher=teacher, tokenizer=decoder
                 )
+            freeze_heap()
         return self._rollouts
 
 

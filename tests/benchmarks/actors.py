@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from bisect import bisect
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from common.sequence import Ids, MixedSequence, Prompt
-from rollout_server.actors import EngineActor, RolloutActor
+from rollout_server.actors import EngineActor, EngineAddress, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
+from rollout_server.rollouts import RolloutSpec
 
 
 @dataclass(slots=True)
@@ -162,8 +164,10 @@ class MeasuredEngineActor(EngineActor):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """What a controller has finished since its start."""
+    """What a controller has finished since its start, and when."""
 
+    at_s: float  # on the machine's monotonic clock, which all its processes share
+    cpu_s: float  # processor time of the controller's process
     num_sequences: int = 0
     num_switched: int = 0
     num_tokens: int = 0
@@ -172,6 +176,8 @@ class Finished:
 
     def and_one_more(self, sequence: MixedSequence) -> "Finished":
         return Finished(
+            at_s=time.monotonic(),
+            cpu_s=time.process_time(),
             num_sequences=self.num_sequences + 1,
             num_switched=self.num_switched + (sequence.first_switch is not None),
             num_tokens=self.num_tokens + len(sequence),
@@ -186,18 +192,26 @@ class Finished:
 class MeasuredRolloutActor(RolloutActor):
     """The controller, with its processor time and what it has finished."""
 
-    _finished = Finished()
+    def __init__(
+        self, spec: RolloutSpec, students: list[EngineAddress], teachers: list[EngineAddress], tokenizer: str
+    ) -> None:
+        super().__init__(spec, students, teachers, tokenizer)
+        self._finished = [Finished(at_s=time.monotonic(), cpu_s=time.process_time())]
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[MixedSequence, None]:
         async with aclosing(super().collect(prompts, step, kept)) as sequences:
             async for sequence in sequences:
-                self._finished = self._finished.and_one_more(sequence)
+                self._finished.append(self._finished[-1].and_one_more(sequence))
                 yield sequence
 
-    async def finished(self) -> Finished:
-        return self._finished
+    async def num_finished(self) -> int:
+        return self._finished[-1].num_sequences
+
+    async def finished_at(self, moments_s: Sequence[float]) -> list[Finished]:
+        """Asked afterwards, for a busy controller answers late."""
+        return [self._finished[bisect(self._finished, at_s, key=lambda each: each.at_s) - 1] for at_s in moments_s]
 
     async def cpu_seconds(self) -> float:
         return time.process_time()

@@ -69,27 +69,33 @@ _MAX_NUM_SEQS = {"student": _BATCH, "teacher": 2 * _BATCH}
 _POLICY = AdaSwitch(floor=0.5)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What an engine's device and process had done at one moment, since their start."""
+
+    at_s: float  # on the machine's monotonic clock; a busy engine answers late, so each reading says when it was
+    cpu_s: float
+    device: DeviceCounters
+
+    def __sub__(self, earlier: "Reading") -> "Reading":
+        return Reading(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
+
+
 class ImitatedEngineActor(EngineActor):
-    """The product's engine actor, with what its device and its process did."""
+    """The product's engine actor, with instruments."""
 
-    async def counters(self) -> DeviceCounters:
-        return self._engine.counters
-
-    async def cpu_seconds(self) -> float:
-        return time.process_time()
+    async def read(self) -> Reading:
+        return Reading(at_s=time.monotonic(), cpu_s=time.process_time(), device=self._engine.counters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Counters at one moment, since the actors' start."""
+class Window:
+    """What was done between two moments."""
 
-    at_s: float
     finished: Finished
-    controller_cpu_s: float
-    engines_cpu_s: float
     machine_cpu_s: float
-    students: list[DeviceCounters]
-    teachers: list[DeviceCounters]
+    students: list[Reading]
+    teachers: list[Reading]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,40 +109,25 @@ class Plan:
 async def measure(plan: Plan, num_replicas: int) -> CapacityResult:
     """One number of replicas of both roles, in the steady state."""
     async with _actors(plan, num_replicas) as (rollouts, engines):
-        before, after = await _watch(plan, num_replicas, rollouts, engines)
-    return _result(num_replicas, before, after)
+        return _result(num_replicas, await _watch(plan, num_replicas, rollouts, engines))
 
 
-async def _watch(
-    plan: Plan, num_replicas: int, rollouts: ActorHandle, engines: dict[str, list[ActorHandle]]
-) -> tuple[Snapshot, Snapshot]:
-    """Collect; what was counted when the window opened and when it closed.
+async def _watch(plan: Plan, num_replicas: int, rollouts: ActorHandle, engines: dict[str, list[ActorHandle]]) -> Window:
+    """Collect, and look at what is done in a window.
 
     Sequences come over Ray and are dropped unread: who reads them has a core of its own in a real run.
     """
 
-    async def snapshot(finished: Finished) -> Snapshot:
-        at_s = time.perf_counter()
-        students, teachers = [
-            await asyncio.gather(*(handle.counters.remote() for handle in engines[role])) for role in _SPEEDS
-        ]
-        engines_cpu = [handle.cpu_seconds.remote() for handle in (*engines["student"], *engines["teacher"])]
-        machine = psutil.cpu_times()
-        return Snapshot(
-            at_s=at_s,
-            finished=finished,
-            controller_cpu_s=await rollouts.cpu_seconds.remote(),
-            engines_cpu_s=sum(await asyncio.gather(*engines_cpu)),
-            machine_cpu_s=machine.user + machine.system,
-            students=students,
-            teachers=teachers,
-        )
-
-    async def until(num_sequences: int) -> Snapshot:
+    async def until(num_sequences: int) -> None:
         async with asyncio.timeout(_TIMEOUT_S):
-            while (finished := await rollouts.finished.remote()).num_sequences < num_sequences:
-                await asyncio.sleep(0.5)
-        return await snapshot(finished)
+            while (num_finished := await rollouts.num_finished.remote()) < num_sequences:
+                logger.info("%d replicas: %d of %d sequences", num_replicas, num_finished, num_sequences)
+                await asyncio.sleep(1.0)
+
+    async def look() -> tuple[float, float, dict[str, list[Reading]]]:
+        machine, at_s = psutil.cpu_times(), time.monotonic()
+        readings = {role: await asyncio.gather(*(each.read.remote() for each in engines[role])) for role in _SPEEDS}
+        return at_s, machine.user + machine.system, readings
 
     async def drop(references: ray.ObjectRefGenerator) -> None:
         async for _ in references:
@@ -148,41 +139,47 @@ async def _watch(
     try:
         # All begin at once; when as many have finished as run at once, they are spread over their lengths. The window
         # is long enough for as many again: where the machine is full, they may still come in waves.
-        before = await until(_IN_FLIGHT * num_replicas)
+        await until(_IN_FLIGHT * num_replicas)
+        opened_s, machine_before_s, before = await look()
+        num_before = await rollouts.num_finished.remote()
         await asyncio.sleep(plan.window_s)
-        after = await until(before.finished.num_sequences + _IN_FLIGHT * num_replicas)
+        await until(num_before + _IN_FLIGHT * num_replicas)
+        closed_s, machine_after_s, after = await look()
+        at_opening, at_closing = await rollouts.finished_at.remote([opened_s, closed_s])
     finally:
         dropping.cancel()
         ray.cancel(references, recursive=False)
-    assert after.finished.num_sequences < len(prompts) - _IN_FLIGHT * num_replicas, "the window saw the end"
-    return before, after
+    assert at_closing.num_sequences < len(prompts) - _IN_FLIGHT * num_replicas, "the window saw the end"
+    students, teachers = ([now - then for now, then in zip(after[role], before[role], strict=True)] for role in _SPEEDS)
+    return Window(
+        finished=at_closing - at_opening,
+        machine_cpu_s=machine_after_s - machine_before_s,
+        students=students,
+        teachers=teachers,
+    )
 
 
-def _result(num_replicas: int, before: Snapshot, after: Snapshot) -> CapacityResult:
-    wall_s = after.at_s - before.at_s
-    finished = after.finished - before.finished
-    students = [now - then for now, then in zip(after.students, before.students, strict=True)]
-    teachers = [now - then for now, then in zip(after.teachers, before.teachers, strict=True)]
-    controller_cpu_s = after.controller_cpu_s - before.controller_cpu_s
-    num_written = sum(device.num_generated_tokens for device in students)
+def _result(num_replicas: int, window: Window) -> CapacityResult:
+    finished, wall_s = window.finished, window.finished.at_s
+    num_written = sum(reading.device.num_generated_tokens for reading in window.students)
     num_explored = finished.num_tokens - finished.num_teacher_tokens
     return CapacityResult(
         replicas=num_replicas,
-        student_busy=mean(device.busy_s for device in students) / wall_s,
-        teacher_busy=mean(device.busy_s for device in teachers) / wall_s,
+        student_busy=mean(reading.device.busy_s / reading.at_s for reading in window.students),
+        teacher_busy=mean(reading.device.busy_s / reading.at_s for reading in window.teachers),
         tokens_per_s=finished.num_tokens / wall_s,
-        controller_us_per_token=controller_cpu_s / finished.num_tokens * 1e6,
-        student_at_nominal=mean(_nominal_s("student", device) for device in students) / wall_s,
-        teacher_at_nominal=mean(_nominal_s("teacher", device) for device in teachers) / wall_s,
+        controller_us_per_token=finished.cpu_s / finished.num_tokens * 1e6,
+        student_at_nominal=mean(_nominal_s("student", reading.device) / reading.at_s for reading in window.students),
+        teacher_at_nominal=mean(_nominal_s("teacher", reading.device) / reading.at_s for reading in window.teachers),
         unused_student_tokens=max(0.0, 1.0 - num_explored / num_written),
         wasted_student_tokens=finished.num_wasted_tokens / (finished.num_wasted_tokens + num_explored),
         teacher_share=finished.num_teacher_tokens / finished.num_tokens,
         switched=finished.num_switched / finished.num_sequences,
         sequences=finished.num_sequences,
         wall_s=wall_s,
-        controller_cpu=controller_cpu_s / wall_s,
-        engines_cpu=(after.engines_cpu_s - before.engines_cpu_s) / wall_s,
-        machine_cpu=(after.machine_cpu_s - before.machine_cpu_s) / wall_s,
+        controller_cpu=finished.cpu_s / wall_s,
+        engines_cpu=sum(reading.cpu_s / reading.at_s for reading in (*window.students, *window.teachers)),
+        machine_cpu=window.machine_cpu_s / wall_s,
     )
 
 

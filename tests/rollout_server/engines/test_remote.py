@@ -20,7 +20,7 @@ from rollout_server.controller import SwitchingController
 from rollout_server.engine import GoOn, ScoreRequest, WriteRequest, Written, next_piece
 from rollout_server.engines.messages import News, Orders
 from rollout_server.engines.multiplex import StreamMultiplexer
-from rollout_server.engines.remote import EngineCallError, RemoteEngine
+from rollout_server.engines.remote import EngineCallError, RemoteEngine, message_spacing_s
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 
 SCRIPT = HashedScript(vocabulary_size=32, seed=1, eos_probability=0.01)
@@ -168,6 +168,35 @@ async def test_calls_of_one_turn_of_the_event_loop_travel_together(remote: Remot
     await asyncio.gather(*(engine.generate(REQUEST) for _ in range(50)))
     num_calls = await handle.num_calls.remote()
     assert (num_calls["reading"], num_calls["opening"], num_calls["closing"]) == (1, 1, 0)
+
+
+def test_an_engine_with_many_calls_gets_fewer_messages_unless_many_of_them_wait_for_one() -> None:
+    few = message_spacing_s(num_calls=64, num_gathered=0)
+    many = message_spacing_s(num_calls=300, num_gathered=1)
+    assert few < many < message_spacing_s(num_calls=10_000, num_gathered=1) < 0.1
+    assert message_spacing_s(num_calls=300, num_gathered=300) == few
+
+
+async def test_a_call_among_many_waits_for_company_and_all_together_do_not(remote: Remote) -> None:
+    """However many are under way, a message is sent when it is due or when many wait for it, whichever comes first."""
+    engine, handle = remote()
+    streams = [engine.stream(replace(ENDLESS, seed=seed, pause_after=1)) for seed in range(300)]
+    await asyncio.gather(*map(next_piece, streams))
+
+    async def turns(moved: list[AsyncGenerator[Written, GoOn | None]]) -> float:
+        started_s = time.perf_counter()
+        for _ in range(3):
+            await asyncio.gather(*(next_piece(stream, GoOn(num_tokens=1)) for stream in moved))
+        return time.perf_counter() - started_s
+
+    alone_s = await turns(streams[:1])
+    assert alone_s >= 2 * message_spacing_s(num_calls=300, num_gathered=1)
+    before = await handle.num_calls.remote()
+    await turns(streams)
+    after = await handle.num_calls.remote()
+    assert after["exchange"] - before["exchange"] < 3 * 8, "all of them travel in a few messages"
+    await asyncio.gather(*(stream.aclose() for stream in streams))
+    await until_still(handle)
 
 
 @pytest.mark.parametrize("call", ["write", "score"])
