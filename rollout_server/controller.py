@@ -77,20 +77,28 @@ class SwitchingController:
         for the engines; stops when all are written, or when closed: then nothing keeps running in an engine.
         Raises RolloutError for the first prompt that fails, after ending the others.
         """
-        gate = asyncio.Semaphore(self._sampling.max_in_flight)
-        others_wait = len(prompts) > self._sampling.max_in_flight
+        num_at_once = min(len(prompts), self._sampling.max_in_flight)
+        waiting = iter(prompts)
+        finished: asyncio.Queue[MixedSequence | RolloutError] = asyncio.Queue()
 
-        async def write(prompt: Prompt) -> MixedSequence:
-            async with gate:
+        async def write_on() -> None:
+            """Consumes the prompts that wait, one after the other; produces sequences; stops at an error."""
+            for prompt in waiting:
                 try:
-                    return await self.generate(prompt, others_wait=others_wait)
+                    finished.put_nowait(await self.generate(prompt, others_wait=len(prompts) > num_at_once))
                 except Exception as error:
-                    raise RolloutError(prompt.sequence_id, f"{type(error).__name__}: {error}") from error
+                    failure = RolloutError(prompt.sequence_id, f"{type(error).__name__}: {error}")
+                    failure.__cause__ = error
+                    finished.put_nowait(failure)
+                    return
 
-        tasks = [asyncio.create_task(write(prompt)) for prompt in prompts]
+        tasks = [asyncio.create_task(write_on()) for _ in range(num_at_once)]
         try:
-            for finished in asyncio.as_completed(tasks):
-                yield await finished
+            for _ in prompts:
+                sequence = await finished.get()
+                if isinstance(sequence, RolloutError):
+                    raise sequence
+                yield sequence
         finally:
             for task in tasks:
                 task.cancel()

@@ -1,14 +1,21 @@
 """Verdicts for many sequences at once: what is asked for in one turn of the event loop is computed as one.
 
 The verifier's cost is a fixed one per call and a small one per position; a hundred sequences that move together then
-pay the fixed one once.
+pay the fixed one once. A thousand positions at a time are enough for that, and fit the processor's cache.
 """
 
 import asyncio
+from collections.abc import Iterator, Sequence
 
 from common.config import Divergence
 from common.sequence import Floats, TopLogprobs
 from rollout_server.verifier import compare
+
+_BLOCK = 65_536
+"""Entries of the lists (positions times k) in one call, about. With k = 64 on one core, a position takes 4.0 us in
+calls of 64 positions, 2.2 in calls of 1,024 and 3.8 in calls of 8,192."""
+
+_Asked = tuple[TopLogprobs, TopLogprobs, asyncio.Future[Floats]]
 
 
 class Verdicts:
@@ -16,7 +23,7 @@ class Verdicts:
 
     def __init__(self, kind: Divergence) -> None:
         self._kind = kind
-        self._asked: list[tuple[TopLogprobs, TopLogprobs, asyncio.Future[Floats]]] = []
+        self._asked: list[_Asked] = []
 
     async def divergences(self, teacher_top: TopLogprobs, student_top: TopLogprobs) -> Floats:
         """[n] nats. See ``verifier.compare``; a row's value does not depend on what is computed beside it."""
@@ -29,20 +36,35 @@ class Verdicts:
 
     def _compute(self) -> None:
         asked, self._asked = self._asked, []
-        waiting = [(teacher, student, answer) for teacher, student, answer in asked if not answer.done()]
-        if not waiting:
-            return
+        for block in _blocks([each for each in asked if not each[2].done()]):
+            self._answer(block)
+
+    def _answer(self, block: Sequence[_Asked]) -> None:
         try:
             values = compare(
-                TopLogprobs.concatenate([teacher for teacher, _, _ in waiting]),
-                TopLogprobs.concatenate([student for _, student, _ in waiting]),
+                TopLogprobs.concatenate([teacher for teacher, _, _ in block]),
+                TopLogprobs.concatenate([student for _, student, _ in block]),
                 self._kind,
             ).divergences
         except Exception as error:
-            for _, _, answer in waiting:
+            for _, _, answer in block:
                 answer.set_exception(error)
             return
         end = 0
-        for teacher, _, answer in waiting:
+        for teacher, _, answer in block:
             start, end = end, end + len(teacher)
             answer.set_result(values[start:end])
+
+
+def _blocks(asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
+    """What is asked for, in order, in pieces that end where they reach a block's size."""
+    block: list[_Asked] = []
+    num_entries = 0
+    for each in asked:
+        block.append(each)
+        num_entries += each[0].token_ids.size
+        if num_entries >= _BLOCK:
+            yield block
+            block, num_entries = [], 0
+    if block:
+        yield block

@@ -1,11 +1,12 @@
 import asyncio
 
 import numpy as np
+import pytest
 
-from common.config import ForwardKL
+from common.config import Divergence, ForwardKL
 from common.sequence import TopLogprobs
 from rollout_server.verdicts import Verdicts
-from rollout_server.verifier import compare
+from rollout_server.verifier import Verdict, compare
 
 
 def lists(num_rows: int, seed: int) -> TopLogprobs:
@@ -20,6 +21,23 @@ async def test_everybody_gets_the_values_it_would_have_alone() -> None:
     asked = [(lists(n, 2 * n), lists(n, 2 * n + 1)) for n in (1, 5, 0, 32, 3)]
     verdicts = Verdicts(ForwardKL())
     together = await asyncio.gather(*(verdicts.divergences(teacher, student) for teacher, student in asked))
+    for values, (teacher, student) in zip(together, asked, strict=True):
+        np.testing.assert_array_equal(values, compare(teacher, student, ForwardKL()).divergences)
+
+
+async def test_more_than_a_block_is_computed_in_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def counting(teacher: TopLogprobs, student: TopLogprobs, kind: Divergence) -> Verdict:
+        sizes.append(len(teacher))
+        return compare(teacher, student, kind)
+
+    monkeypatch.setattr("rollout_server.verdicts.compare", counting)
+    monkeypatch.setattr("rollout_server.verdicts._BLOCK", 8 * 10)
+    asked = [(lists(n, 2 * n), lists(n, 2 * n + 1)) for n in (4, 5, 6, 25, 3)]
+    verdicts = Verdicts(ForwardKL())
+    together = await asyncio.gather(*(verdicts.divergences(teacher, student) for teacher, student in asked))
+    assert sizes == [4 + 5 + 6, 25, 3]
     for values, (teacher, student) in zip(together, asked, strict=True):
         np.testing.assert_array_equal(values, compare(teacher, student, ForwardKL()).divergences)
 
