@@ -147,12 +147,14 @@ class RolloutActor:
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
-    ) -> AsyncGenerator[MixedSequence, None]:
-        async with aclosing(self._on_this_loop().collect(prompts, step, kept)) as sequences:
-            async for sequence in sequences:
-                if sequence.first_switch is not None:
-                    self._exported.add(SWITCH_POSITION, sequence.first_switch)
-                yield sequence
+    ) -> AsyncGenerator[list[MixedSequence], None]:
+        """Several at a time: Ray takes the next item only some turns of the event loop after the last one."""
+        async with aclosing(self._on_this_loop().collect(prompts, step, kept)) as batches:
+            async for finished in batches:
+                for sequence in finished:
+                    if sequence.first_switch is not None:
+                        self._exported.add(SWITCH_POSITION, sequence.first_switch)
+                yield finished
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         return await self._on_this_loop().evaluate(prompts)
@@ -205,12 +207,12 @@ class Collected:
     """A sequence as the training loop gets it: to look at, and to pass on without copying."""
 
     sequence: MixedSequence
-    reference: "ray.ObjectRef[MixedSequence]"
+    reference: "tuple[ray.ObjectRef[list[MixedSequence]], int]"  # what it came with, and its place there
 
     @classmethod
     def put(cls, sequence: MixedSequence) -> Self:
         """One that no rollout actor holds, for it comes from a file."""
-        return cls(sequence=sequence, reference=ray.put(sequence))
+        return cls(sequence=sequence, reference=(ray.put([sequence]), 0))
 
 
 class RemoteRollouts:
@@ -228,7 +230,9 @@ class RemoteRollouts:
         try:
             while True:
                 reference = await within(self._timeout_s, anext(references), f"a sequence of step {step}")
-                yield Collected(sequence=await within(self._timeout_s, reference, "a sequence"), reference=reference)
+                finished = await within(self._timeout_s, reference, "sequences")
+                for place, sequence in enumerate(finished):
+                    yield Collected(sequence=sequence, reference=(reference, place))
         except StopAsyncIteration:
             return
         finally:

@@ -70,12 +70,13 @@ class SwitchingController:
         self._stop_token_ids = stop_token_ids
         self._guidance_in_pieces = guidance_in_pieces
 
-    async def collect(self, prompts: Sequence[Prompt]) -> AsyncGenerator[MixedSequence, None]:
-        """Yield each prompt's sequence as it finishes.
+    async def collect(self, prompts: Sequence[Prompt]) -> AsyncGenerator[list[MixedSequence], None]:
+        """Yield what has finished since the last yield, one sequence at least. A slow reader gets more at a time.
 
         Consumes prompts, at most ``sampling.max_in_flight`` at once; produces sequences in the order they finish; waits
         for the engines; stops when all are written, or when closed: then nothing keeps running in an engine.
-        Raises RolloutError for the first prompt that fails, after ending the others.
+        Raises RolloutError for the first prompt that fails, after handing over what was finished before it, and after
+        ending the others.
         """
         num_at_once = min(len(prompts), self._sampling.max_in_flight)
         waiting = iter(prompts)
@@ -94,11 +95,20 @@ class SwitchingController:
 
         tasks = [asyncio.create_task(write_on()) for _ in range(num_at_once)]
         try:
-            for _ in prompts:
-                sequence = await finished.get()
-                if isinstance(sequence, RolloutError):
-                    raise sequence
-                yield sequence
+            num_left = len(prompts)
+            while num_left:
+                batch, failure = [], None
+                first = await finished.get()
+                for each in (first, *(finished.get_nowait() for _ in range(finished.qsize()))):
+                    if isinstance(each, RolloutError):
+                        failure = failure or each
+                    else:
+                        batch.append(each)
+                if batch:
+                    num_left -= len(batch)
+                    yield batch
+                if failure is not None:
+                    raise failure
         finally:
             for task in tasks:
                 task.cancel()

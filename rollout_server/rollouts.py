@@ -75,23 +75,23 @@ class Rollouts:
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
-    ) -> AsyncGenerator[MixedSequence, None]:
+    ) -> AsyncGenerator[list[MixedSequence], None]:
         """Yield the step's sequences as they finish; the trace's segment is on disk when the last has been taken.
 
         ``kept`` are sequences of the step that need not be written again; the segment holds them too.
         """
         sequences = list(kept)
-        async with aclosing(self._controller.collect(prompts)) as finished:
-            async for sequence in finished:
-                sequences.append(sequence)
-                yield sequence
+        async with aclosing(self._controller.collect(prompts)) as batches:
+            async for finished in batches:
+                sequences.extend(finished)
+                yield finished
         if self._writer is not None and sequences:
             sequences.sort(key=lambda sequence: sequence.sequence_id)  # the order of arrival means nothing
             await asyncio.to_thread(self._writer.write_segment, step, sequences)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         """What the student writes on its own, greedily, with the teacher's view of it."""
-        return [sequence async for sequence in self._student_alone.collect(prompts)]
+        return [sequence async for finished in self._student_alone.collect(prompts) for sequence in finished]
 
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         """Each student replica's rows for positions 1 to n of each text, for comparison with the learner's."""

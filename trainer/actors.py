@@ -126,8 +126,11 @@ class LearnerActor:
         self._sender = build_sender(spec.backend, source, client, rank=self._rank, rendezvous=rendezvous)
         self._probe_tolerance = spec.probe_tolerance
 
-    def step(self, references: "Sequence[ray.ObjectRef[MixedSequence]]") -> "StepReport":
-        return self._learner.step(ray.get(list(references), timeout=self._timeout_s))
+    def step(self, references: "Sequence[tuple[ray.ObjectRef[list[MixedSequence]], int]]") -> "StepReport":
+        """``references``: each sequence as its place among those that came together."""
+        batches = list(dict.fromkeys(batch for batch, _ in references))
+        fetched = dict(zip(batches, ray.get(batches, timeout=self._timeout_s), strict=True))
+        return self._learner.step([fetched[batch][place] for batch, place in references])
 
     def sync(self, version: WeightVersion) -> None:
         self._connected().send(version)

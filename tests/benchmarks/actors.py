@@ -174,15 +174,15 @@ class Finished:
     num_teacher_tokens: int = 0
     num_wasted_tokens: int = 0
 
-    def and_one_more(self, sequence: MixedSequence) -> "Finished":
+    def and_more(self, sequences: Sequence[MixedSequence]) -> "Finished":
         return Finished(
             at_s=time.monotonic(),
             cpu_s=time.process_time(),
-            num_sequences=self.num_sequences + 1,
-            num_switched=self.num_switched + (sequence.first_switch is not None),
-            num_tokens=self.num_tokens + len(sequence),
-            num_teacher_tokens=self.num_teacher_tokens + sequence.num_teacher_tokens,
-            num_wasted_tokens=self.num_wasted_tokens + sequence.num_wasted_tokens,
+            num_sequences=self.num_sequences + len(sequences),
+            num_switched=self.num_switched + sum(sequence.first_switch is not None for sequence in sequences),
+            num_tokens=self.num_tokens + sum(map(len, sequences)),
+            num_teacher_tokens=self.num_teacher_tokens + sum(each.num_teacher_tokens for each in sequences),
+            num_wasted_tokens=self.num_wasted_tokens + sum(each.num_wasted_tokens for each in sequences),
         )
 
     def __sub__(self, earlier: "Finished") -> "Finished":
@@ -200,11 +200,11 @@ class MeasuredRolloutActor(RolloutActor):
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
-    ) -> AsyncGenerator[MixedSequence, None]:
-        async with aclosing(super().collect(prompts, step, kept)) as sequences:
-            async for sequence in sequences:
-                self._finished.append(self._finished[-1].and_one_more(sequence))
-                yield sequence
+    ) -> AsyncGenerator[list[MixedSequence], None]:
+        async with aclosing(super().collect(prompts, step, kept)) as batches:
+            async for finished in batches:
+                self._finished.append(self._finished[-1].and_more(finished))
+                yield finished
 
     async def num_finished(self) -> int:
         return self._finished[-1].num_sequences

@@ -171,7 +171,8 @@ def test_the_training_neither_waits_for_it_nor_counts_it(client, start_run) -> N
         events = events_of(response)  # kept: the response is closed with its last reader
         next(events)
         prompts = [Prompt(prompt_id=f"p{n}", token_ids=np.arange(3, 9, dtype=np.int32), seed=n) for n in range(4)]
-        collected = [ray.get(ref) for ref in run.rollouts.collect.options(num_returns="streaming").remote(prompts, 1)]
+        references = run.rollouts.collect.options(num_returns="streaming").remote(prompts, 1)
+        collected = [sequence for reference in references for sequence in ray.get(reference)]
         assert run.num_running() > 0, "the watched sequence still goes on"
     assert len(collected) == 4
     with TraceReader(run.trace_folder) as reader:
@@ -188,7 +189,7 @@ def test_a_watcher_who_leaves_takes_nothing_of_the_training_along(client, start_
         references = run.rollouts.collect.options(num_returns="streaming").remote(prompts, 1)
         while run.num_running() < 20:
             time.sleep(0.01)
-    sequences = [ray.get(reference) for reference in references]
+    sequences = [sequence for reference in references for sequence in ray.get(reference)]
     assert {sequence.prompt.prompt_id for sequence in sequences} == {prompt.prompt_id for prompt in prompts}
 
 

@@ -113,7 +113,7 @@ async def test_the_way_through_the_actors_gives_what_the_controller_gives_withou
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    local = [sequence async for sequence in controller.collect(prompts)]
+    local = [sequence async for finished in controller.collect(prompts) for sequence in finished]
     assert remote.keys() == {sequence.sequence_id for sequence in local}
     for sequence in local:
         other = remote[sequence.sequence_id]

@@ -90,8 +90,8 @@ def make_controller(
 
 async def collect(controller: SwitchingController, prompts: Sequence[Prompt] = PROMPTS) -> list[MixedSequence]:
     """The prompts' sequences, by prompt."""
-    async with aclosing(controller.collect(prompts)) as finished:
-        sequences = [sequence async for sequence in finished]
+    async with aclosing(controller.collect(prompts)) as batches:
+        sequences = [sequence async for finished in batches for sequence in finished]
     return sorted(sequences, key=lambda sequence: sequence.sequence_id)
 
 
@@ -502,10 +502,31 @@ async def test_no_more_sequences_than_allowed_are_in_flight() -> None:
 @every_policy
 async def test_closing_a_collection_leaves_nothing_running(policy: Policy) -> None:
     student, teacher = (ScriptedEngine(script, top_logprobs=K, delay=random_delay(0)) for script in (STUDENT, TEACHER))
-    async with aclosing(make_controller(policy, student, teacher, chunk_tokens=1).collect(PROMPTS)) as finished:
-        await anext(finished)
+    async with aclosing(make_controller(policy, student, teacher, chunk_tokens=1).collect(PROMPTS)) as batches:
+        await anext(batches)
         assert student.num_running + teacher.num_running > 0
     assert student.num_running == teacher.num_running == 0
+
+
+async def test_a_slow_reader_gets_all_that_has_finished_meanwhile() -> None:
+    async with aclosing(make_controller(ADASWITCH).collect(PROMPTS)) as batches:
+        first = await anext(batches)
+        await asyncio.sleep(0.5)
+        second = await anext(batches)
+        assert len(first) + len(second) == len(PROMPTS)
+        assert [rest async for rest in batches] == []
+
+
+async def test_what_has_finished_before_a_failure_is_handed_over_first() -> None:
+    """Also when the reader comes after the failure."""
+    student = ScriptedEngine(STUDENT, top_logprobs=K, fault=Fault(call="write", number=len(PROMPTS)))
+    async with aclosing(make_controller(OnPolicy(), student, max_in_flight=1).collect(PROMPTS)) as batches:
+        come = await anext(batches)
+        await asyncio.sleep(0.5)
+        come.extend(await anext(batches))
+        with pytest.raises(RolloutError, match=rf"^prompt {PROMPTS[-1].prompt_id}\.0\.0: "):
+            await anext(batches)
+    assert [sequence.prompt.prompt_id for sequence in come] == [prompt.prompt_id for prompt in PROMPTS[:-1]]
 
 
 @pytest.mark.parametrize(("role", "call"), [("student", "write"), ("teacher", "score"), ("teacher", "write")])

@@ -34,7 +34,7 @@ async def collect(
         top_logprobs=K,
         stop_token_ids=(TEACHER.eos_token_id,),
     )
-    sequences = [sequence async for sequence in controller.collect(prompts)]
+    sequences = [sequence async for finished in controller.collect(prompts) for sequence in finished]
     return sorted(sequences, key=lambda sequence: sequence.sequence_id)
 
 

@@ -149,7 +149,9 @@ async def write_online(
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    written = {sequence.sequence_id: sequence async for sequence in controller.collect(prompts)}
+    written = {
+        sequence.sequence_id: sequence async for finished in controller.collect(prompts) for sequence in finished
+    }
     return [written[prompt.sequence_id] for prompt in prompts]
 
 

@@ -59,8 +59,9 @@ class LocalRollouts:
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[Collected, None]:
-        async for sequence in self._rollouts.collect(prompts, step, kept):
-            yield Collected(sequence=sequence)
+        async for finished in self._rollouts.collect(prompts, step, kept):
+            for sequence in finished:
+                yield Collected(sequence=sequence)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         return await self._rollouts.evaluate(prompts)

@@ -57,7 +57,9 @@ async def test_two_ranks_train_as_one_learner_until_one_dies(
     meeting_point = ranks[0].meeting_point.remote()
     await every_rank([rank.start.remote(meeting_point) for rank in ranks], "the start", timeout_s=TIMEOUT_S)
     learner = RemoteLearner(ranks, step_timeout_s=TIMEOUT_S, sync_timeout_s=TIMEOUT_S)
-    references = [ray.put(sequence) for sequence in written_by(make_model(seed=1))]
+    sequences = written_by(make_model(seed=1))
+    batches = [ray.put(sequences[2:]), ray.put(sequences[:2])]
+    references = [(batches[1], 0), *((batches[0], place) for place in range(len(sequences) - 2)), (batches[1], 1)]
     first, second = [await learner.step(references) for _ in range(2)]
     assert second.loss < first.loss
     await learner.save(tmp_path / "saved")

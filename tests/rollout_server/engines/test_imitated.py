@@ -304,7 +304,7 @@ async def test_the_controller_writes_mixed_sequences_with_it() -> None:
     prompts = [
         Prompt(prompt_id=str(n), token_ids=rng.integers(1, 30_000, 20).astype(np.int32), seed=n) for n in range(200)
     ]
-    sequences = [sequence async for sequence in controller.collect(prompts)]
+    sequences = [sequence async for finished in controller.collect(prompts) for sequence in finished]
     switched = np.mean([sequence.first_switch is not None for sequence in sequences])
     assert switched == pytest.approx(1 - 0.99**118, abs=0.12)
     assert student.num_running == teacher.num_running == 0

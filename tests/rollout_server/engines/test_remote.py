@@ -130,8 +130,9 @@ async def test_the_controller_writes_the_same_sequences_over_remote_engines(remo
             top_logprobs=K,
             stop_token_ids=(SCRIPT.eos_token_id,),
         )
-        async with aclosing(controller.collect(prompts)) as finished:
-            return {seq.prompt.prompt_id: [*seq.token_ids.tolist(), -1, *seq.switches] async for seq in finished}
+        async with aclosing(controller.collect(prompts)) as batches:
+            sequences = [sequence async for finished in batches for sequence in finished]
+        return {seq.prompt.prompt_id: [*seq.token_ids.tolist(), -1, *seq.switches] for seq in sequences}
 
     here = await collect(*(ScriptedEngine(script, top_logprobs=K) for script in (student_script, SCRIPT)))
     (student, student_handle), (teacher, teacher_handle) = remote(student_script), remote()

@@ -40,7 +40,7 @@ async def mixed(student, teacher) -> list[MixedSequence]:
         top_logprobs=8,
         stop_token_ids=(TEACHER.eos_token_id,),
     )
-    sequences = [sequence async for sequence in controller.collect(PROMPTS)]
+    sequences = [sequence async for finished in controller.collect(PROMPTS) for sequence in finished]
     return sorted(sequences, key=lambda sequence: sequence.sequence_id)
 
 

@@ -388,7 +388,7 @@ async def write_with_itself(engine: VLLMEngine, prompts, policy: Policy, *, temp
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    return [sequence async for sequence in controller.collect(prompts)]
+    return [sequence async for finished in controller.collect(prompts) for sequence in finished]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
