@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from deploy.repairs import Repairs
 from deploy.resume import find_resumable, refuse_other_settings
 from deploy.run_folder import RunFolder
 from deploy.set_aside import SetAside
+from deploy.sigterm import end_in_order_on_sigterm
 from deploy.steps import Crew, run
 from deploy.supervision import SupervisedLearner, SupervisedRollouts
 from deploy.terminal import make_console, print_summary
@@ -110,9 +110,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     """Run to the end. SIGTERM, as a job's stop sends it, ends the run as Ctrl-C does: actors are ended first."""
 
     async def until_told_to_stop() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        end_in_order_on_sigterm()
         return await work
 
     try:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import signal
 import time
 from typing import Literal
 
@@ -13,6 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from common.errors import UserError
 from deploy.placement import SeatingPlan
 from deploy.shortage import describe_shortage
+from deploy.sigterm import end_in_order_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +31,8 @@ def connect(address: str | None) -> None:
             logging_level="ERROR",
             **({} if named else {"include_dashboard": False}),
         )
-    _end_in_order_on_sigterm()
-
-
-def _end_in_order_on_sigterm() -> None:
-    """Ray takes SIGTERM over when it is joined, and would end this process at once: no actor could give anything back.
-    So it is taken back, to end this task as Ctrl-C does.
-    """
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    # Ray has taken SIGTERM over, and would end this process at once: no actor could give anything back.
+    end_in_order_on_sigterm()
 
 
 def use_gpus(wanted: Literal["auto"] | bool) -> bool:

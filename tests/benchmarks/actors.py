@@ -6,7 +6,7 @@ from bisect import bisect
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import psutil  # type: ignore[import-untyped]
 
@@ -32,20 +32,24 @@ class EngineCounters:
         return self.num_decoded_tokens / self.num_decode_steps if self.num_decode_steps else 0.0
 
 
+class Counted:
+    """A dataclass of counters that only grow: the difference of two looks is what happened between them."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __sub__(self, earlier: Self) -> Self:
+        names = self.__dataclass_fields__
+        return type(self)(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CPUSeconds:
+class CPUSeconds(Counted):
     """Processor time of an engine since its start."""
 
     model: float  # the process that computes
     scheduler: float  # vLLM's engine process, where it is another one
     front_end: float  # the actor: requests, streams, conversion
-
-    def __sub__(self, earlier: "CPUSeconds") -> "CPUSeconds":
-        return CPUSeconds(
-            model=self.model - earlier.model,
-            scheduler=self.scheduler - earlier.scheduler,
-            front_end=self.front_end - earlier.front_end,
-        )
 
 
 class MeasuredEngineActor(EngineActor):
@@ -163,7 +167,7 @@ class MeasuredEngineActor(EngineActor):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class Finished(Counted):
     """What a controller has finished since its start, and when."""
 
     at_s: float  # on the machine's monotonic clock, which all its processes share
@@ -184,9 +188,6 @@ class Finished:
             num_teacher_tokens=self.num_teacher_tokens + sum(each.num_teacher_tokens for each in sequences),
             num_wasted_tokens=self.num_wasted_tokens + sum(each.num_wasted_tokens for each in sequences),
         )
-
-    def __sub__(self, earlier: "Finished") -> "Finished":
-        return Finished(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
 
 
 class MeasuredRolloutActor(RolloutActor):

@@ -34,7 +34,7 @@ from rollout_server.engines.accelerator import DeviceCounters
 from rollout_server.engines.imitation import AcceleratorSpeeds, ImitatedText
 from rollout_server.rollouts import RolloutSpec
 from tests.benchmarks import report
-from tests.benchmarks.actors import Finished, MeasuredRolloutActor
+from tests.benchmarks.actors import Counted, Finished, MeasuredRolloutActor
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.report import CapacityResult
 
@@ -70,15 +70,12 @@ _POLICY = AdaSwitch(floor=0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Reading(Counted):
     """What an engine's device and process had done at one moment, since their start."""
 
     at_s: float  # on the machine's monotonic clock; a busy engine answers late, so each reading says when it was
     cpu_s: float
     device: DeviceCounters
-
-    def __sub__(self, earlier: "Reading") -> "Reading":
-        return Reading(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
 
 
 class ImitatedEngineActor(EngineActor):
