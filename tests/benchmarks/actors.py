@@ -5,14 +5,16 @@ import time
 from bisect import bisect
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from common.sequence import Ids, MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RolloutActor
 from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
+from rollout_server.engines.messages import News, Orders
 from rollout_server.rollouts import RolloutSpec
 
 
@@ -52,7 +54,44 @@ class CPUSeconds(Counted):
     front_end: float  # the actor: requests, streams, conversion
 
 
-class MeasuredEngineActor(EngineActor):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Messages(Counted):
+    """Between an engine and its clients, to and fro."""
+
+    number: int = 0
+    num_bytes: int = 0  # of the arrays in them
+
+    def and_more(self, *messages: object) -> "Messages":
+        num_bytes = sum(map(num_array_bytes, messages))
+        return Messages(number=self.number + len(messages), num_bytes=self.num_bytes + num_bytes)
+
+
+def num_array_bytes(value: object) -> int:
+    """Of all arrays in a record, however deep."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(num_array_bytes, value.values()))
+    if is_dataclass(value):
+        return sum(num_array_bytes(getattr(value, field.name)) for field in fields(value))
+    return 0
+
+
+class CountingEngineActor(EngineActor):
+    """An engine that counts the messages it exchanges with its clients."""
+
+    _messages = Messages()
+
+    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
+        news = await super().exchange(client_id, orders, wait_s)
+        self._messages = self._messages.and_more(orders, news)
+        return news
+
+    async def messages(self) -> Messages:
+        return self._messages
+
+
+class MeasuredEngineActor(CountingEngineActor):
     """An engine that also runs offline batches and counts."""
 
     async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:

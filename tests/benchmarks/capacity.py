@@ -28,13 +28,13 @@ from ray.actor import ActorHandle
 from common.config import AdaSwitch, EngineSettings, Sampling, Trace
 from common.cores import move_to_cores
 from common.sequence import Prompt
-from rollout_server.actors import EngineActor, EngineAddress
+from rollout_server.actors import EngineAddress
 from rollout_server.engine import EngineSpec
 from rollout_server.engines.accelerator import DeviceCounters
 from rollout_server.engines.imitation import AcceleratorSpeeds, ImitatedText
 from rollout_server.rollouts import RolloutSpec
 from tests.benchmarks import report
-from tests.benchmarks.actors import Counted, Finished, MeasuredRolloutActor
+from tests.benchmarks.actors import Counted, CountingEngineActor, Finished, MeasuredRolloutActor, Messages
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.report import CapacityResult
 
@@ -76,13 +76,19 @@ class Reading(Counted):
     at_s: float  # on the machine's monotonic clock; a busy engine answers late, so each reading says when it was
     cpu_s: float
     device: DeviceCounters
+    messages: Messages
 
 
-class ImitatedEngineActor(EngineActor):
+class ImitatedEngineActor(CountingEngineActor):
     """The product's engine actor, with instruments."""
 
     async def read(self) -> Reading:
-        return Reading(at_s=time.monotonic(), cpu_s=time.process_time(), device=self._engine.counters)
+        return Reading(
+            at_s=time.monotonic(),
+            cpu_s=time.process_time(),
+            device=self._engine.counters,
+            messages=self._messages,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +164,7 @@ async def _watch(plan: Plan, num_replicas: int, rollouts: ActorHandle, engines: 
 
 def _result(num_replicas: int, window: Window) -> CapacityResult:
     finished, wall_s = window.finished, window.finished.at_s
+    engines = (*window.students, *window.teachers)
     num_written = sum(reading.device.num_generated_tokens for reading in window.students)
     num_explored = finished.num_tokens - finished.num_teacher_tokens
     return CapacityResult(
@@ -166,6 +173,8 @@ def _result(num_replicas: int, window: Window) -> CapacityResult:
         teacher_busy=mean(reading.device.busy_s / reading.at_s for reading in window.teachers),
         tokens_per_s=finished.num_tokens / wall_s,
         controller_us_per_token=finished.cpu_s / finished.num_tokens * 1e6,
+        messages_per_token=sum(each.messages.number for each in engines) / finished.num_tokens,
+        bytes_per_token=sum(each.messages.num_bytes for each in engines) / finished.num_tokens,
         student_at_nominal=mean(_nominal_s("student", reading.device) / reading.at_s for reading in window.students),
         teacher_at_nominal=mean(_nominal_s("teacher", reading.device) / reading.at_s for reading in window.teachers),
         unused_student_tokens=max(0.0, 1.0 - num_explored / num_written),
@@ -175,7 +184,7 @@ def _result(num_replicas: int, window: Window) -> CapacityResult:
         sequences=finished.num_sequences,
         wall_s=wall_s,
         controller_cpu=finished.cpu_s / wall_s,
-        engines_cpu=sum(reading.cpu_s / reading.at_s for reading in (*window.students, *window.teachers)),
+        engines_cpu=sum(reading.cpu_s / reading.at_s for reading in engines),
         machine_cpu=window.machine_cpu_s / wall_s,
     )
 

@@ -39,6 +39,8 @@ class PolicyResult:
     cpu_shares: dict[str, float]  # processor time of each process over the wall time
     teacher_requests: int
     teacher_decode_batch: float  # sequences in a step that decodes
+    messages_per_token: float  # between the controller and both engines, to and fro
+    bytes_per_token: float  # of the arrays in them
 
     @property
     def tokens_per_s(self) -> float:
@@ -73,6 +75,8 @@ class CapacityResult:
     controller_cpu: float  # cores
     engines_cpu: float  # cores, all engine actors
     machine_cpu: float  # cores, everything
+    messages_per_token: float | None = None  # between the controller and all engines, to and fro
+    bytes_per_token: float | None = None  # of the arrays in them
 
 
 def write(folder: Path, results: Sequence[PolicyResult]) -> None:
@@ -139,14 +143,14 @@ _SUMMARY = (
 def _capacity_table(rows: Sequence[dict[str, Any]]) -> str:
     head = (
         "| replicas of each role | student busy | teacher busy | at nominal speed (student, teacher) | tok/s "
-        "| controller us/token | controller cores | all cores | unused |\n"
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+        "| controller us/token | messages, bytes a token | controller cores | all cores | unused |\n"
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     lines = [
         f"| {row['replicas']} | {row['student_busy']:.2f} | {row['teacher_busy']:.2f} "
         f"| {row['student_at_nominal']:.2f}, {row['teacher_at_nominal']:.2f} | {row['tokens_per_s']:.0f} "
-        f"| {row['controller_us_per_token']:.1f} | {row['controller_cpu']:.2f} | {row['machine_cpu']:.2f} "
-        f"| {row['unused_student_tokens']:.3f} |"
+        f"| {row['controller_us_per_token']:.1f} | {_traffic(row)} | {row['controller_cpu']:.2f} "
+        f"| {row['machine_cpu']:.2f} | {row['unused_student_tokens']:.3f} |"
         for row in rows
     ]
     return "\n".join([head, *lines])
@@ -180,8 +184,9 @@ def _key(row: dict[str, Any]) -> tuple[str, str, int, int]:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     head = (
         "| pair | policy | in flight | new tokens | tok/s | of serial bound | of parallel bound | with split reads "
-        "| overhead | predicted | teacher decode | over lockstep | wasted | recomputed | controller us/token |\n"
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+        "| overhead | predicted | teacher decode | over lockstep | wasted | recomputed | messages, bytes a token "
+        "| controller us/token |\n"
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     lines = [
         f"| {row['pair']} | `{row['policy']}` | {row['in_flight']} | {row['max_new_tokens']} "
@@ -190,10 +195,17 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         f"| {_or_dash(row['overhead_vs_on_policy'])} | {_or_dash(row['predicted_overhead'])} "
         f"| {row['teacher_decode_share']:.2f} "
         f"| {row['speedup_vs_lockstep']:.1f} | {row['wasted_student_tokens']:.3f} "
-        f"| {row['recomputed_teacher_tokens']:.3f} | {row['controller_us_per_token']:.0f} |"
+        f"| {row['recomputed_teacher_tokens']:.3f} | {_traffic(row)} | {row['controller_us_per_token']:.0f} |"
         for row in rows
     ]
     return "\n".join([head, *lines])
+
+
+def _traffic(row: dict[str, Any]) -> str:
+    """Messages and bytes a token; a dash for a row measured before they were counted."""
+    if row.get("messages_per_token") is None:
+        return "-"
+    return f"{row['messages_per_token']:.3f}, {row['bytes_per_token']:.0f}"
 
 
 def _or_dash(value: float | None) -> str:

@@ -29,7 +29,7 @@ from rollout_server.actors import EngineAddress, RemoteRollouts
 from rollout_server.engine import EngineSpec
 from rollout_server.rollouts import RolloutSpec
 from tests.benchmarks import report
-from tests.benchmarks.actors import CPUSeconds, EngineCounters, MeasuredEngineActor, MeasuredRolloutActor
+from tests.benchmarks.actors import CPUSeconds, EngineCounters, MeasuredEngineActor, MeasuredRolloutActor, Messages
 from tests.benchmarks.lockstep import lockstep_seconds_per_token
 from tests.benchmarks.pairs import REPOSITORY, PairOfModels, demo_pair, synthetic_pair
 from tests.benchmarks.report import PolicyResult
@@ -73,6 +73,7 @@ class Repetition:
     sequences: list[MixedSequence]
     wall_s: float
     counters: tuple[EngineCounters, EngineCounters]  # student, teacher
+    messages: tuple[Messages, Messages]
     cpu: tuple[CPUSeconds, CPUSeconds]
     controller_cpu_s: float
 
@@ -139,16 +140,19 @@ async def measure(plan: Plan) -> list[PolicyResult]:
 async def _repeat(engines: Engines, rollouts: ActorHandle, prompts: Sequence[Prompt]) -> Repetition:
     await engines.each("reset")
     cpu_before, controller_before_s = await engines.each("cpu_seconds"), await rollouts.cpu_seconds.remote()
+    messages_before = await engines.each("messages")
     started_s = time.perf_counter()
     sequences = await _collect(rollouts, prompts)
     wall_s = time.perf_counter() - started_s
     controller_cpu_s = await rollouts.cpu_seconds.remote() - controller_before_s
     cpu = [after - before for after, before in zip(await engines.each("cpu_seconds"), cpu_before, strict=True)]
     counters = await engines.each("counters")
+    messages = [after - before for after, before in zip(await engines.each("messages"), messages_before, strict=True)]
     return Repetition(
         sequences=sequences,
         wall_s=wall_s,
         counters=(counters[0], counters[1]),
+        messages=(messages[0], messages[1]),
         cpu=(cpu[0], cpu[1]),
         controller_cpu_s=controller_cpu_s,
     )
@@ -227,6 +231,8 @@ def _result(
         wasted_student_tokens=median(_wasted_share(r) for r in repetitions),
         recomputed_teacher_tokens=median(_recomputed_share(r) for r in repetitions),
         controller_us_per_token=median(r.controller_cpu_s / r.num_tokens * 1e6 for r in repetitions),
+        messages_per_token=median(sum(m.number for m in r.messages) / r.num_tokens for r in repetitions),
+        bytes_per_token=median(sum(m.num_bytes for m in r.messages) / r.num_tokens for r in repetitions),
         cpu_shares={
             f"{role} {part.replace('_', ' ')}": median(getattr(r.cpu[index], part) / r.wall_s for r in repetitions)
             for index, role in enumerate(_ROLES)
