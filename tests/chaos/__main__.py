@@ -31,9 +31,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     seed = random.SystemRandom().randrange(10_000) if arguments.seed is None else arguments.seed
     rng = random.Random(seed)
-    faults = arguments.fault or plan(arguments.faults, rng)
+    faults = arguments.fault or plan(arguments.kills, rng)
     progress = Progress(num_faults=len(faults), num_runs=arguments.runs + (0 if arguments.keep_band else 2))
-    progress.say(f"seed {seed}; {len(faults)} faults in {arguments.runs} runs: {', '.join(map(str, faults))}")
+    num_kills = sum(fault.is_kill for fault in faults)
+    progress.say(f"seed {seed}; {len(faults)} faults, {num_kills} of them kills, in {arguments.runs} runs")
+    progress.say(", ".join(map(str, faults)))
     with tempfile.TemporaryDirectory(prefix="adaswitch-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name) / "runs"
         folder.mkdir()
@@ -132,7 +134,7 @@ class Progress:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--faults", type=int, default=20, help="how many, a slow teacher not counted")
+    parser.add_argument("--kills", type=int, default=20, help="how many at least; everything else is done once")
     parser.add_argument("--fault", type=parse_fault, action="append", help="just this one, such as 'kill:learner'")
     parser.add_argument("--seed", type=int, default=None, help="of everything that is drawn; default: a new one")
     parser.add_argument("--keep-band", action="store_true", help="take the undisturbed runs of the file that is there")

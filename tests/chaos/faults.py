@@ -33,6 +33,11 @@ class Fault:
         return self.target in (DRIVER, DISK)
 
     @property
+    def is_kill(self) -> bool:
+        """Whether a process gets SIGKILL at a random moment."""
+        return self.act in ("kill", "damage")
+
+    @property
     def counts(self) -> bool:
         """Whether it is a fault at all."""
         return self.act != "slow"
@@ -55,13 +60,15 @@ def parse_fault(text: str) -> Fault:
     raise ValueError(f"no fault {text!r}; there are: {', '.join(map(str, EVERY_FAULT))}")
 
 
-def plan(num_faults: int, rng: random.Random) -> list[Fault]:
-    """At least ``num_faults`` that count, in a random order: as many of each as of any other, give or take one."""
-    drawn: list[Fault] = []
-    while sum(fault.counts for fault in drawn) < num_faults:
-        drawn += rng.sample(EVERY_FAULT, len(EVERY_FAULT))
-    while sum(fault.counts for fault in drawn) > num_faults:
-        drawn.pop()
+def plan(num_kills: int, rng: random.Random) -> list[Fault]:
+    """Every fault once, and kills again until there are ``num_kills``: each as often as any other, give or take one.
+    In a random order.
+    """
+    kills = [fault for fault in EVERY_FAULT if fault.is_kill]
+    drawn = list(EVERY_FAULT)
+    while (num_more := num_kills - sum(fault.is_kill for fault in drawn)) > 0:
+        drawn += rng.sample(kills, min(num_more, len(kills)))
+    rng.shuffle(drawn)
     return drawn
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.trainer_report import rounded
-from tests.chaos.faults import DISK, DRIVER
+from tests.chaos.faults import DISK, DRIVER, parse_fault
 from tests.chaos.runs import Outcome
 
 MAY_LOSE = 0.03
@@ -125,7 +125,10 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
     accuracies = ", ".join(f"{run['accuracy']:.3f}" if run["accuracy"] is not None else "none" for run in runs)
     undisturbed = ", ".join(f"{accuracy:.3f}" for accuracy in band["accuracies"])
     walls = ", ".join(f"{run['wall_s']:.0f}" for run in runs)
+    faults = [parse_fault(f"{fault['kind']}:{fault['target']}") for fault in found["faults"]]
+    num_faults, num_kills = sum(fault.counts for fault in faults), sum(fault.is_kill for fault in faults)
     return [
+        f"- {num_faults} faults in {len(runs)} runs, {num_kills} of them kills.",
         f"- Held-out accuracy at the end: {accuracies}; undisturbed {undisturbed}, so at least {band['lowest']:.3f} "
         "was wanted.",
         f"- Prompts trained: {found['prompts_trained']} of {found['prompts_expected']}, "

@@ -71,6 +71,7 @@ def test_the_file_has_the_promised_keys() -> None:
 def test_the_table_has_a_row_for_each_kind_and_the_broken_promises() -> None:
     lines = table(content(BAND, [OUTCOME], ["run 1: something"], {})).splitlines()
     assert "| kill | teacher actor | 2 | 0.5 | 20.0 to 40.0 | 25.0 |" in lines
+    assert "- 3 faults in 1 runs, 3 of them kills." in lines
     assert "- BROKEN: run 1: something" in lines
     assert any("5120 of 5120, 0 of them more than once" in line for line in lines)
 
