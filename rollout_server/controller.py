@@ -194,12 +194,14 @@ class SwitchingController:
         )
 
     async def _go_in_step(self, draft: Draft) -> None:
-        """Both engines go over the same text token by token, the student proposing and the teacher reading, until the
-        sequence ends or switches have become rare.
+        """Both engines go over the same text token by token, until the sequence ends or switches have become rare.
+
+        The student proposes. The teacher reads by writing too: what it would have written is its token at a switch.
         """
         max_tokens = self._sampling.max_new_tokens - len(draft)
         writes = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=1)
-        reads = replace(writes, temperature=0.0, stop_token_ids=(), ignore_eos=True)
+        reads = self._write_request(draft, "teacher", max_tokens=max_tokens, pause_after=1)
+        reads = replace(reads, stop_token_ids=(), ignore_eos=True)
         go_on: GoOn | None = None
         async with aclosing(self._student.stream(writes)) as proposals, aclosing(self._teacher.stream(reads)) as rows:
             while True:
@@ -212,7 +214,7 @@ class SwitchingController:
                     draft.finish_reason = proposal.finish_reason
                 else:
                     draft.num_wasted_tokens += 1
-                    await self._guide(draft, judged)
+                    self._take(draft, self._with_finish_reason(row), judged)
                 if draft.finish_reason is not None or proposal.finish_reason is not None:
                     return
                 if not self._goes_in_step(draft, is_in_step=True):
@@ -249,39 +251,46 @@ class SwitchingController:
         max_tokens = min(remaining, self._policy.guidance_tokens or remaining)
         request = self._write_request(draft, "teacher", max_tokens=max_tokens)
         if refused is not None and max_tokens == 1 and can_draw(self._sampling):
-            guidance = await self._draw(refused.teacher_top, request)
-            draft.take(guidance, refused)
+            self._take(draft, await self._draw(refused.teacher_top, request), refused)
         elif self._guidance_in_pieces:
-            guidance = await self._take_pieces(draft, refused, request)
+            await self._take_pieces(draft, refused, request)
         else:
-            guidance = await self._teacher.generate(request)
-            draft.take(guidance, refused)
-        if guidance.finish_reason == "stop" or len(draft) >= self._sampling.max_new_tokens:
-            draft.finish_reason = guidance.finish_reason
+            self._take(draft, await self._teacher.generate(request), refused)
 
-    async def _take_pieces(self, draft: Draft, refused: Judged | None, request: WriteRequest) -> Written:
-        """Take what the teacher writes as it comes; the last piece."""
-        num_taken = 0
+    async def _take_pieces(self, draft: Draft, refused: Judged | None, request: WriteRequest) -> None:
+        """Take what the teacher writes as it comes."""
+        is_switch = True
         async with aclosing(self._teacher.stream(request)) as pieces:
             async for piece in pieces:
-                draft.take(piece, refused if num_taken == 0 else None, is_switch=num_taken == 0)
-                num_taken += len(piece)
-        return piece
+                self._take(draft, piece, refused if is_switch else None, is_switch=is_switch)
+                is_switch = False
+
+    def _take(self, draft: Draft, guidance: Written, refused: Judged | None, *, is_switch: bool = True) -> None:
+        """Append what the teacher wrote; it may end the sequence."""
+        draft.take(guidance, refused, is_switch=is_switch)
+        if guidance.finish_reason == "stop" or len(draft) >= self._sampling.max_new_tokens:
+            draft.finish_reason = guidance.finish_reason
 
     async def _draw(self, row: TopLogprobs, request: WriteRequest) -> Written:
         """The teacher's next token from the row that is in hand; from the teacher only when it is not on the list."""
         place = draw_place(row, temperature=request.temperature, seed=request.seed)
         if place is None:
             listed = tuple(row.token_ids[0].tolist())
-            return await self._teacher.generate(replace(request, excluded_token_ids=listed))
-        token_ids = row.token_ids[0, place : place + 1]
-        return Written(
-            token_ids=token_ids,
+            # Another seed: that the first one led outside the list says something of what it would draw there.
+            seed = derive_seed(request.seed, "unlisted")
+            return await self._teacher.generate(replace(request, excluded_token_ids=listed, seed=seed))
+        drawn = Written(
+            token_ids=row.token_ids[0, place : place + 1],
             logprobs=row.logprobs[0, place : place + 1],
             top=row,
             weight_version=0,
-            finish_reason="stop" if int(token_ids[0]) in self._stop_token_ids else "length",
+            finish_reason=None,
         )
+        return self._with_finish_reason(drawn)
+
+    def _with_finish_reason(self, token: Written) -> Written:
+        """One token of the teacher's as what it would have written when asked for no more."""
+        return replace(token, finish_reason="stop" if int(token.token_ids[0]) in self._stop_token_ids else "length")
 
     def _write_request(
         self, draft: Draft, role: str, *, max_tokens: int, pause_after: int | None = None
