@@ -40,24 +40,30 @@ def main(
     ],
     address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = DEFAULT_ADDRESS,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run of this run_dir, from its last good checkpoint.")
+    ] = False,
     upload: Annotated[
         bool, typer.Option(help="Send this checkout. Without: the cluster has the package, and CONFIG under its path.")
     ] = True,
 ) -> None:
     """Run a distillation as a job on a Ray cluster and follow its log; the exit code is the run's."""
     try:
-        code = submit(file, address=address, overrides=overrides or [], upload=upload)
+        code = submit(file, address=address, overrides=overrides or [], resume=resume, upload=upload)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         code = 2
     raise typer.Exit(code)
 
 
-def submit(file: Path, *, address: str, overrides: Sequence[str], upload: bool = True) -> int:
+def submit(file: Path, *, address: str, overrides: Sequence[str], resume: bool = False, upload: bool = True) -> int:
     """The run's exit code, when it has ended. Raises UserError where the job can't be submitted."""
     config = read_config(file, list(overrides)).config
     command = entrypoint(
-        _in_checkout(file) if upload else file.absolute(), overrides, run_dir=Path(config.run_dir).absolute()
+        _in_checkout(file) if upload else file.absolute(),
+        overrides,
+        run_dir=Path(config.run_dir).absolute(),
+        resume=resume,
     )
     use_token_where_there_is_one()
 
@@ -85,12 +91,12 @@ def submit(file: Path, *, address: str, overrides: Sequence[str], upload: bool =
         return 1
 
 
-def entrypoint(file: Path, overrides: Sequence[str], *, run_dir: Path) -> str:
+def entrypoint(file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False) -> str:
     """The job's shell command. Where the cluster is on this machine, or shares its disk, this environment's programs
     are found first; elsewhere this folder does not exist and the cluster's own are.
     """
     settings = [*overrides, f"run_dir={run_dir}"]
-    words = ["python", "-m", "deploy.cli", "train", str(file)]
+    words = ["python", "-m", "deploy.cli", "train", str(file), *(["--resume"] if resume else [])]
     for setting in settings:
         words += ["--set", setting]
     return f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; exec {shlex.join(words)}'

@@ -26,9 +26,10 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def submit(head: Head, *settings: str) -> subprocess.Popen[str]:
+def submit(head: Head, *settings: str, resume: bool = False) -> subprocess.Popen[str]:
     """``make submit``."""
     command = [sys.executable, "-m", "deploy.submit", DEMO, "--address", head.address]
+    command += ["--resume"] if resume else []
     for setting in settings:
         command += ["--set", setting]
     return head.run(command)
@@ -52,8 +53,10 @@ def assert_nothing_is_left(head: Head) -> None:
     wait_for(lambda: not head.listed("placement-groups", "CREATED"), "the placement group to go", STOP_TIMEOUT_S)
 
 
-def test_a_submitted_run_succeeds_shows_its_progress_and_leaves_its_folder_here(head: Head, tmp_path: Path) -> None:
-    job = submit(head, *SHORT, f"run_dir={tmp_path / 'run'}")
+def test_a_submitted_run_shows_its_progress_leaves_its_folder_here_and_can_be_resumed(
+    head: Head, tmp_path: Path
+) -> None:
+    job = submit(head, *SHORT, f"run_dir={tmp_path / 'run'}", "checkpoints.every_steps=1")
     log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
     assert job.returncode == 0, log
     places = [log.index(text) for text in ("starting the engines", "step 1/2  loss", "step 2/2  loss", "run folder  ")]
@@ -61,6 +64,11 @@ def test_a_submitted_run_succeeds_shows_its_progress_and_leaves_its_folder_here(
     assert "\x1b" not in log, "no terminal: no colours, no cursor movements"
     assert (tmp_path / "run" / "summary.json").exists()
     assert_nothing_is_left(head)
+
+    job = submit(head, *SHORT, f"run_dir={tmp_path / 'run'}", "checkpoints.every_steps=1", resume=True)
+    log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
+    assert job.returncode == 0, log
+    assert f"{tmp_path / 'run'} is finished, after step 2" in log
 
 
 def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, tmp_path: Path) -> None:
@@ -148,4 +156,10 @@ def test_the_entrypoint_keeps_words_with_blanks_and_quotes_together() -> None:
         "policy={type: fixed, position: 3}",
         "--set",
         "run_dir=/runs/it's",
+    ]
+    assert entrypoint(Path("a.yaml"), [], run_dir=Path("r"), resume=True).split()[-4:] == [
+        "a.yaml",
+        "--resume",
+        "--set",
+        "run_dir=r",
     ]
