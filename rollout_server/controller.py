@@ -176,22 +176,24 @@ class SwitchingController:
     def _until_pause(self, draft: Draft, others_wait: bool) -> int | None:
         """How many tokens the student writes before it waits for the verdict; None where it never does.
 
-        One that is interrupted once at most, and whose place nobody waits for, runs on.
+        One that can't be interrupted any more, or but once, while nobody waits for its place, runs on.
         """
         block_tokens = self._sampling.chunk_tokens
+        if not self._policy.watches_after(draft.num_switches):
+            return None
         if self._policy.guidance_tokens is not None:
             return until_pause_between_switches(
-                position=len(draft), num_switches=draft.num_switches, block_tokens=block_tokens
+                num_judged=draft.num_judged, num_switches=draft.num_switches, block_tokens=block_tokens
             )
-        if not others_wait or not self._policy.watches:
+        if not others_wait:
             return None
         is_near = self._policy.is_near(draft.divergences)
         return until_pause_before_the_switch(text_tokens=draft.text.size, block_tokens=block_tokens, is_near=is_near)
 
     def _goes_in_step(self, draft: Draft, *, is_in_step: bool) -> bool:
-        return self._policy.guidance_tokens == 1 and goes_in_step(
-            position=len(draft), num_switches=draft.num_switches, is_in_step=is_in_step
-        )
+        if self._policy.guidance_tokens != 1 or not self._policy.watches_after(draft.num_switches):
+            return False
+        return goes_in_step(num_judged=draft.num_judged, num_switches=draft.num_switches, is_in_step=is_in_step)
 
     async def _go_in_step(self, draft: Draft) -> None:
         """Both engines go over the same text token by token, until the sequence ends or switches have become rare.

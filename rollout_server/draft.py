@@ -76,6 +76,7 @@ class Draft:
     top_logprobs: int
     finish_reason: FinishReason | None = None
     num_wasted_tokens: int = 0
+    num_judged: int = 0  # proposals kept or refused so far
     _text: _Column = field(init=False)  # the prompt and the column token_ids
     _columns: dict[str, _Column] = field(init=False)
     _student_top: list[TopLogprobs] = field(default_factory=list)
@@ -115,6 +116,7 @@ class Draft:
 
     def keep(self, judged: Judged) -> None:
         """Append student tokens that the policy let pass."""
+        self.num_judged += len(judged)
         self._append(
             judged.student_top,
             judged.teacher_top,
@@ -140,6 +142,7 @@ class Draft:
         student_ranks = np.full(num_tokens, _NO_RANK, np.int32)
         weight_versions = np.full(num_tokens, _NO_VERSION, np.int32)
         if refused is not None:
+            self.num_judged += 1
             student_top = TopLogprobs.concatenate([refused.student_top, student_top[1:]])
             divergences[0], thresholds[0] = refused.divergences[0], refused.thresholds[0]
             student_ranks[0], weight_versions[0] = refused.student_ranks[0], refused.weight_version

@@ -63,9 +63,8 @@ class SwitchPolicy(Protocol):
         """How many tokens the teacher writes at a switch; None for all the rest."""
         ...
 
-    @property
-    def watches(self) -> bool:
-        """Whether what the student proposes can bring the switch on."""
+    def watches_after(self, num_switches: int) -> bool:
+        """Whether, after so many switches, what the student proposes can bring another one on."""
         ...
 
     def takes_given_answer(self, sequence_seed: int) -> bool:
@@ -86,7 +85,8 @@ class SwitchPolicy(Protocol):
 class _Watching:
     """A policy that decides by what the student proposes."""
 
-    watches = True
+    def watches_after(self, num_switches: int) -> bool:
+        return True
 
     def takes_given_answer(self, sequence_seed: int) -> bool:
         return False
@@ -160,10 +160,12 @@ class RelayPolicy(_Watching):
         self._settings = settings
         self.guidance_tokens = settings.guidance_tokens
 
+    def watches_after(self, num_switches: int) -> bool:
+        return num_switches < self._settings.max_switches
+
     def decide(self, scored: ScoredPositions) -> Decision:
         rejected = scored.student_ranks[scored.first :] >= self._settings.top_k
-        may_switch = scored.num_switches < self._settings.max_switches
-        switch = _first_true(rejected, scored.first) if may_switch else None
+        switch = _first_true(rejected, scored.first) if self.watches_after(scored.num_switches) else None
         return Decision(thresholds=_no_thresholds(scored), switch=switch)
 
 
@@ -171,7 +173,9 @@ class _Blind:
     """A policy that knows beforehand where the teacher takes over, and to the end."""
 
     guidance_tokens = None
-    watches = False
+
+    def watches_after(self, num_switches: int) -> bool:
+        return False
 
     def takes_given_answer(self, sequence_seed: int) -> bool:
         return False

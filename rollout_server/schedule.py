@@ -20,13 +20,13 @@ _SHORT_RUN, _LONG_RUN = 6.0, 9.0
 """Mean runs between switches below which both engines go token by token, and from which they no longer do."""
 
 
-def goes_in_step(*, position: int, num_switches: int, is_in_step: bool) -> bool:
+def goes_in_step(*, num_judged: int, num_switches: int, is_in_step: bool) -> bool:
     """Whether student and teacher had better go over the text together, token by token.
 
     Then nothing is written in vain and nothing read twice, at the price of a decode step of the teacher for each token;
     reading a short run costs it the part of a block before it too.
     """
-    return num_switches >= 2 and _mean_run(position, num_switches) < (_LONG_RUN if is_in_step else _SHORT_RUN)
+    return num_switches >= 2 and _mean_run(num_judged, num_switches) < (_LONG_RUN if is_in_step else _SHORT_RUN)
 
 
 def until_pause_before_the_switch(*, text_tokens: int, block_tokens: int, is_near: bool) -> int:
@@ -41,10 +41,11 @@ def until_pause_before_the_switch(*, text_tokens: int, block_tokens: int, is_nea
     return (early if is_near and num_begun < early else block_tokens) - num_begun
 
 
-def until_pause_between_switches(*, position: int, num_switches: int, block_tokens: int) -> int:
-    """The same at ``position`` for a policy that gives the sequence back, by how often it switched so far."""
-    return min(block_tokens, math.ceil(_ROOM * _mean_run(position, num_switches)))
+def until_pause_between_switches(*, num_judged: int, num_switches: int, block_tokens: int) -> int:
+    """The same for a policy that gives the sequence back, by how many of the proposals judged so far were refused."""
+    return min(block_tokens, math.ceil(_ROOM * _mean_run(num_judged, num_switches)))
 
 
-def _mean_run(position: int, num_switches: int) -> float:
-    return (position + _FIRST_RUN) / (num_switches + 1)
+def _mean_run(num_judged: int, num_switches: int) -> float:
+    """Proposals from one refused to the next. What the teacher goes on to write tells nothing of it."""
+    return (num_judged + _FIRST_RUN) / (num_switches + 1)

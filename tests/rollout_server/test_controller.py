@@ -249,6 +249,30 @@ class ConstantScript:
         return np.log(np.array(self.probabilities, np.float32))
 
 
+class StudentWithPauses(ScriptedEngine):
+    """Remembers how far each of its texts was to run at first."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.pauses: list[int | None] = []
+
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
+        self.pauses.append(request.pause_after)
+        return super().stream(request)
+
+
+async def test_a_relays_student_is_judged_the_sooner_the_more_was_refused_and_not_after_the_last_switch() -> None:
+    """What the teacher wrote in between does not count."""
+    refused, wanted = ConstantScript((0.7, 0.2, 0.1)), ConstantScript((0.1, 0.2, 0.7))
+    student, teacher = StudentWithPauses(refused, top_logprobs=3), ScriptedEngine(wanted, top_logprobs=3)
+    policy = Relay(top_k=1, guidance_tokens=7, max_switches=3)
+    controller = make_controller(policy, student, teacher, k=3, stop_token_ids=(), temperature=0.0)
+    (sequence,) = await collect(controller, PROMPTS[:1])
+    assert sequence.switches.tolist() == [0, 7, 14]
+    assert student.pauses == [6, 4, 3, None]
+    assert sequence.num_wasted_tokens == 6 + 4 + 3
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7)])
 async def test_guidance_of_one_token_is_drawn_as_the_teacher_would_draw_it(temperature: float, top_p: float) -> None:
     """In step or not, on its list of 2 or not."""

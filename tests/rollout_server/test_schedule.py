@@ -7,14 +7,20 @@ from rollout_server.schedule import goes_in_step, until_pause_before_the_switch,
 positive = st.integers(1, 300)
 
 
-@pytest.mark.parametrize(("position", "num_switches", "expected"), [(0, 0, 6), (20, 0, 32), (20, 7, 5), (300, 150, 4)])
-def test_a_sequence_that_switches_often_is_judged_often(position: int, num_switches: int, expected: int) -> None:
-    assert until_pause_between_switches(position=position, num_switches=num_switches, block_tokens=32) == expected
+@pytest.mark.parametrize(
+    ("num_judged", "num_switches", "expected"), [(0, 0, 6), (20, 0, 32), (20, 7, 5), (300, 150, 4)]
+)
+def test_a_sequence_that_switches_often_is_judged_often(num_judged: int, num_switches: int, expected: int) -> None:
+    assert until_pause_between_switches(num_judged=num_judged, num_switches=num_switches, block_tokens=32) == expected
 
 
-@given(position=st.integers(0, 300), num_switches=st.integers(0, 100), block_tokens=positive)
-def test_pauses_between_switches_are_at_most_a_block_apart(position: int, num_switches: int, block_tokens: int) -> None:
-    num_tokens = until_pause_between_switches(position=position, num_switches=num_switches, block_tokens=block_tokens)
+@given(num_judged=st.integers(0, 300), num_switches=st.integers(0, 100), block_tokens=positive)
+def test_pauses_between_switches_are_at_most_a_block_apart(
+    num_judged: int, num_switches: int, block_tokens: int
+) -> None:
+    num_tokens = until_pause_between_switches(
+        num_judged=num_judged, num_switches=num_switches, block_tokens=block_tokens
+    )
     assert 0 < num_tokens <= block_tokens
 
 
@@ -40,11 +46,11 @@ def test_an_early_verdict_is_within_the_block(text_tokens: int, block_tokens: in
 
 
 @pytest.mark.parametrize(
-    ("position", "num_switches", "is_in_step", "expected"),
+    ("num_judged", "num_switches", "is_in_step", "expected"),
     [(0, 0, False, False), (3, 1, False, False), (10, 2, False, True), (20, 2, False, False), (20, 2, True, True),
      (30, 2, True, False)],
 )  # fmt: skip
 def test_engines_go_in_step_while_runs_are_short(
-    position: int, num_switches: int, is_in_step: bool, expected: bool
+    num_judged: int, num_switches: int, is_in_step: bool, expected: bool
 ) -> None:
-    assert goes_in_step(position=position, num_switches=num_switches, is_in_step=is_in_step) == expected
+    assert goes_in_step(num_judged=num_judged, num_switches=num_switches, is_in_step=is_in_step) == expected
