@@ -2,9 +2,9 @@
 
 Owns the folder's names, its manifest, which one is the last good one and which are kept. Knows nothing of Ray.
 
-``torch.distributed.checkpoint`` keeps its index, ``learner/.metadata``, as a pickle, so that reading a checkpoint can
-run code. The manifest is compared before it is read: that finds damage, not malice, for who can write the folder can
-write its manifest too. Take up only runs whose folder you trust.
+The manifest is compared before anything is read: that finds damage, not malice, for who can write the folder can write
+its manifest too. So nothing that is read can run code (``checkpoint_reading``), but weights can be anybody's: take up
+only runs whose folder you trust.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from common.files import fsync
+from trainer.checkpoint_reading import CheckpointPlanner, CheckpointReader
 from trainer.prompts import PromptCursor
 from trainer.ranks import Ranks
 
@@ -172,7 +173,7 @@ def load_tensors(
     """
     tensors = _tensors(model, optimizer, scheduler)
     try:
-        load(tensors, checkpoint_id=folder, no_dist=ranks.mesh is None)
+        load(tensors, storage_reader=CheckpointReader(folder), planner=CheckpointPlanner(), no_dist=ranks.mesh is None)
     except CheckpointException as error:
         raise OSError(f"can't read {folder}: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])

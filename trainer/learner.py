@@ -181,10 +181,7 @@ class Learner:
         save_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict(), self.ranks)
 
     def load_state(self, folder: Path) -> None:
-        """Go on where ``save_state`` left off: the same sequences then give the same weights bit for bit.
-
-        What is read can run code (see ``checkpoint.py``): the folder must have been checked.
-        """
+        """Go on where ``save_state`` left off: the same sequences then give the same weights bit for bit."""
         scheduler = load_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict(), self.ranks)
         self.scheduler.load_state_dict(scheduler)
         # Anew, for trainer.num_steps may have changed, and the next step's learning rate with it.
