@@ -199,15 +199,19 @@ class SwitchingController:
         """Both engines go over the same text token by token, until the sequence ends or switches have become rare.
 
         The student proposes. The teacher reads by writing too: what it would have written is its token at a switch.
+
+        A paused stream keeps its place in its engine. So the teacher's begins when the student's has one: sequences
+        that held the teacher's places and waited for the student's would wait for ever for those that hold them and
+        have to be read.
         """
         max_tokens = self._sampling.max_new_tokens - len(draft)
         writes = self._write_request(draft, "student", max_tokens=max_tokens, pause_after=1)
         reads = self._write_request(draft, "teacher", max_tokens=max_tokens, pause_after=1)
         reads = replace(reads, stop_token_ids=(), ignore_eos=True)
-        go_on: GoOn | None = None
         async with aclosing(self._student.stream(writes)) as proposals, aclosing(self._teacher.stream(reads)) as rows:
+            proposal = await next_piece(proposals)
+            row = await next_piece(rows)
             while True:
-                proposal, row = await both(next_piece(proposals, go_on), next_piece(rows, go_on))
                 assert proposal is not None, "the student ended without a finish reason"
                 assert row is not None, "the teacher ended before the text did"
                 judged, switch = await self._judge(draft, proposal, row.top)
@@ -222,6 +226,7 @@ class SwitchingController:
                 if not self._goes_in_step(draft, is_in_step=True):
                     return
                 go_on = GoOn(num_tokens=1, token_id=draft.last_token_id)
+                proposal, row = await both(next_piece(proposals, go_on), next_piece(rows, go_on))
 
     async def _judge(self, draft: Draft, proposal: Written, scores: TopLogprobs) -> tuple[Judged, int | None]:
         """What verifier and policy say of a proposal, and the index in it that the teacher takes, if any."""

@@ -33,7 +33,7 @@ class Evaluation(Part):
 
     data: Data
     every_steps: Positive = 20
-    """Besides the first and the last weights, which are always evaluated."""
+    """Steps between evaluations; the first and the last weights are always evaluated."""
     answer_pattern: str = r"(.+)$"
     """Regular expression searched in the completion; its last match's last group is compared with the answer, or with
     what the same expression finds in the answer."""

@@ -20,11 +20,11 @@ class Checkpoints(Part):
     """What a run can be taken up from again (``adaswitch train CONFIG --resume``), in ``RUN/checkpoints``."""
 
     every_steps: Positive | None = 50
-    """Besides the last step, after which there always is one. null: none at all, and no way to resume."""
+    """Steps between checkpoints; one is always taken after the last step. null: none at all, and no way to resume."""
     keep_last: Positive = 2
     """Older ones are removed once a newer one is whole."""
     keep_best: bool = True
-    """And the one with the highest held-out accuracy, if any was taken in a step that is evaluated."""
+    """Also keep the one with the highest held-out accuracy. Only steps that are both evaluated and checkpointed count."""
 
 
 class Storage(Part):

@@ -13,10 +13,10 @@ class Supervision(Part):
     health_every_s: Seconds = 5.0
     """Pause between two looks at everyone whose work is waited for."""
     health_timeout_s: Seconds = 30.0
-    """Who does not answer for so long is taken for hung."""
+    """A process that does not answer for this long is taken for hung."""
     hang_timeout_s: Seconds = 120.0
-    """So is an engine that has calls under way and in which nothing moves for so long. More than its longest prefill
-    takes."""
+    """An engine with calls under way that makes no progress for this long is taken for hung. Longer than its longest
+    prefill."""
     max_repairs: Positive = 5
     """Repairs in a row, without a finished step between them, after which the run ends. Those that search for a prompt
     which fails again and again do not count."""

@@ -34,7 +34,7 @@ class Trainer(Part):
     loss: Loss = ForwardKL()
     """On the teacher's top k and one bucket for the rest; a weighted mean over all tokens of a step."""
     student_token_weight: Weight = 1.0
-    """Weight of the tokens the student wrote in that mean. Only the ratio of the two weights matters."""
+    """Weight of the tokens the student wrote in that mean. Only the ratio of the weights matters."""
     teacher_token_weight: Weight = 1.0
     """Weight of the tokens the teacher wrote. A step that has only tokens of weight 0 has loss 0."""
     dataset_token_weight: Weight = 1.0

@@ -41,7 +41,8 @@ class Work:
     num_tokens: int = 1  # to be written
     piece_ends: deque[int] = field(default_factory=deque)  # counts of written tokens to report at, ascending
     pause_after: int | None = None  # the count at which to wait for the reader
-    is_admitted: bool = False
+    has_place: bool = False  # among those that the device runs, pauses included
+    is_resumed: bool = False  # what it "prefills" next is the token that it goes on after
     hashes: Hashes | None = None  # of whole blocks, once looked up
     num_left: int = 0  # tokens still to prefill
     first_step: int = 0  # the step that wrote the first token since the start or the last pause
@@ -94,6 +95,7 @@ class Accelerator:
         self.cache = PrefixCache(block_tokens=speeds.block_tokens, max_tokens=speeds.cache_tokens, max_text=max_text)
         self._queue: deque[Work] = deque()
         self._decoding: set[Work] = set()
+        self._num_places_taken = 0
         self._events: list[tuple[int, int, Work]] = []  # (step, number, whose piece ends with it)
         self._event_numbers = count()
         self._step = 0
@@ -112,21 +114,32 @@ class Accelerator:
 
     def submit(self, work: Work) -> None:
         self._queue.append(work)
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._run())
+        self._run_on()
 
     def resume(self, work: Work, pause_after: int | None) -> None:
-        """The reader wants more after a pause. The cache is kept; the place in the batch has to be found again."""
+        """The reader wants more after a pause, in which vLLM keeps cache and place: it goes on before who waits."""
         work.pause_after = pause_after
         if pause_after is not None and pause_after < work.num_tokens:
             work.piece_ends.appendleft(pause_after)
-        work.num_before, work.num_left, work.is_admitted = work.num_reported, 1, False
-        self.submit(work)
+        work.num_before, work.num_left, work.is_resumed = work.num_reported, 1, True
+        self._queue.appendleft(work)
+        self._run_on()
 
     def drop(self, work: Work) -> None:
         """Nobody waits for it any more; a step under way is not undone."""
         work.is_dropped = True
+        self._leave(work)
+        if self._queue:
+            self._run_on()
+
+    def _leave(self, work: Work) -> None:
         self._decoding.discard(work)
+        self._num_places_taken -= work.has_place
+        work.has_place = False
+
+    def _run_on(self) -> None:
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         """Consumes the queue; produces the works' news; waits out each step; stops when there is nothing to do."""
@@ -135,9 +148,11 @@ class Accelerator:
         while True:
             prefilled, num_prefilled = self._admit()
             if not self._decoding and not num_prefilled:
-                return
-            num_decoding = len(self._decoding)
-            step_s = self._speeds.step_s(num_decoding, num_prefilled)
+                return  # or all places are taken by works that wait for their readers
+            # One token after a pause takes what any decoded token takes.
+            num_decoding, num_resumed = len(self._decoding), sum(work.is_resumed for work in prefilled)
+            num_prefilled -= num_resumed
+            step_s = self._speeds.step_s(num_decoding + num_resumed, num_prefilled)
             clock_s += step_s
             await asyncio.sleep(max(0.0, clock_s - loop.time()))
             self._busy_s += step_s
@@ -156,12 +171,12 @@ class Accelerator:
             if work.is_dropped:
                 self._queue.popleft()
                 continue
-            if not work.is_admitted:
-                if len(self._decoding) + len(prefilled) >= self._max_num_seqs:
+            if not work.has_place:
+                if self._num_places_taken >= self._max_num_seqs:
                     break
-                work.is_admitted = True
-                if work.hashes is None:
-                    self._look_up(work)
+                work.has_place = True
+                self._num_places_taken += 1
+                self._look_up(work)
             num_now = min(work.num_left, num_free - num_taken)
             work.num_left -= num_now
             num_taken += num_now
@@ -196,7 +211,9 @@ class Accelerator:
                 continue
             work.num_reported = work.num_before + self._step - work.first_step + 1
             work.news.set()
-            if work.num_reported == work.num_tokens or work.num_reported == work.pause_after:
+            if work.num_reported == work.num_tokens:
+                self._leave(work)
+            elif work.num_reported == work.pause_after:
                 self._decoding.discard(work)
             else:
                 self._await_piece(work)

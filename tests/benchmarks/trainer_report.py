@@ -66,6 +66,8 @@ def table(folder: Path) -> str:
         rows.append(
             ("weight sync over a plain copy", values["sync_seconds"] / values["copy_seconds"], "", float("inf"), False)
         )
+        if "probe_seconds" in (sync := values.get("measured_on", {}).get("sync_seconds", {})):
+            rows.append(("probe after the sync, s", sync["probe_seconds"], "", float("inf"), False))
     return "\n".join([_HEAD, *(_row(*row) for row in rows)])
 
 

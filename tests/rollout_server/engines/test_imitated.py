@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import AdaSwitch, Sampling
+from common.config import AdaSwitch, Decay, Policy, Relay, Sampling
 from common.sequence import Prompt, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.controller import SwitchingController
@@ -79,6 +79,23 @@ async def test_nothing_is_written_beyond_a_pause_before_the_reader_comes_back() 
         assert engine.counters.num_generated_tokens == 5
         await anext(stream)
         assert engine.counters.num_generated_tokens == 60
+
+
+async def test_who_waits_for_its_reader_keeps_its_place_and_goes_on_first() -> None:
+    engine = start(max_num_seqs=1)
+    request = replace(REQUEST, pause_after=5)
+    async with aclosing(engine.stream(request)) as first:
+        await anext(first)
+        second = asyncio.create_task(engine.generate(request))
+        await asyncio.sleep(0.02)
+        assert not second.done()
+        assert len(await anext(first)) == 55
+        assert len(await second) == 60
+    async with aclosing(engine.stream(request)) as first:
+        await anext(first)
+        second = asyncio.create_task(engine.generate(request))
+        await asyncio.sleep(0.01)
+    assert len(await second) == 60, "a dropped one leaves its place"
 
 
 async def test_pieces_end_where_the_whole_text_fills_a_chunk() -> None:
@@ -308,3 +325,26 @@ async def test_the_controller_writes_mixed_sequences_with_it() -> None:
     switched = np.mean([sequence.first_switch is not None for sequence in sequences])
     assert switched == pytest.approx(1 - 0.99**118, abs=0.12)
     assert student.num_running == teacher.num_running == 0
+
+
+@pytest.mark.parametrize("policy", [Decay(initial_threshold=0.0, rate=0.0), Relay(top_k=1), AdaSwitch(window=4)])
+async def test_a_controller_ends_where_more_sequences_wait_than_both_engines_have_places(policy: Policy) -> None:
+    """Whoever holds a place while it waits for another engine's must not hold up who would free that."""
+    student_text = replace(TEXT, spike_rate=0.5)
+    student, teacher = start(replace(FAST, text=student_text), max_num_seqs=3), start(max_num_seqs=2)
+    controller = SwitchingController(
+        student=student,
+        teacher=teacher,
+        policy=policy,
+        sampling=Sampling(max_new_tokens=30, chunk_tokens=8, max_in_flight=20),
+        top_logprobs=K,
+        stop_token_ids=(EOS_TOKEN_ID,),
+    )
+    prompts = [
+        Prompt(prompt_id=str(number), token_ids=np.arange(number, number + 20, dtype=np.int32), seed=number)
+        for number in range(40)
+    ]
+    async with asyncio.timeout(30.0):
+        sequences = [sequence async for finished in controller.collect(prompts) for sequence in finished]
+    assert len(sequences) == 40
+    assert sum(sequence.switches.size for sequence in sequences) > 40 or isinstance(policy, AdaSwitch)
