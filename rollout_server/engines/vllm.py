@@ -41,6 +41,7 @@ from rollout_server.engine import (
     next_piece,
     write_whole,
 )
+from rollout_server.engines.room import CacheRoom
 from rollout_server.weight_receiver import apply_update, init_transfer
 
 _CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
@@ -53,6 +54,9 @@ class VLLMEngine:
     def __init__(self, llm: AsyncLLM, top_logprobs: int) -> None:
         self._llm = llm
         self._top_logprobs = top_logprobs
+        cache = llm.vllm_config.cache_config
+        self._block_tokens = int(cache.block_size)
+        self._room = CacheRoom(int(cache.num_gpu_blocks) * self._block_tokens)
         self._request_numbers = count()
         self.weight_version = 0
 
@@ -96,7 +100,10 @@ class VLLMEngine:
         ``chunk_tokens`` is a multiple of vLLM's block).
         """
         if request.pause_after is not None:
-            async with aclosing(self._stream_in_turns(request)) as pieces:
+            # Up to all that it may write, in whole blocks.
+            num_blocks = -(-(request.prefix.size + request.max_tokens) // self._block_tokens)
+            room = self._room.hold(num_blocks * self._block_tokens)
+            async with room, aclosing(self._stream_in_turns(request)) as pieces:
                 go_on = None
                 while (piece := await next_piece(pieces, go_on)) is not None:
                     go_on = yield piece
@@ -119,9 +126,9 @@ class VLLMEngine:
     async def _stream_in_turns(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         """A stream with pauses: one session of vLLM, a turn from pause to pause.
 
-        Between turns the session keeps its cache and its random state and gives up its place in the batch. Its next
-        turn begins with the last token of the one before, which vLLM has sampled but not yet read, or with the one that
-        the reader puts in its place.
+        Between turns the session keeps its cache, its random state and its place among ``max_num_seqs``. Its next turn
+        begins with the last token of the one before, which vLLM has sampled but not yet read, or with the one that the
+        reader puts in its place.
         """
         turns: asyncio.Queue[StreamingInput] = asyncio.Queue(1)
 
@@ -175,8 +182,10 @@ class VLLMEngine:
         await init_transfer(self._llm, transfer_info)
 
     async def load_weights(self, update: WeightUpdate) -> None:
-        await apply_update(self._llm, update)
-        self.weight_version = update.version
+        """See the protocol. Streams with pauses end before: vLLM can't take the old weights' cache from them."""
+        async with self._room.hold_all():
+            await apply_update(self._llm, update)
+            self.weight_version = update.version
 
     def shutdown(self) -> None:
         """End vLLM's processes."""

@@ -2,13 +2,15 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
+import pytest_asyncio
+import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
@@ -18,9 +20,10 @@ from vllm.sampling_params import RequestOutputKind
 from common.config import AdaSwitch, OnPolicy, Policy, Sampling, Trainer
 from common.sequence import Ids, MixedSequence, TopLogprobs
 from rollout_server.controller import SwitchingController
-from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written
+from rollout_server.engine import EngineSpec, ScoreRequest, WriteRequest, Written, concatenate_written
 from rollout_server.engines.vllm import VLLMEngine
 from trainer.learner import Learner
+from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
 
 VOCABULARY_SIZE = 32
 CONTEXT = 128
@@ -416,3 +419,61 @@ async def test_on_policy_with_itself_is_the_student_alone(engines, held_out_prom
     for prompt, written in zip(prompts, alone, strict=True):
         assert np.array_equal(by_id[prompt.sequence_id].token_ids, written.token_ids)
         assert by_id[prompt.sequence_id].finish_reason == written.finish_reason
+
+
+# ----------------------------------------------------------------------------------------------- an engine that is full
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def small_engine(make_spec: Callable[[str], EngineSpec]) -> AsyncIterator[VLLMEngine]:
+    """A cache of some 700 tokens, in which five of the texts below find room."""
+    spec = make_spec("teacher")
+    spec = replace(
+        spec,
+        settings=spec.settings.model_copy(update={"kv_cache_gib": 0.002, "max_model_len": CONTEXT}),
+        weight_transfer_backend="host_memory",
+    )
+    engine = VLLMEngine.start(spec)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("num_tokens", [1, BLOCK])
+async def test_more_paused_streams_than_the_cache_has_room_for_all_end(num_tokens, small_engine, pieces_of) -> None:
+    """vLLM takes no cache from a session between two turns: let in all at once, they wait for each other for ever."""
+
+    async def write(seed: int) -> int:
+        request = write_request(random_text(BLOCK + 1, seed=seed), max_tokens=100, temperature=1.0, seed=seed)
+        pieces = await pieces_of(small_engine, replace(request, ignore_eos=True), [num_tokens] * 100)
+        return sum(map(len, pieces))
+
+    async with asyncio.timeout(120.0):
+        assert await asyncio.gather(*map(write, range(12))) == [100] * 12
+
+
+async def test_new_weights_wait_for_the_paused_streams_and_the_next_ones_for_them(small_engine, models) -> None:
+    loop = asyncio.get_running_loop()
+
+    def open_sender() -> WeightSender:
+        def in_loop(call) -> None:
+            asyncio.run_coroutine_threadsafe(call, loop).result(60.0)
+
+        client = OneCallClient(
+            init=lambda transfer_info: in_loop(small_engine.init_weight_transfer(transfer_info)),
+            load=lambda update: in_loop(small_engine.load_weights(update)),
+        )
+        return build_sender("host_memory", LearnerWeights(models.teacher, dtype=torch.float32), client)
+
+    sender = await asyncio.to_thread(open_sender)
+    request = replace(write_request(random_text(20, seed=99)), pause_after=2)
+    try:
+        async with aclosing(small_engine.stream(request)) as stream:
+            assert (await anext(stream)).weight_version == 0
+            sending = asyncio.create_task(asyncio.to_thread(sender.send, 1))
+            await asyncio.sleep(0.5)
+            assert not sending.done()
+            later = asyncio.create_task(small_engine.generate(request))
+        await sending
+        assert (await later).weight_version == 1
+    finally:
+        await asyncio.to_thread(sender.shutdown)
