@@ -15,6 +15,9 @@ from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate, WeightVersion
 from rollout_server.engines.imitation import AcceleratorSpeeds
 
+_SIGN_OF_LIFE = 256
+"""Tokens after which a text that is wanted whole shows that it grows."""
+
 
 class EngineCallError(RuntimeError):
     """A call to an engine failed or took too long. Says which engine and what was waited for."""
@@ -151,8 +154,12 @@ async def next_piece(pieces: AsyncGenerator[Written, GoOn | None], go_on: GoOn |
 
 
 async def write_whole(engine: Engine, request: WriteRequest) -> Written:
-    """``generate`` by way of ``stream``, for engines that have no shorter way. In as few pieces as may be."""
-    parts = [written async for written in engine.stream(replace(request, chunk_tokens=request.max_tokens))]
+    """``generate`` by way of ``stream``, for engines that have no shorter way.
+
+    In pieces so large that they cost little, and so small that a long text shows that it grows.
+    """
+    chunk_tokens = min(request.max_tokens, _SIGN_OF_LIFE)
+    parts = [written async for written in engine.stream(replace(request, chunk_tokens=chunk_tokens))]
     assert parts, "a stream must yield at least once"
     assert parts[-1].finish_reason is not None, "a stream must end with a finish_reason"
     return concatenate_written(parts)

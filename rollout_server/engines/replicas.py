@@ -2,14 +2,18 @@
 
 A sequence stays with the replica that holds its prefix; a new one goes to the replica with the fewest calls under way.
 A call that fails is made once more on another replica; a stream goes on there at the token after the last one handed
-over, because the same request gives the same tokens. A failed replica gets no new sequences while another is left.
+over, because the same request gives the same tokens. Where it does not, as it may in low precision, the stream fails. A
+failed replica gets no new sequences for a while, if another is left.
 """
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import TypeVar
+
+import numpy as np
 
 from common.sequence import TopLogprobs
 from common.weights import WeightUpdate
@@ -29,6 +33,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _MAX_REMEMBERED = 65_536  # sequences whose replica is known; the longest unused is forgotten
+_FORGIVEN_S = 60.0
+"""A replica that failed gets sequences again after so long. One call may fail and the engine be well."""
 
 
 class ReplicatedEngine:
@@ -38,30 +44,37 @@ class ReplicatedEngine:
         assert replicas, "expected at least one replica"
         self.replicas = tuple(replicas)
         self._num_running = [0] * len(replicas)
-        self._failed: set[int] = set()
+        self._failed_s: dict[int, float] = {}  # replica -> when, on the monotonic clock
         self._homes: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
-        num_taken, go_on = 0, None
+        taken, go_on = np.empty(0, np.int32), None
         sent: dict[int, GoOn | None] = {}  # after so many tokens -> what the reader sent
         with self._at(self._home(request.sequence_id)) as replica:
             try:
                 async with aclosing(self.replicas[replica].stream(request)) as pieces:
                     while (written := await next_piece(pieces, go_on)) is not None:
-                        num_taken += len(written)
-                        go_on = sent[num_taken] = yield written
+                        taken = np.concatenate([taken, written.token_ids])
+                        go_on = sent[taken.size] = yield written
                 return
             except EngineCallError as error:
-                other = self._move(request.sequence_id, replica, error)
+                failed, other = replica, self._move(request.sequence_id, replica, error)
         num_written, go_on = 0, None
         with self._at(other) as replica:
             async with aclosing(self.replicas[replica].stream(request)) as pieces:
                 while (written := await next_piece(pieces, go_on)) is not None:
-                    num_known, num_written = num_taken - num_written, num_written + len(written)
-                    if num_written <= num_taken:
+                    known = taken[num_written : num_written + len(written)]
+                    num_written += len(written)
+                    ends_early = written.finish_reason is not None and num_written <= taken.size
+                    if ends_early or (written.token_ids[: known.size] != known).any():
+                        raise EngineCallError(
+                            f"replica {replica} does not write what replica {failed} wrote before it failed "
+                            f"(within the first {num_written} tokens), so the text can't go on there"
+                        )
+                    if known.size == len(written):
                         go_on = sent.get(num_written)
                     else:
-                        go_on = yield written[max(0, num_known) :]
+                        go_on = yield written[known.size :]
 
     async def generate(self, request: WriteRequest) -> Written:
         return await write_whole(self, request)
@@ -84,10 +97,10 @@ class ReplicatedEngine:
 
     def _home(self, sequence_id: str | None) -> int:
         """The sequence's replica; for a new sequence the least loaded one that has not failed."""
-        alive = set(range(len(self.replicas))) - self._failed
+        alive = self._alive()
         if sequence_id is None:
             return self._least_loaded(alive)
-        if sequence_id not in self._homes:
+        if self._homes.get(sequence_id) not in alive:
             self._homes[sequence_id] = self._least_loaded(alive)
         self._homes.move_to_end(sequence_id)
         if len(self._homes) > _MAX_REMEMBERED:
@@ -96,8 +109,8 @@ class ReplicatedEngine:
 
     def _move(self, sequence_id: str | None, replica: int, error: EngineCallError) -> int:
         """Give the sequence to another replica. Raises the error where there is none."""
-        self._failed.add(replica)
-        others = set(range(len(self.replicas))) - self._failed
+        self._failed_s[replica] = time.monotonic()
+        others = self._alive() - {replica}
         if not others:
             raise error
         logger.warning("sequence_id=%s moves to another replica: %s", sequence_id, error)
@@ -105,6 +118,12 @@ class ReplicatedEngine:
         if sequence_id is not None:
             self._homes[sequence_id] = other
         return other
+
+    def _alive(self) -> set[int]:
+        """Those that have not failed lately."""
+        now_s = time.monotonic()
+        self._failed_s = {replica: at_s for replica, at_s in self._failed_s.items() if now_s - at_s < _FORGIVEN_S}
+        return set(range(len(self.replicas))) - self._failed_s.keys()
 
     def _least_loaded(self, candidates: set[int]) -> int:
         return min(candidates or range(len(self.replicas)), key=lambda replica: (self._num_running[replica], replica))

@@ -7,7 +7,7 @@ import pytest
 from common.config import AdaSwitch, Sampling
 from common.sequence import MixedSequence, Prompt
 from rollout_server.controller import SwitchingController
-from rollout_server.engine import EngineCallError, ScoreRequest, WriteRequest
+from rollout_server.engine import EngineCallError, ScoreRequest, WriteRequest, concatenate_written
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 
@@ -70,23 +70,37 @@ async def test_all_calls_of_a_sequence_go_to_one_replica_and_sequences_are_sprea
     assert sorted(engine.num_calls["score"] for engine in teachers) == [3, 3, 7]
 
 
+class BreaksOff:
+    """An engine that dies in the middle of a stream."""
+
+    async def stream(self, request):
+        async with aclosing(engines(1)[0].stream(request)) as pieces:
+            yield await anext(pieces)
+        raise EngineCallError("student engine 0: gone")
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_a_stream_goes_on_elsewhere_at_the_token_after_the_last_one_handed_over(temperature: float) -> None:
-    class BreaksOff:
-        """An engine that dies in the middle of a stream."""
-
-        async def stream(self, request):
-            async with aclosing(engines(1)[0].stream(request)) as pieces:
-                yield await anext(pieces)
-            raise EngineCallError("student engine 0: gone")
-
     request = write_request(temperature=temperature, sequence_id="a")
     whole = await engines(1)[0].generate(request)
     replicated = ReplicatedEngine([BreaksOff(), *engines(1)])  # type: ignore[list-item]  # the stream is all it needs
-    written = await replicated.generate(request)
+    pieces = [piece async for piece in replicated.stream(request)]
+    assert len(pieces) > 2
+    written = concatenate_written(pieces)
     np.testing.assert_array_equal(written.token_ids, whole.token_ids)
     np.testing.assert_array_equal(written.logprobs, whole.logprobs)
     assert written.finish_reason == whole.finish_reason
+
+
+@pytest.mark.parametrize("eos_probability", [0.01, 0.99], ids=["another word", "an earlier end"])
+async def test_a_stream_does_not_go_on_in_another_text(eos_probability: float) -> None:
+    """Two replicas of one model need not round alike; what one wrote is no beginning of what the other goes on with."""
+    other = HashedScript(vocabulary_size=24, seed=5, eos_probability=eos_probability)
+    replicated = ReplicatedEngine([BreaksOff(), *engines(1, other)])  # type: ignore[list-item]
+    stream = replicated.stream(write_request(temperature=1.0, sequence_id="a"))
+    await anext(stream)
+    with pytest.raises(EngineCallError, match="replica 1 does not write what replica 0 wrote before it failed"):
+        await anext(stream)
 
 
 @pytest.mark.parametrize("call", ["write", "score"])
