@@ -53,7 +53,8 @@ class Engines(Part):
     start_timeout_s: Seconds = 900.0
     """How long an engine may take to start and pass its self-test."""
     call_timeout_s: Seconds = 300.0
-    """How long one call, or the next tokens of a stream, may take."""
+    """How long an engine may leave all its calls without news. One that waits for others to end may wait longer, up to
+    trainer.step_timeout_s for a step's next sequence."""
     trust_remote_code: bool = False
     """Run code that ships inside a model's folder."""
 

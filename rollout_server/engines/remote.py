@@ -6,7 +6,7 @@ What is asked for while a message is being prepared travels with it, and the ans
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -74,6 +74,7 @@ class RemoteEngine:
         self._to_close: list[int] = []
         self._sending: asyncio.Handle | None = None  # of the next message
         self._sent_s = self._due_s = 0.0  # on the event loop's clock: the last message and the next one
+        self._moved_s = 0.0  # on the same: when something of a call came last
         self._exchanges: set[asyncio.Task[None]] = set()
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
@@ -84,7 +85,7 @@ class RemoteEngine:
         try:
             finish_reason, num_taken, pause_after = None, 0, request.pause_after
             while finish_reason is None:
-                await self._within(inbox.news.wait(), "the next tokens of a stream")
+                await self._while_it_moves(inbox.news.wait, "the next tokens of a stream")
                 inbox.news.clear()
                 if inbox.failure is not None:
                     raise EngineCallError(inbox.failure)
@@ -110,7 +111,7 @@ class RemoteEngine:
         self._to_read[call_id] = request
         self._send_soon()
         try:
-            await self._within(rows, "a score")
+            await self._while_it_moves(lambda: asyncio.wait([rows]), "a score")
             return rows.result()
         finally:
             del self._reads[call_id]
@@ -167,6 +168,8 @@ class RemoteEngine:
             return
         if after:
             await asyncio.wait(after)
+        if news.written.call_ids.size or news.rows.call_ids.size:
+            self._moved_s = asyncio.get_running_loop().time()
         for call_id, written in news.written.unpack():
             if (inbox := self._inboxes.get(call_id)) is not None:
                 inbox.pieces.append(written)
@@ -194,6 +197,22 @@ class RemoteEngine:
                 inbox.news.set()
             if (rows := self._reads.get(call_id)) is not None and not rows.done():
                 rows.set_exception(EngineCallError(failure))
+
+    async def _while_it_moves(self, news: Callable[[], Coroutine[Any, Any, object]], what: str) -> None:
+        """Wait for one call's news. EngineCallError when nothing of any call has come for the time-out.
+
+        Where more is asked for than the engine does at once, a call waits for others, however long they take.
+        """
+        loop = asyncio.get_running_loop()
+        waits_since_s = loop.time()
+        while True:
+            still_s = loop.time() - max(waits_since_s, self._moved_s)
+            try:
+                await within(self._timeout_s - still_s, news(), what)
+                return
+            except WaitedTooLong as error:
+                if loop.time() - max(waits_since_s, self._moved_s) >= self._timeout_s:
+                    raise EngineCallError(f"{self._name}: waited {self._timeout_s:g} s for {what}") from error
 
     async def _within(self, call: Awaitable[Any], what: str) -> Any:
         """The call's result. EngineCallError when it fails, or takes longer than the time-out."""

@@ -223,6 +223,21 @@ async def test_a_call_that_hangs_ends_after_its_time_and_says_what_did_not_come(
         await until_still(handle)
 
 
+async def test_a_call_may_wait_longer_while_the_engine_gets_on_with_others(remote: Remote) -> None:
+    """As where more is in flight than it runs at once."""
+    hangs = Fault(call="score", number=1, hangs=True)
+    engine, _ = remote(replace(SCRIPT, eos_probability=1e-9), call_timeout_s=1.0, delay=lambda: 0.05, fault=hangs)
+    started_s = time.monotonic()
+    waiting = asyncio.create_task(engine.score(SCORE))
+    async with aclosing(engine.stream(ENDLESS)) as stream:
+        while time.monotonic() - started_s < 2.5:
+            await anext(stream)
+            assert not waiting.done()
+    with pytest.raises(EngineCallError, match=r"^teacher: waited 1 s for a score$"):
+        await waiting
+    assert 3.4 < time.monotonic() - started_s < 8.0
+
+
 async def test_a_quiet_exchange_does_not_time_out_before_its_streams(remote: Remote) -> None:
     """An exchange outlives the streams it was sent for; those opened later have their own time to wait."""
     engine, _ = remote(replace(SCRIPT, eos_probability=1e-9), call_timeout_s=2.0, delay=lambda: 1.2)
