@@ -26,7 +26,12 @@ from rollout_server.engine import Engine, GoOn, WriteRequest, Written, next_piec
 from rollout_server.given import read_answer
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
-from rollout_server.schedule import goes_in_step, until_pause_before_the_switch, until_pause_between_switches
+from rollout_server.schedule import (
+    goes_in_step,
+    uninterrupted_chunk,
+    until_pause_before_the_switch,
+    until_pause_between_switches,
+)
 from rollout_server.verdicts import Verdicts
 
 
@@ -154,6 +159,11 @@ class SwitchingController:
             max_tokens=last_position - len(draft),
             pause_after=self._until_pause(draft, others_wait),
         )
+        if not self._policy.watches_after(draft.num_switches):
+            chunk_tokens = uninterrupted_chunk(
+                max_new_tokens=self._sampling.max_new_tokens, chunk_tokens=request.chunk_tokens
+            )
+            request = replace(request, chunk_tokens=chunk_tokens)
         try:
             async with aclosing(self._student.stream(request)) as stream:
                 while (proposal := await next_piece(stream, go_on)) is not None:

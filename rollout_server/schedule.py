@@ -16,6 +16,10 @@ _ROOM = 1.5
 _EARLY = 3 / 8
 """How far into a block its early pause is."""
 
+_READS = 8
+"""Pieces in which a text is read that nobody interrupts. Each read costs vLLM's front end the whole text before it too;
+this many leave little to be read when the student has ended."""
+
 _SHORT_RUN, _LONG_RUN = 6.0, 9.0
 """Mean runs between switches below which both engines go token by token, and from which they no longer do."""
 
@@ -27,6 +31,11 @@ def goes_in_step(*, num_judged: int, num_switches: int, is_in_step: bool) -> boo
     reading a short run costs it the part of a block before it too.
     """
     return num_switches >= 2 and _mean_run(num_judged, num_switches) < (_LONG_RUN if is_in_step else _SHORT_RUN)
+
+
+def uninterrupted_chunk(*, max_new_tokens: int, chunk_tokens: int) -> int:
+    """Tokens to hand over at a time where no verdict can stop the student: whole chunks, more the longer texts get."""
+    return chunk_tokens * max(1, math.ceil(max_new_tokens / (_READS * chunk_tokens)))
 
 
 def until_pause_before_the_switch(*, text_tokens: int, block_tokens: int, is_near: bool) -> int:

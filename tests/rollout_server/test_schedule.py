@@ -2,7 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_server.schedule import goes_in_step, until_pause_before_the_switch, until_pause_between_switches
+from rollout_server.schedule import (
+    goes_in_step,
+    uninterrupted_chunk,
+    until_pause_before_the_switch,
+    until_pause_between_switches,
+)
 
 positive = st.integers(1, 300)
 
@@ -22,6 +27,11 @@ def test_pauses_between_switches_are_at_most_a_block_apart(
         num_judged=num_judged, num_switches=num_switches, block_tokens=block_tokens
     )
     assert 0 < num_tokens <= block_tokens
+
+
+@pytest.mark.parametrize(("max_new_tokens", "expected"), [(1, 16), (96, 16), (128, 16), (129, 32), (8192, 1024)])
+def test_a_text_that_nobody_interrupts_is_read_in_few_pieces(max_new_tokens: int, expected: int) -> None:
+    assert uninterrupted_chunk(max_new_tokens=max_new_tokens, chunk_tokens=16) == expected
 
 
 @given(text_tokens=positive, block_tokens=positive)
