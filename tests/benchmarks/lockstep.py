@@ -24,7 +24,10 @@ from tests.benchmarks.pairs import PairOfModels
 def lockstep_seconds_per_token(
     pair: PairOfModels, policy_settings: Policy, prompts: Sequence[Prompt], num_steps: int
 ) -> float:
-    """Wall time of ``num_steps`` steps of all prompts (of one length) at once, by token; on all cores."""
+    """Wall time by token of all prompts (of one length) at once, on all cores; models and caches are warm.
+
+    The prompts are read once; the time of a later step is the mean of ``num_steps`` of them.
+    """
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for folder in (pair.student, pair.teacher)
@@ -34,12 +37,17 @@ def lockstep_seconds_per_token(
     divergences = np.full((num_prompts, num_steps), np.nan, np.float32)
     ranks = np.full((num_prompts, num_steps), -1, np.int32)
     guided_until = np.zeros(num_prompts, int)  # the first position the student may propose for again
-    student_cache, teacher_cache = DynamicCache(), DynamicCache()
+    num_switches = np.zeros(num_prompts, int)
     unread = torch.from_numpy(np.stack([prompt.token_ids for prompt in prompts])).long()
-    started_s = time.perf_counter()
+    for model in (student, teacher):
+        model(input_ids=unread, logits_to_keep=1)
+    student_cache, teacher_cache = DynamicCache(), DynamicCache()
+    times_s = [time.perf_counter()]
     for position in range(num_steps):
         log_q_BV, log_p_BV = (
-            model(input_ids=unread, past_key_values=cache, use_cache=True).logits[:, -1].log_softmax(-1)
+            model(input_ids=unread, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            .logits[:, -1]
+            .log_softmax(-1)
             for model, cache in ((student, student_cache), (teacher, teacher_cache))
         )
         proposed, taken = (torch.multinomial(log_BV.exp(), 1)[:, 0] for log_BV in (log_q_BV, log_p_BV))
@@ -53,10 +61,14 @@ def lockstep_seconds_per_token(
                 first=position,
                 divergences=divergences[row, : position + 1],
                 student_ranks=ranks[row, : position + 1],
+                num_switches=int(num_switches[row]),
             )
             limit = limits[row]
             if policy.decide(seen).switch is not None or (limit is not None and position >= limit):
                 guided_until[row] = position + (policy.guidance_tokens or num_steps)
+                num_switches[row] += 1
         is_guided = torch.from_numpy(position < guided_until)
         unread = taken.where(is_guided, proposed)[:, None]
-    return (time.perf_counter() - started_s) / (num_prompts * num_steps)
+        times_s.append(time.perf_counter())
+    prompts_s, step_s = times_s[1] - times_s[0], (times_s[-1] - times_s[1]) / (num_steps - 1)
+    return (prompts_s + step_s * (pair.max_new_tokens - 1)) / (num_prompts * pair.max_new_tokens)

@@ -156,7 +156,15 @@ def _capacity_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([head, *lines])
 
 
-_CAPACITY_SUMMARY = ("replicas", "student_busy", "teacher_busy", "tokens_per_s", "controller_us_per_token")
+_CAPACITY_SUMMARY = (
+    "replicas",
+    "student_busy",
+    "teacher_busy",
+    "student_at_nominal",
+    "teacher_at_nominal",
+    "tokens_per_s",
+    "controller_us_per_token",
+)
 
 
 def _details(result: PolicyResult, results: Sequence[PolicyResult]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ student's. All ratios are between figures of one run on one machine. What is mea
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import statistics
@@ -22,7 +23,7 @@ from typing import Any, Literal, get_args
 import ray
 from ray.actor import ActorHandle
 
-from common.config import AdaSwitch, Dataset, Decay, EngineSettings, OffPolicy, OnPolicy, Policy, Sampling, Trace
+from common.config import AdaSwitch, Dataset, EngineSettings, OffPolicy, OnPolicy, Policy, Sampling, Trace
 from common.cores import on_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineAddress, RemoteRollouts
@@ -33,7 +34,7 @@ from tests.benchmarks.actors import CPUSeconds, EngineCounters, MeasuredEngineAc
 from tests.benchmarks.lockstep import lockstep_seconds_per_token
 from tests.benchmarks.pairs import REPOSITORY, PairOfModels, demo_pair, synthetic_pair
 from tests.benchmarks.report import PolicyResult
-from tests.benchmarks.work import OfflineTimes, num_tokens_teacher_must_read, offline_batches
+from tests.benchmarks.work import OfflineTimes, most_tokens_to_compute, num_tokens_teacher_must_read, offline_batches
 
 logger = logging.getLogger("benchmark")
 
@@ -174,6 +175,11 @@ async def _time_offline(engines: Engines, repetition: Repetition, sampling: Samp
     prompt_s = await engines.teacher.read_batch.remote(batches.teacher_prompts)
     read_s = await engines.teacher.read_batch.remote(batches.teacher_reads)
     write_s = await engines.teacher.write_batch.remote(batches.teacher_writes)
+    num_computed = (await engines.teacher.counters.remote()).num_prefilled_tokens
+    if num_computed > (bound := most_tokens_to_compute(batches, sampling.chunk_tokens)):
+        logger.warning(
+            "offline the teacher computed %d tokens, expected at most %d: its cache is too small", num_computed, bound
+        )
     await engines.each("reset")
     await engines.teacher.read_batch.remote(batches.teacher_prompts)
     piecewise_read_s = await engines.teacher.read_in_pieces.remote(
@@ -329,12 +335,22 @@ def _engine_spec(plan: Plan, role: str, cores: tuple[int, ...]) -> EngineSpec:
         settings=EngineSettings(
             dtype=plan.dtype,
             enforce_eager=True,
-            kv_cache_gib=max(1.0, plan.in_flight / 64),  # room for every text in flight
+            kv_cache_gib=_cache_gib(plan, role),
             max_num_seqs=plan.in_flight,
             cpu_cores=cores,
         ),
         top_logprobs=plan.pair.top_logprobs,
     )
+
+
+def _cache_gib(plan: Plan, role: str) -> float:
+    """Room for all texts at once, in float32: an offline batch is to find what the one before it has read."""
+    model = json.loads((getattr(plan.pair, role) / "config.json").read_text())
+    head_size = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+    bytes_per_token = 2 * 4 * model["num_hidden_layers"] * model["num_key_value_heads"] * head_size
+    num_prompt_tokens = max(prompt.token_ids.size for prompt in plan.pair.prompts(plan.num_sequences))
+    tokens_per_text = num_prompt_tokens + plan.pair.max_new_tokens + plan.chunk_tokens  # in whole blocks
+    return max(0.25, 1.1 * plan.num_sequences * tokens_per_text * bytes_per_token / 2**30)
 
 
 @asynccontextmanager
@@ -365,9 +381,7 @@ async def _rollouts(plan: Plan, policy: Policy, engines: Engines) -> AsyncIterat
 def _policies(pair: PairOfModels, names: Sequence[str] | None) -> list[Policy]:
     """Every policy there is, adaswitch under the pair's rule and the others as they come; or those named.
 
-    Not dataset: its sequences are not written, and the pairs' prompts have no answers. Decay only by name: on a random
-    pair its threshold soon lies below every divergence, and most of the teacher's tokens are not on its list, so that
-    each is a request of its own.
+    Not dataset: its sequences are not written, and the pairs' prompts have no answers.
     """
     kinds = [kind for kind in get_args(get_args(Policy)[0]) if kind is not Dataset]
     known: dict[str, type] = {kind.model_fields["type"].default: kind for kind in kinds}
@@ -375,7 +389,7 @@ def _policies(pair: PairOfModels, names: Sequence[str] | None) -> list[Policy]:
         raise SystemExit(f"--policies: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     # The two ends come first: the cost model needs them.
     order = sorted(known, key=lambda name: (known[name] not in (OnPolicy, OffPolicy), name))
-    chosen = [name for name in order if (name in names if names is not None else known[name] is not Decay)]
+    chosen = [name for name in order if names is None or name in names]
     return [pair.adaswitch if known[name] is AdaSwitch else known[name]() for name in chosen]
 
 
@@ -428,7 +442,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the four policies of the first table, 96 new tokens")
     parser.add_argument("--full", action="store_true", help="all that the page shows; takes more than an hour")
     parser.add_argument("--pair", choices=("synthetic", "demo"), default="synthetic")
-    parser.add_argument("--policies", nargs="+", help="default: all but decay")
+    parser.add_argument("--policies", nargs="+", help="default: all")
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--sequences", type=int, help="default: four times as many as in flight")
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -129,6 +129,24 @@ class OfflineTimes:
         return max(self.student_s, self.split_teacher_s)
 
 
+def most_tokens_to_compute(batches: Batches, block_tokens: int) -> int:
+    """Prompt tokens that the teacher computes for prompts, reads and writes in turn, if each finds what was read before
+    it in the cache, but for the block that it ends in and the last token, which is always computed.
+    """
+
+    def ends(requests: Sequence[ScoreRequest]) -> dict[str, int]:
+        return {str(request.sequence_id): request.token_ids.size for request in requests}
+
+    read = ends(batches.teacher_prompts)
+    num_tokens = sum(read.values())
+    for request in batches.teacher_reads:
+        num_tokens += request.token_ids.size - read[str(request.sequence_id)] + block_tokens
+    read |= ends(batches.teacher_reads)
+    for write in batches.teacher_writes:
+        num_tokens += write.prefix.size - read.get(str(write.sequence_id), 0) + block_tokens
+    return num_tokens
+
+
 def num_tokens_teacher_must_read(sequence: MixedSequence) -> int:
     """Prompt and all tokens but the last, less those that the teacher's own writing left in its cache.
 
