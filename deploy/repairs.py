@@ -16,10 +16,11 @@ from deploy.endings import what_to_lower
 from deploy.run_folder import RunFolder
 from deploy.watch import Fault, Ill
 from rollout_server.exported import Exported
+from trainer.actors import LearnerRankDied
 
 logger = logging.getLogger(__name__)
 
-_CURABLE = (RayError, WaitedTooLong, Ill)  # what may go well when the repair is tried again
+_CURABLE = (RayError, WaitedTooLong, LearnerRankDied, Ill)  # what may go well when the repair is tried again
 
 
 class Repairs:

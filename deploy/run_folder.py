@@ -6,6 +6,8 @@ Owns names and formats of these files. docs/metrics.md says what each metric mea
 
 import fcntl
 import json
+import logging
+import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,6 +22,8 @@ from common.errors import UserError
 from common.files import fsync, write_whole
 from rollout_server.traces.writer import drop_segments_after
 from trainer.reports import Evaluated, Trained
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float | int]
 
@@ -144,16 +148,26 @@ class RunFolder:
 
 
 def _append(file: Path, record: Mapping[str, object]) -> None:
-    """One line of JSON more."""
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
+    """One line of JSON more, not behind what a crash left of another."""
+    with file.open("ab+") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            if lines.read(1) != b"\n":
+                lines.write(b"\n")
+        lines.write(json.dumps(record).encode() + b"\n")
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """All lines but one that a crash left half-written."""
+    """All lines but those that a crash left half-written; of one with others behind it, a warning."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    records = []
+    for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: line %d is not whole and is left out", file, number)
+    return records
 
 
 def metrics_of(record: Trained | Evaluated) -> Metrics:

@@ -10,6 +10,7 @@ Owns what is done about whom, and which prompts the run goes on without. How a p
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -167,6 +168,16 @@ class SupervisedLearner:
             raise LearnerLost(ill.faults) from ill
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GivenUp:
+    """A prompt that failed again and again, and is set aside once another has been written."""
+
+    prompt: Prompt
+    reason: str
+    data: Data
+    step: int | None
+
+
 class SupervisedRollouts:
     """The loop's rollouts. Every call goes on, from what has come, after a repair."""
 
@@ -188,6 +199,7 @@ class SupervisedRollouts:
         self._repairs = repairs
         self._set_aside = set_aside
         self._config = config
+        self._given_up: list[_GivenUp] = []  # since the last sequence that came
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
@@ -233,10 +245,11 @@ class SupervisedRollouts:
         """Consumes what the rollouts write; produces each prompt's once; waits for repairs; stops when all have come
         but those that are set aside.
 
-        A prompt is set aside only when another was written after it: it may be the engines that write nothing any more.
+        A prompt is set aside only where others are written: it may be the engines that write nothing any more. Then
+        the run ends. Raises RunEnds.
         """
         search = Search(prompts, max_failures=self._config.max_prompt_failures)
-        given_up: list[tuple[Prompt, str]] = []
+        num_come = num_in_vain = 0
         while (group := search.next_group()) is not None:
             try:
                 async with AsyncExitStack() as stack:
@@ -248,22 +261,35 @@ class SupervisedRollouts:
                         except StopAsyncIteration:
                             break
                         search.came(id_of(item))
-                        self._confirm(given_up, data, step)
+                        num_come, num_in_vain = num_come + 1, 0
+                        self._set_given_up_aside()
                         yield item
                 search.succeeded()
             except Ill as ill:
                 if ill.suspect is None:
+                    num_in_vain += 1
+                    if num_in_vain > self._most_in_vain(len(prompts)):
+                        raise RunEnds(
+                            f"no prompt can be written any more: {num_in_vain} failures without one, the last: {ill}"
+                        ) from ill
                     await self._learner.mend_rollouts(ill, counts=not search.is_narrowing)
                 if (prompt := search.failed(ill.suspect)) is not None:
-                    given_up.append((prompt, str(ill)))
-                if len(given_up) > self._config.max_repairs:
+                    self._given_up.append(_GivenUp(prompt=prompt, reason=str(ill), data=data, step=step))
+                if len(self._given_up) > self._config.max_repairs:
                     raise RunEnds(
-                        f"{len(given_up)} prompts one after the other could not be written, the last for: {ill}"
+                        f"{len(self._given_up)} prompts one after the other could not be written, the last for: {ill}"
                     ) from ill
-        self._confirm(given_up, data, step)
+        if num_come:
+            self._set_given_up_aside()
 
-    def _confirm(self, given_up: list[tuple[Prompt, str]], data: Data, step: int | None) -> None:
-        for prompt, reason in given_up:
-            self._set_aside.add(prompt, data=data, step=step, reason=reason)
+    def _most_in_vain(self, num_prompts: int) -> int:
+        """Failures without a sequence in between that some bad prompts among so many may cause: the search halves its
+        groups down to the first of them, where others may stand beside it.
+        """
+        return 2 * (num_prompts.bit_length() + self._config.max_repairs)
+
+    def _set_given_up_aside(self) -> None:
+        for each in self._given_up:
+            self._set_aside.add(each.prompt, data=each.data, step=each.step, reason=each.reason)
             self._repairs.set_aside()
-        given_up.clear()
+        self._given_up.clear()

@@ -10,6 +10,7 @@ Several ranks are as many learners that hold a part of the model each and call e
 arguments. What they return or raise is the same on each, but for an error of one rank's own machine.
 """
 
+import errno
 import shutil
 import time
 from dataclasses import dataclass
@@ -167,7 +168,8 @@ class Learner:
             if self.adapter is not None:
                 self.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
         except SafetensorError as error:  # no OSError, though a full disk is what it says
-            raise OSError(f"can't write {unfinished}: {error}") from error
+            number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+            raise OSError(number, f"can't write: {error}", str(unfinished)) from error
         self.tokenizer.save_pretrained(unfinished)
         for path in (*unfinished.rglob("*"), unfinished):
             fsync(path)

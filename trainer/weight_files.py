@@ -3,6 +3,7 @@
 Knows neither engines nor vLLM.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -83,8 +84,10 @@ def write_safetensors(path: Path, source: Source) -> None:
     free_bytes = shutil.disk_usage(path.parent).free
     if num_bytes > free_bytes:
         raise OSError(
-            f"{path.parent} has {free_bytes / 2**20:.0f} MiB free, the weights need {num_bytes / 2**20:.0f} MiB; "
-            "give the container more shared memory (docker: --shm-size), or use sync.backend = nccl"
+            errno.ENOSPC,
+            f"has {free_bytes / 2**20:.0f} MiB free, the weights need {num_bytes / 2**20:.0f} MiB: give the container "
+            "more shared memory (docker: --shm-size), or use sync.backend = nccl",
+            str(path.parent),
         )
     partial = path.with_suffix(".partial")
     try:
