@@ -146,3 +146,13 @@ def test_a_summary_is_written_whole(tmp_path, resolved) -> None:
     folder.write_summary({"steps": 1})
     assert json.loads((folder.path / "summary.json").read_text()) == {"steps": 1}
     assert not list(folder.path.glob(".summary*"))
+
+
+def test_half_a_line_that_a_crash_left_costs_no_other_line(tmp_path, resolved) -> None:
+    folder = RunFolder.create(str(tmp_path / "demo"), resolved)
+    folder.append_fault({"who": "learner"})
+    with (folder.path / "faults.jsonl").open("a") as file:
+        file.write('{"who": "contr')
+    assert folder.read_faults() == [{"who": "learner"}]
+    folder.append_fault({"who": "student engine"})
+    assert folder.read_faults() == [{"who": "learner"}, {"who": "student engine"}]

@@ -24,6 +24,7 @@ from deploy.supervision import LearnerLost, SupervisedLearner, SupervisedRollout
 from deploy.watch import Ill, Watch
 from rollout_server.controller import RolloutError
 from rollout_server.engine import EngineCallError
+from trainer.actors import LearnerRankDied
 
 CONFIG = Supervision(
     health_every_s=0.02, health_timeout_s=0.2, hang_timeout_s=10.0, backoff_first_s=0.01, backoff_last_s=0.02
@@ -69,7 +70,7 @@ class House:
         self.step_gate.set()
         self.num_come = 0
         self.students_lack_weights = False
-        self.fails_to_mend = 0  # so many times
+        self.fails_to_mend = self.fails_to_restart = 0  # so many times
         self.kept: list[list[str]] = []
         self._make_sequence = make_sequence
 
@@ -85,6 +86,9 @@ class House:
     async def restart_learner(self) -> None:
         self.calls.append("restart learner")
         self.rank.answer = Health(pid=1)
+        if self.fails_to_restart:
+            self.fails_to_restart -= 1
+            raise LearnerRankDied("learner rank 0 died while it was waited for the learner to start")
 
     async def connect(self) -> None:
         self.calls.append("connect")
@@ -361,9 +365,37 @@ async def test_held_out_prompts_are_set_aside_apart_and_not_asked_for_again(supe
 
 async def test_engines_that_write_nothing_any_more_set_no_prompt_aside_and_end_the_run(supervised: Supervised) -> None:
     supervised.house.poison = {f"p{n}" for n in range(64)}
-    with pytest.raises(RunEnds, match="prompts one after the other could not be written"):
+    with pytest.raises(RunEnds, match=r"no prompt can be written any more: 25 failures without one, the last: student"):
         await supervised.collect(64)
     assert supervised.folder.read_set_aside() == []
+    assert len(supervised.folder.read_faults()) == 24, "an hour of repairs that help nobody is no search"
+
+
+async def test_steps_in_which_nothing_is_written_set_no_prompt_aside_until_something_is(supervised: Supervised) -> None:
+    supervised.house.poison = {"p0", "p1"}
+    assert await supervised.collect(2, 1) == []
+    await supervised.learner.sync(1)
+    assert supervised.folder.read_set_aside() == []
+    assert await supervised.collect(3, 2) == ["p2"]
+    lines = [(line["prompt_id"], line["step"]) for line in supervised.folder.read_set_aside()]
+    assert sorted(lines[:2]) == [("p0", 1), ("p1", 1)]
+
+
+async def test_engines_that_write_nothing_in_step_after_step_end_the_run(supervised: Supervised) -> None:
+    supervised.house.poison = {"p0", "p1"}
+    for step in (1, 2):
+        assert await supervised.collect(2, step) == []
+        await supervised.learner.sync(step)
+    with pytest.raises(RunEnds, match="6 prompts one after the other could not be written"):
+        await supervised.collect(2, 3)
+    assert supervised.folder.read_set_aside() == []
+
+
+@pytest.mark.parametrize("bad", [range(5), range(59, 64), range(0, 64, 13)], ids=["first", "last", "spread"])
+async def test_a_handful_of_bad_prompts_is_found(supervised: Supervised, bad: range) -> None:
+    supervised.house.poison = {f"p{n}" for n in bad}
+    assert len(await supervised.collect(64)) == 59
+    assert {line["prompt_id"] for line in supervised.folder.read_set_aside()} == supervised.house.poison
 
 
 async def test_a_prompt_s_own_fault_mends_nobody(supervised: Supervised) -> None:
@@ -429,6 +461,23 @@ async def test_memory_that_runs_out_names_what_to_lower(house: House, tmp_path: 
     await run_out_and_come_back()
     with pytest.raises(RunEnds, match=r"out_of_memory: the node runs low.*lower trainer\.tokens_per_micro_batch"):
         await run_out_and_come_back()
+
+
+@pytest.mark.parametrize("fails", [2, 9])
+async def test_a_learner_that_dies_while_it_is_started_again_is_started_once_more(
+    supervised: Supervised, fails
+) -> None:
+    supervised.house.fails_to_restart = fails
+    supervised.house.rank.answer = GONE
+    with pytest.raises(LearnerLost) as lost:
+        await supervised.learner.step([])
+    bringing = supervised.learner.bring_back(lost.value, lambda: asyncio.sleep(0, 0))
+    if fails > CONFIG.max_repairs:
+        with pytest.raises(RunEnds, match=r"learner rank 0 died .*5 repairs in a row have led to no finished step"):
+            await bringing
+    else:
+        await bringing
+        assert supervised.house.calls.count("restart learner") == fails + 1
 
 
 def test_a_full_disk_is_one_line_and_a_fault_of_ours_is_none() -> None:

@@ -1,5 +1,6 @@
 """What the learner sends, the files it leaves, and the probe that tells when an engine did not take it. No engine."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -162,8 +163,9 @@ class TooLarge(BreaksHalfWay):
 
 
 def test_missing_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"MiB free, the weights need \d+ MiB; give the container more shared memory"):
+    with pytest.raises(OSError, match=r"MiB free, the weights need \d+ MiB: give the container") as no_room:
         write_safetensors(tmp_path / "weights.safetensors", TooLarge())
+    assert no_room.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
 
