@@ -14,15 +14,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from common.config_source import read_config
 from common.errors import UserError
-
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -31,7 +28,6 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _STOP_WAIT_S = 15
 # Beyond what .gitignore names and what Ray leaves out by itself (.git, .venv, __pycache__): a run needs none of it.
 _LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
-_REOPEN_AFTER_S = 1.0
 
 
 def main(
@@ -68,16 +64,17 @@ def submit(file: Path, *, address: str, overrides: Sequence[str], resume: bool =
     use_token_where_there_is_one()
 
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
+
+    from deploy.job import FAILURES, JobClient, follow
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignored file, and every closed connection
     runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}}
     if upload:
         runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
     try:
-        client = JobSubmissionClient(address)
+        client = JobClient(address)
         job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
-    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, ValueError, *FAILURES) as error:
         raise UserError(f"--address {address}: can't submit a job ({' '.join(str(error).split())})") from error
     hint = f"RAY_API_SERVER_ADDRESS={address} ray job"
     typer.echo(f"job {job_id} on {address}; to stop it: {hint} stop {job_id}", err=True)
@@ -86,8 +83,9 @@ def submit(file: Path, *, address: str, overrides: Sequence[str], resume: bool =
     except KeyboardInterrupt:
         typer.echo(f"\nthe job goes on; to see it: {hint} logs --follow {job_id}", err=True)
         return 130
-    except (ConnectionError, RuntimeError) as error:
-        typer.echo(f"lost sight of the job, which may go on ({error}); ask: {hint} status {job_id}", err=True)
+    except (AuthenticationError, *FAILURES) as error:
+        reason = " ".join(str(error).split())
+        typer.echo(f"lost sight of job {job_id}: it may go on; {hint} logs --follow {job_id} ({reason})", err=True)
         return 1
 
 
@@ -118,33 +116,6 @@ def _in_checkout(file: Path) -> Path:
         return file.resolve().relative_to(REPOSITORY)
     except ValueError as error:
         raise UserError(f"{file}: must lie in {REPOSITORY}, which is what the job gets to see") from error
-
-
-async def follow(client: "JobSubmissionClient", job_id: str) -> int:
-    """The run's exit code. Copies the job's log to stdout; stops when the job has ended, however long that takes.
-
-    Ray closes the log of a running job when it could not ask for the job's state in time. So what closes may be opened
-    again: it then begins at the log's beginning, and what was shown is passed over.
-    """
-    num_shown = 0  # characters
-    job = client.get_job_info(job_id)
-    while not job.status.is_terminal():
-        num_seen = 0
-        async for lines in client.tail_job_logs(job_id):
-            num_seen += len(lines)
-            if num_seen > num_shown:
-                print(lines[-(num_seen - num_shown) :], end="", flush=True)
-                num_shown = num_seen
-        await asyncio.sleep(_REOPEN_AFTER_S)  # the log's end may also come a moment before the job's
-        job = client.get_job_info(job_id)
-    typer.echo(f"job {job_id}: {job.status.lower()}", err=True)
-    if job.status == "SUCCEEDED":
-        return 0
-    if job.status == "STOPPED":
-        return 130
-    if job.driver_exit_code is None:  # it never ran
-        typer.echo(job.message, err=True)
-    return job.driver_exit_code or 1
 
 
 if __name__ == "__main__":

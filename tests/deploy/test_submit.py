@@ -5,16 +5,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
-from ray.job_submission import JobStatus
 
-from deploy.submit import entrypoint, follow
+from deploy.submit import entrypoint
 from tests.deploy.ray_heads import BIN, DEMO, SHORT, Head, free_ports, started_head, wait_for
 
 RUN_TIMEOUT_S, STOP_TIMEOUT_S = 400.0, 20.0
@@ -124,26 +122,6 @@ def test_a_cluster_that_is_not_there_is_named(head: Head) -> None:
     assert job.returncode == 2
     assert log.startswith(f"error: --address {nowhere}: ")
     assert len(log.splitlines()) == 1, log
-
-
-class ClosingClient:
-    """Ray's job client on a busy machine: it closes the log of a job that goes on, once."""
-
-    def __init__(self) -> None:
-        self._states = [JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.FAILED]
-        self._logs = [["step 1\n", "ste"], ["step 1\nstep 2\n", "step 3\n"]]
-
-    def get_job_info(self, job_id: str) -> JobDetails:
-        return JobDetails(type=JobType.SUBMISSION, entrypoint="", status=self._states.pop(0), driver_exit_code=3)
-
-    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        for lines in self._logs.pop(0):
-            yield lines
-
-
-async def test_a_log_that_closes_before_the_job_ends_is_opened_again_and_shown_once(capsys) -> None:
-    assert await follow(ClosingClient(), "job") == 3
-    assert capsys.readouterr().out == "step 1\nstep 2\nstep 3\n"
 
 
 def test_the_entrypoint_keeps_words_with_blanks_and_quotes_together() -> None:
