@@ -4,6 +4,7 @@ Nothing here waits for ever, but for a job that goes on: a head that loses power
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol, cast
@@ -21,6 +22,7 @@ _REOPEN_AFTER_S = 1.0
 _LONGEST_PAUSE_S = 15.0
 _QUIET_S = 300.0  # a log that says nothing for so long is opened again: its connection may be dead
 _LAST_LINES_S = 20.0
+_STOP_POLL_S = 0.5
 
 
 class Jobs(Protocol):
@@ -72,6 +74,17 @@ async def follow(jobs: Jobs, job_id: str, *, ask_every_s: float = 60.0, patience
     return job.driver_exit_code or 1
 
 
+def stop(jobs: JobClient, job_id: str, *, within_s: float = 25.0) -> str:
+    """Ask the job to end and wait for that; how it ended. Raises one of ``FAILURES`` where it does not in time."""
+    deadline_s = time.monotonic() + within_s
+    jobs.stop_job(job_id)
+    while not (status := jobs.get_job_info(job_id).status).is_terminal():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"it has not ended within {within_s:g} s")
+        time.sleep(_STOP_POLL_S)
+    return str(status)
+
+
 async def _details(jobs: Jobs, job_id: str, patience_s: float) -> JobDetails:
     """How the job is. The first failure is told, the last one raised."""
 
@@ -100,7 +113,7 @@ class _Log:
         self._is_told = False
 
     async def copy(self, quiet_s: float) -> None:
-        """Show what is new until the log closes, breaks, or says nothing for ``quiet_s``. What breaks it is told once."""
+        """Show what is new until the log closes, breaks, or says nothing for ``quiet_s``. Breaks are told once."""
         num_seen = 0
         try:
             async with aclosing(self._jobs.tail_job_logs(self._job_id)) as log:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.submit import STOP_WAIT_S
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BASE = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]
 ORDINARY = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
@@ -27,6 +29,11 @@ def test_on_the_host_network_dashboard_and_inspector_listen_on_loopback() -> Non
 
 def test_every_service_that_stays_says_when_it_is_healthy() -> None:
     assert {name for name, service in BASE.items() if "healthcheck" not in service} == {"job"}
+
+
+def test_a_job_whose_container_is_stopped_has_the_time_to_stop_its_run() -> None:
+    assert "--stop-with-me" in BASE["job"]["command"][2].split()
+    assert int(BASE["job"]["stop_grace_period"].removesuffix("s")) >= STOP_WAIT_S + 10
 
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -24,10 +25,11 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def submit(head: Head, *settings: str, resume: bool = False) -> subprocess.Popen[str]:
+def submit(head: Head, *settings: str, resume: bool = False, stop_with_me: bool = False) -> subprocess.Popen[str]:
     """``make submit``."""
     command = [sys.executable, "-m", "deploy.submit", DEMO, "--address", head.address]
     command += ["--resume"] if resume else []
+    command += ["--stop-with-me"] if stop_with_me else []
     for setting in settings:
         command += ["--set", setting]
     return head.run(command)
@@ -80,6 +82,16 @@ def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, 
     wait_for(lambda: not head.processes(), "the run's processes to end", STOP_TIMEOUT_S)
     assert time.monotonic() - stopped_at_s < STOP_TIMEOUT_S + 10  # starting the command itself takes seconds
     assert "interrupted" in rest
+    assert job.returncode == 130
+    assert_nothing_is_left(head)
+
+
+def test_a_run_can_be_made_to_stop_with_who_submitted_it(head: Head, tmp_path: Path) -> None:
+    job = submit(head, f"run_dir={tmp_path / 'run'}", stop_with_me=True)
+    read_until(job, "step 1/80")
+    job.send_signal(signal.SIGTERM)
+    rest, _ = job.communicate(timeout=30)  # what a container gets
+    assert re.search(r"^job raysubmit_\w+: stopped$", rest, re.MULTILINE), rest
     assert job.returncode == 130
     assert_nothing_is_left(head)
 
