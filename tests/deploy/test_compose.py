@@ -43,6 +43,14 @@ def test_foreign_images_are_pinned(name: str) -> None:
     assert BASE[name]["profiles"] == ["monitoring"]
 
 
+def test_nobody_can_log_in_to_grafana_neither_by_its_form_nor_by_a_header() -> None:
+    environment = BASE["grafana"]["environment"]
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert environment["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+
+
 def test_what_both_networks_differ_in_is_an_environment_variable_of_the_base() -> None:
     for name, service in HOST.items():
         assert service["environment"].keys() <= BASE[name]["environment"].keys(), name
