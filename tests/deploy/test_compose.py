@@ -43,6 +43,16 @@ def test_foreign_images_are_pinned(name: str) -> None:
     assert BASE[name]["profiles"] == ["monitoring"]
 
 
+def test_keys_reach_the_nodes_from_the_caller_s_environment_and_have_no_value_here() -> None:
+    keys = {
+        name for name in BASE["head"]["environment"] if name.startswith(("HF_", "WANDB_", "AWS_", "GOOGLE_", "MLFLOW_"))
+    }
+    assert {"AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "MLFLOW_TRACKING_PASSWORD"} <= keys
+    for node in ("head", "worker"):
+        assert {BASE[node]["environment"][key] for key in keys} == {None}
+    assert not keys & BASE["inspector"]["environment"].keys()
+
+
 def test_nobody_can_log_in_to_grafana_neither_by_its_form_nor_by_a_header() -> None:
     environment = BASE["grafana"]["environment"]
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
