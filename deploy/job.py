@@ -40,6 +40,11 @@ class JobClient(JobSubmissionClient):  # type: ignore[misc]
         self._timeout_s = timeout_s
         super().__init__(address)
 
+    def asks_for_token(self) -> bool:
+        """Whether the cluster asks its clients for a token. Without one, everyone who reaches it can run code there."""
+        answer = self._do_request("GET", "/api/authentication_mode")
+        return not answer.ok or answer.json()["authentication_mode"] != "disabled"
+
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         return super()._do_request(method, endpoint, timeout=(_CONNECT_S, self._timeout_s), **options)
 

@@ -96,6 +96,8 @@ def submit(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         client = JobClient(address)
+        if not client.asks_for_token():
+            typer.echo(f"warning: {address} asks for no token: whoever reaches it can run code there", err=True)
         try:
             client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job_id)
         except KeyboardInterrupt:

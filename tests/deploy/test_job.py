@@ -1,12 +1,16 @@
 """A job followed through the failures of the way to it; ``test_submit`` follows jobs of a real cluster."""
 
 import asyncio
+import json
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import aiohttp
 import pytest
+import ray
 from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
 from ray.job_submission import JobStatus
 
@@ -82,3 +86,24 @@ def test_a_head_that_takes_connections_and_says_nothing_is_not_waited_for_for_ev
         with pytest.raises(FAILURES, match="timed out"):
             JobClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.5)
         assert time.monotonic() - begun_s < 5
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_cluster_that_asks_for_no_token_is_known(mode: str) -> None:
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            facts = {
+                "/api/version": {"ray_version": ray.__version__},
+                "/api/authentication_mode": {"authentication_mode": mode},
+            }
+            self.wfile.write(json.dumps(facts[self.path]).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            client = JobClient(f"http://127.0.0.1:{server.server_port}")
+            assert client.asks_for_token() == (mode == "token")
+        finally:
+            server.shutdown()

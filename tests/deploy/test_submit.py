@@ -88,7 +88,8 @@ def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, 
 
 def test_a_run_can_be_made_to_stop_with_who_submitted_it(head: Head, tmp_path: Path) -> None:
     job = submit(head, f"run_dir={tmp_path / 'run'}", stop_with_me=True)
-    read_until(job, "step 1/80")
+    log = read_until(job, "step 1/80")
+    assert "asks for no token" not in log
     job.send_signal(signal.SIGTERM)
     rest, _ = job.communicate(timeout=30)  # what a container gets
     assert re.search(r"^job raysubmit_\w+: stopped$", rest, re.MULTILINE), rest
