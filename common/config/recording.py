@@ -24,7 +24,7 @@ class Checkpoints(Part):
     keep_last: Positive = 2
     """Older ones are removed once a newer one is whole."""
     keep_best: bool = True
-    """Also keep the one with the highest held-out accuracy. Only steps that are both evaluated and checkpointed count."""
+    """Also keep the one with the highest held-out accuracy. Only steps both evaluated and checkpointed count."""
 
 
 class Storage(Part):
