@@ -91,6 +91,7 @@ class Cluster:
             top_logprobs=inputs.top_logprobs,
             stop_token_ids=inputs.stop_token_ids,
             live=LiveContext(max_model_len=inputs.max_model_len, prompts_as_chat=self._config.data.as_chat),
+            trust_remote_code=self._config.engines.trust_remote_code,
         )
         # No engine's handle among what Ray keeps for a restart: it warns of arguments that refer to anything.
         rollouts = self._spawn(RolloutActor, self._plan.rollouts, spec, [], [], self._config.models.student, name=name)

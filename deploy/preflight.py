@@ -19,6 +19,8 @@ from trainer.loop import HeldOut
 from trainer.pretrained import load_tokenizer
 from trainer.prompts import PromptCursor, PromptStream
 
+Role = Literal["student", "teacher"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
@@ -71,7 +73,7 @@ def prepare(config: RunConfig, *, cursor: PromptCursor | None = None) -> Inputs:
         tokenizer=student,
         prompts=prompts,
         held_out=_held_out(config, student, max_prompt_tokens),
-        stop_token_ids=_stop_token_ids(config.models.student, config.models.teacher),
+        stop_token_ids=_stop_token_ids(config),
         max_model_len=max_model_len,
         top_logprobs=min(config.engines.top_logprobs, *(text.vocab_size for text in text_configs.values())),
     )
@@ -81,7 +83,7 @@ def _answers(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> AnswerRea
     """What reads the given answers, where they are trained on. They are as long as what a model may write."""
     if not config.takes_given_answers:
         return None
-    stop_token_ids = _stop_token_ids(config.models.student, config.models.teacher)
+    stop_token_ids = _stop_token_ids(config)
     return AnswerReader(tokenizer=tokenizer, stop_token_ids=stop_token_ids, max_tokens=config.sampling.max_new_tokens)
 
 
@@ -103,7 +105,7 @@ def _held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_
     )
 
 
-def _text_config(config: RunConfig, role: Literal["student", "teacher"]) -> PreTrainedConfig:
+def _text_config(config: RunConfig, role: Role) -> PreTrainedConfig:
     """The model's own description of itself."""
     model: str = getattr(config.models, role)
     try:
@@ -128,13 +130,14 @@ def _context(model: PreTrainedConfig, settings: EngineSettings, role: str) -> in
     return settings.max_model_len
 
 
-def _stop_token_ids(*models: str) -> tuple[int, ...]:
+def _stop_token_ids(config: RunConfig) -> tuple[int, ...]:
     """The end-of-sequence ids of all models, from their generation config or, without one, their config."""
     stop_ids: set[int] = set()
-    for model in models:
+    roles: tuple[Role, ...] = ("student", "teacher")
+    for role in roles:
         try:
-            found = GenerationConfig.from_pretrained(model).eos_token_id
+            found = GenerationConfig.from_pretrained(getattr(config.models, role)).eos_token_id
         except OSError:
-            found = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+            found = _text_config(config, role).eos_token_id
         stop_ids.update(found if isinstance(found, list) else [] if found is None else [found])
     return tuple(sorted(stop_ids))

@@ -4,13 +4,16 @@ What plain ``ray job submit`` does, and besides: the configuration is checked be
 ``run_dir`` is this machine's (a job's own folder is Ray's, which clears it away), a stopped run gets time to end its
 actors, and the exit code is the run's.
 
-Exit codes: the run's own (see ``cli``), 130 for one that was stopped, 1 where the job or the connection failed.
+Exit codes: the run's own (see ``cli``), 130 for one that was stopped or left, 1 where the job or the
+connection failed.
 """
 
 import asyncio
 import logging
 import os
+import secrets
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +23,18 @@ import typer
 
 from common.config_source import read_config
 from common.errors import UserError
+from deploy.sigterm import end_in_order_on_sigterm
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from deploy.job import JobClient
 
 REPOSITORY = Path(__file__).parents[1]
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 # Between asking a stopped job to end and killing it. Ray's own 3 s is less than engines need.
-_STOP_WAIT_S = 15
+STOP_WAIT_S = 15
 # Beyond what .gitignore names and what Ray leaves out by itself (.git, .venv, __pycache__): a run needs none of it.
 _LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
-_REOPEN_AFTER_S = 1.0
 
 
 def main(
@@ -46,17 +49,30 @@ def main(
     upload: Annotated[
         bool, typer.Option(help="Send this checkout. Without: the cluster has the package, and CONFIG under its path.")
     ] = True,
+    stop_with_me: Annotated[
+        bool, typer.Option("--stop-with-me", help="At Ctrl-C or SIGTERM stop the run too, instead of leaving it on.")
+    ] = False,
 ) -> None:
     """Run a distillation as a job on a Ray cluster and follow its log; the exit code is the run's."""
     try:
-        code = submit(file, address=address, overrides=overrides or [], resume=resume, upload=upload)
+        code = submit(
+            file, address=address, overrides=overrides or [], resume=resume, upload=upload, stop_with_me=stop_with_me
+        )
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         code = 2
     raise typer.Exit(code)
 
 
-def submit(file: Path, *, address: str, overrides: Sequence[str], resume: bool = False, upload: bool = True) -> int:
+def submit(
+    file: Path,
+    *,
+    address: str,
+    overrides: Sequence[str],
+    resume: bool = False,
+    upload: bool = True,
+    stop_with_me: bool = False,
+) -> int:
     """The run's exit code, when it has ended. Raises UserError where the job can't be submitted."""
     config = read_config(file, list(overrides)).config
     command = entrypoint(
@@ -68,27 +84,72 @@ def submit(file: Path, *, address: str, overrides: Sequence[str], resume: bool =
     use_token_where_there_is_one()
 
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
+
+    from deploy.job import FAILURES, JobClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignored file, and every closed connection
-    runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}}
+    runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
     if upload:
         runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
+    job_id = f"raysubmit_{secrets.token_hex(8)}"  # ours, so that it can be stopped before Ray has said that it has it
+    if stop_with_me:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        client = JobSubmissionClient(address)
-        job_id = client.submit_job(entrypoint=command, runtime_env=runtime_env)
-    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--address {address}: can't submit a job ({' '.join(str(error).split())})") from error
-    hint = f"RAY_API_SERVER_ADDRESS={address} ray job"
-    typer.echo(f"job {job_id} on {address}; to stop it: {hint} stop {job_id}", err=True)
+        client = JobClient(address)
+        if not client.asks_for_token():
+            typer.echo(f"warning: {address} asks for no token: whoever reaches it can run code there", err=True)
+        try:
+            client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job_id)
+        except KeyboardInterrupt:
+            if not stop_with_me:
+                raise
+            _stop(client, job_id, address)
+            return 130
+    except (AuthenticationError, ValueError, *FAILURES) as error:
+        raise UserError(f"--address {address}: can't submit a job ({_one_line(error)})") from error
+    typer.echo(f"job {job_id} on {address}; to stop it: {_ray_job(address)} stop {job_id}", err=True)
+    return _follow(client, job_id, address, stop_with_me=stop_with_me)
+
+
+def _follow(client: "JobClient", job_id: str, address: str, *, stop_with_me: bool) -> int:
+    """The exit code, where the job is followed to its end, left or lost."""
+    from ray.exceptions import AuthenticationError
+
+    from deploy.job import FAILURES, follow
+
+    async def until_told_to_end() -> int:
+        if stop_with_me:
+            end_in_order_on_sigterm()
+        return await follow(client, job_id)
+
+    to_see_it = f"{_ray_job(address)} logs --follow {job_id}"
     try:
-        return asyncio.run(follow(client, job_id))
-    except KeyboardInterrupt:
-        typer.echo(f"\nthe job goes on; to see it: {hint} logs --follow {job_id}", err=True)
+        return asyncio.run(until_told_to_end())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        if stop_with_me:
+            _stop(client, job_id, address)
+        else:
+            typer.echo(f"\nthe job goes on; to see it: {to_see_it}", err=True)
         return 130
-    except (ConnectionError, RuntimeError) as error:
-        typer.echo(f"lost sight of the job, which may go on ({error}); ask: {hint} status {job_id}", err=True)
+    except (AuthenticationError, *FAILURES) as error:
+        typer.echo(f"lost sight of job {job_id}: it may go on; {to_see_it} ({_one_line(error)})", err=True)
         return 1
+
+
+def _stop(client: "JobClient", job_id: str, address: str) -> None:
+    from ray.exceptions import AuthenticationError
+
+    from deploy.job import FAILURES, stop
+
+    typer.echo(f"\nstopping job {job_id}", err=True)
+    try:
+        typer.echo(f"job {job_id}: {stop(client, job_id).lower()}", err=True)
+    except (AuthenticationError, *FAILURES) as error:
+        typer.echo(f"the job may go on ({_one_line(error)}); to stop it: {_ray_job(address)} stop {job_id}", err=True)
+
+
+def _ray_job(address: str) -> str:
+    return f"RAY_API_SERVER_ADDRESS={address} ray job"
 
 
 def entrypoint(file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False) -> str:
@@ -112,39 +173,16 @@ def use_token_where_there_is_one() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 def _in_checkout(file: Path) -> Path:
     """The file's path in the uploaded folder."""
     try:
         return file.resolve().relative_to(REPOSITORY)
     except ValueError as error:
         raise UserError(f"{file}: must lie in {REPOSITORY}, which is what the job gets to see") from error
-
-
-async def follow(client: "JobSubmissionClient", job_id: str) -> int:
-    """The run's exit code. Copies the job's log to stdout; stops when the job has ended, however long that takes.
-
-    Ray closes the log of a running job when it could not ask for the job's state in time. So what closes may be opened
-    again: it then begins at the log's beginning, and what was shown is passed over.
-    """
-    num_shown = 0  # characters
-    job = client.get_job_info(job_id)
-    while not job.status.is_terminal():
-        num_seen = 0
-        async for lines in client.tail_job_logs(job_id):
-            num_seen += len(lines)
-            if num_seen > num_shown:
-                print(lines[-(num_seen - num_shown) :], end="", flush=True)
-                num_shown = num_seen
-        await asyncio.sleep(_REOPEN_AFTER_S)  # the log's end may also come a moment before the job's
-        job = client.get_job_info(job_id)
-    typer.echo(f"job {job_id}: {job.status.lower()}", err=True)
-    if job.status == "SUCCEEDED":
-        return 0
-    if job.status == "STOPPED":
-        return 130
-    if job.driver_exit_code is None:  # it never ran
-        typer.echo(job.message, err=True)
-    return job.driver_exit_code or 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 from common.config import Logging, MLflow, RunConfig, Wandb
 from common.errors import UserError
@@ -53,6 +54,7 @@ class Trackers:
             wandb = _opened("logging.wandb", WandbTracker, config.logging.wandb, config, run_folder, ids.get("wandb"))
             trackers["wandb"], ids["wandb"] = wandb, wandb.run_id
         if config.logging.mlflow is not None:
+            _refuse_password_in_environment()
             mlflow = _opened(
                 "logging.mlflow", MLflowTracker, config.logging.mlflow, config, run_folder, ids.get("mlflow")
             )
@@ -219,6 +221,15 @@ def refuse_missing_packages(config: Logging) -> None:
                 f"logging.{package}: the package {package} is not installed; pip install 'adaswitch[{package}]', or "
                 f"leave logging.{package} out"
             )
+
+
+def _refuse_password_in_environment() -> None:
+    """MLflow's errors quote the address, and errors are logged."""
+    if "@" in urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).netloc:
+        raise UserError(
+            "logging.mlflow: the environment's MLFLOW_TRACKING_URI must not hold a user or a password, for errors "
+            "quote it; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 def _opened(key: str, make: Callable[..., T], *arguments: object) -> T:

@@ -192,7 +192,7 @@ class RolloutActor:
                 )
                 for addresses in self._addresses
             )
-            decoder = AutoTokenizer.from_pretrained(self._tokenizer)
+            decoder = AutoTokenizer.from_pretrained(self._tokenizer, trust_remote_code=self._spec.trust_remote_code)
             self._rollouts = Rollouts(self._spec, student=student, teacher=teacher, decoder=decoder)
             if self._spec.live is not None:
                 self._live = LiveWriter(

@@ -43,6 +43,7 @@ class RolloutSpec:
     top_logprobs: int
     stop_token_ids: tuple[int, ...]
     live: LiveContext | None = None  # None: nothing is written for who watches
+    trust_remote_code: bool = False  # the tokenizer's own
 
 
 class Rollouts:

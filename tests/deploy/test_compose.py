@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.submit import STOP_WAIT_S
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BASE = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]
 ORDINARY = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
@@ -29,11 +31,34 @@ def test_every_service_that_stays_says_when_it_is_healthy() -> None:
     assert {name for name, service in BASE.items() if "healthcheck" not in service} == {"job"}
 
 
+def test_a_job_whose_container_is_stopped_has_the_time_to_stop_its_run() -> None:
+    assert "--stop-with-me" in BASE["job"]["command"][2].split()
+    assert int(BASE["job"]["stop_grace_period"].removesuffix("s")) >= STOP_WAIT_S + 10
+
+
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
 def test_foreign_images_are_pinned(name: str) -> None:
     version = BASE[name]["image"].partition(":")[2]
     assert version.lstrip("v").count(".") == 2
     assert BASE[name]["profiles"] == ["monitoring"]
+
+
+def test_keys_reach_the_nodes_from_the_caller_s_environment_and_have_no_value_here() -> None:
+    keys = {
+        name for name in BASE["head"]["environment"] if name.startswith(("HF_", "WANDB_", "AWS_", "GOOGLE_", "MLFLOW_"))
+    }
+    assert {"AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "MLFLOW_TRACKING_PASSWORD"} <= keys
+    for node in ("head", "worker"):
+        assert {BASE[node]["environment"][key] for key in keys} == {None}
+    assert not keys & BASE["inspector"]["environment"].keys()
+
+
+def test_nobody_can_log_in_to_grafana_neither_by_its_form_nor_by_a_header() -> None:
+    environment = BASE["grafana"]["environment"]
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+    assert environment["GF_AUTH_BASIC_ENABLED"] == "false"
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
 
 
 def test_what_both_networks_differ_in_is_an_environment_variable_of_the_base() -> None:

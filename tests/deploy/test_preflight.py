@@ -123,3 +123,16 @@ def test_given_answers_are_as_long_as_what_a_model_may_write(make_config) -> Non
     config = make_config(policy={"type": "dataset"}, data={"answer_field": "solution"}, sampling={"max_new_tokens": 37})
     with pytest.raises(UserError, match=r"^data\.answer_field: row 0 has 38 tokens, .* at most 37"):
         prepare(config)
+
+
+def test_a_model_with_code_of_its_own_is_read_where_that_is_trusted(make_config, changed_model) -> None:
+    """Its configuration is asked for end tokens too, where nothing else names them."""
+    model = changed_model("config.json", auto_map={"AutoConfig": "configuration_own.OwnConfig"}, model_type="own")
+    (Path(model) / "generation_config.json").unlink()
+    (Path(model) / "configuration_own.py").write_text(
+        "from transformers import PreTrainedConfig\n\n\nclass OwnConfig(PreTrainedConfig):\n    model_type = 'own'\n"
+    )
+    models = {"student": model, "teacher": str(DEMO / "models/teacher")}
+    assert prepare(make_config(models=models, engines={"trust_remote_code": True})).stop_token_ids == (EOS_ID,)
+    with pytest.raises(UserError, match=r"^models\.student: can't read .*trust_remote_code=True"):
+        prepare(make_config(models=models))

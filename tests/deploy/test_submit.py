@@ -2,19 +2,18 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
-from ray.job_submission import JobStatus
 
-from deploy.submit import entrypoint, follow
+from deploy.submit import entrypoint
 from tests.deploy.ray_heads import BIN, DEMO, SHORT, Head, free_ports, started_head, wait_for
 
 RUN_TIMEOUT_S, STOP_TIMEOUT_S = 400.0, 20.0
@@ -26,10 +25,11 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def submit(head: Head, *settings: str, resume: bool = False) -> subprocess.Popen[str]:
+def submit(head: Head, *settings: str, resume: bool = False, stop_with_me: bool = False) -> subprocess.Popen[str]:
     """``make submit``."""
     command = [sys.executable, "-m", "deploy.submit", DEMO, "--address", head.address]
     command += ["--resume"] if resume else []
+    command += ["--stop-with-me"] if stop_with_me else []
     for setting in settings:
         command += ["--set", setting]
     return head.run(command)
@@ -86,6 +86,17 @@ def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, 
     assert_nothing_is_left(head)
 
 
+def test_a_run_can_be_made_to_stop_with_who_submitted_it(head: Head, tmp_path: Path) -> None:
+    job = submit(head, f"run_dir={tmp_path / 'run'}", stop_with_me=True)
+    log = read_until(job, "step 1/80")
+    assert "asks for no token" not in log
+    job.send_signal(signal.SIGTERM)
+    rest, _ = job.communicate(timeout=30)  # what a container gets
+    assert re.search(r"^job raysubmit_\w+: stopped$", rest, re.MULTILINE), rest
+    assert job.returncode == 130
+    assert_nothing_is_left(head)
+
+
 def test_a_run_that_waits_says_what_is_missing_and_gives_up_in_time(head: Head, tmp_path: Path) -> None:
     job = submit(
         head, f"run_dir={tmp_path / 'run'}", "placement.strategy=STRICT_SPREAD", "placement.timeout_s=12", *SHORT
@@ -124,26 +135,6 @@ def test_a_cluster_that_is_not_there_is_named(head: Head) -> None:
     assert job.returncode == 2
     assert log.startswith(f"error: --address {nowhere}: ")
     assert len(log.splitlines()) == 1, log
-
-
-class ClosingClient:
-    """Ray's job client on a busy machine: it closes the log of a job that goes on, once."""
-
-    def __init__(self) -> None:
-        self._states = [JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.FAILED]
-        self._logs = [["step 1\n", "ste"], ["step 1\nstep 2\n", "step 3\n"]]
-
-    def get_job_info(self, job_id: str) -> JobDetails:
-        return JobDetails(type=JobType.SUBMISSION, entrypoint="", status=self._states.pop(0), driver_exit_code=3)
-
-    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        for lines in self._logs.pop(0):
-            yield lines
-
-
-async def test_a_log_that_closes_before_the_job_ends_is_opened_again_and_shown_once(capsys) -> None:
-    assert await follow(ClosingClient(), "job") == 3
-    assert capsys.readouterr().out == "step 1\nstep 2\nstep 3\n"
 
 
 def test_the_entrypoint_keeps_words_with_blanks_and_quotes_together() -> None:

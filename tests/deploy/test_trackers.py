@@ -132,6 +132,13 @@ def test_a_password_is_no_setting() -> None:
     assert MLflow(tracking_uri="sqlite:///runs/mlflow.db").tracking_uri == "sqlite:///runs/mlflow.db"
 
 
+def test_a_password_in_mlflow_s_environment_variable_is_refused_and_not_shown(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:not-to-be-seen@tracking.example.org")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI must not hold a user or a password") as refused:
+        Trackers.open(run_config(mlflow={}), tmp_path)
+    assert "not-to-be-seen" not in str(refused.value)
+
+
 def test_wandb_keeps_an_offline_run_in_the_run_folder(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     config = run_config(wandb=Wandb(mode="offline"))

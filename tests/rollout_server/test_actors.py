@@ -1,7 +1,9 @@
 """A prompt's way through the real Ray actors: two engines, one rollout actor, the demo pair."""
 
 import asyncio
+import json
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -196,6 +198,40 @@ async def test_a_prompt_that_fails_is_named_and_ends_the_others(server, held_out
     with pytest.raises(RolloutError, match=r"prompt endless\.0\.0: .*maximum context length is 128"):
         await collect(server, [*held_out_prompts[:40], too_long], step=7)
     assert await server.falls_silent(), await server.num_running()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+async def test_a_tokenizer_with_code_of_its_own_is_loaded_where_that_is_trusted(
+    server, demo_folder, held_out_prompts, tmp_path, trusted: bool
+) -> None:
+    model = tmp_path / "student"
+    shutil.copytree(demo_folder / "models" / "student", model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    spec = RolloutSpec(
+        policy=POLICY,
+        sampling=SAMPLING,
+        trace=Trace(),
+        trace_folder=tmp_path / "traces",
+        top_logprobs=VOCABULARY_SIZE,
+        stop_token_ids=(EOS_ID,),
+        trust_remote_code=trusted,
+    )
+    addresses = [
+        [EngineAddress(handle=each, name="engine", call_timeout_s=60.0)] for each in (server.student, server.teacher)
+    ]
+    own_folder = {"env_vars": {"HF_MODULES_CACHE": str(tmp_path / "modules")}}
+    rollouts = ray.remote(RolloutActor).options(num_cpus=0, runtime_env=own_folder).remote(spec, *addresses, str(model))
+    if trusted:
+        assert len(await rollouts.evaluate.remote(held_out_prompts[:1])) == 1
+        assert (tmp_path / "modules").exists(), "the model's code was not needed"
+    else:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            await rollouts.evaluate.remote(held_out_prompts[:1])
 
 
 async def test_a_controller_that_is_connected_again_works_on_and_one_without_engines_says_so(

@@ -1,0 +1,141 @@
+"""A job on a running Ray cluster, as who submitted it sees it: its log, how it is, and its end.
+
+Nothing here waits for ever, but for a job that goes on: a head that loses power answers nothing and closes nothing.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol, cast
+
+import aiohttp
+import typer
+from ray.job_submission import JobDetails, JobSubmissionClient
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_exponential
+
+FAILURES = (OSError, RuntimeError, aiohttp.ClientError)
+"""What Ray's client raises where it gets no answer, or none it can use; errors of ``requests`` are OSErrors."""
+
+_CONNECT_S = 10.0
+_REOPEN_AFTER_S = 1.0
+_LONGEST_PAUSE_S = 15.0
+_QUIET_S = 300.0  # a log that says nothing for so long is opened again: its connection may be dead
+_LAST_LINES_S = 20.0
+_STOP_POLL_S = 0.5
+
+
+class Jobs(Protocol):
+    """What is asked of Ray's client."""
+
+    def get_job_info(self, job_id: str) -> JobDetails: ...
+
+    def tail_job_logs(self, job_id: str) -> AsyncGenerator[str, None]: ...
+
+
+class JobClient(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's, which by itself waits for ever for an answer. Here it is one of ``FAILURES``."""
+
+    def __init__(self, address: str, *, timeout_s: float = 60.0) -> None:
+        self._timeout_s = timeout_s
+        super().__init__(address)
+
+    def asks_for_token(self) -> bool:
+        """Whether the cluster asks its clients for a token. Without one, everyone who reaches it can run code there."""
+        answer = self._do_request("GET", "/api/authentication_mode")
+        return not answer.ok or answer.json()["authentication_mode"] != "disabled"
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, timeout=(_CONNECT_S, self._timeout_s), **options)
+
+
+async def follow(jobs: Jobs, job_id: str, *, ask_every_s: float = 60.0, patience_s: float = 300.0) -> int:
+    """The run's exit code. Copies the job's log to stdout; stops when the job has ended, however long that takes.
+
+    Whether it has is asked every ``ask_every_s`` and when the log closes, which says nothing: Ray also closes the log
+    of a running job. Raises one of ``FAILURES`` where the cluster has not answered for ``patience_s``.
+    """
+    log = _Log(jobs, job_id)
+    copying: asyncio.Task[None] | None = None
+    try:
+        while not (job := await _details(jobs, job_id, patience_s)).status.is_terminal():
+            if copying is None or copying.done():
+                copying = asyncio.create_task(log.copy(_QUIET_S))
+            await asyncio.wait({copying}, timeout=ask_every_s)
+            if copying.done():
+                await asyncio.sleep(_REOPEN_AFTER_S)  # the log's end may also come a moment before the job's
+    finally:
+        if copying is not None:
+            copying.cancel()
+            await asyncio.wait({copying})
+    await log.copy(_LAST_LINES_S)
+    typer.echo(f"job {job_id}: {job.status.lower()}", err=True)
+    if job.status == "SUCCEEDED":
+        return 0
+    if job.status == "STOPPED":
+        return 130
+    if job.driver_exit_code is None:  # it never ran
+        typer.echo(job.message, err=True)
+    return job.driver_exit_code or 1
+
+
+def stop(jobs: JobClient, job_id: str, *, within_s: float = 25.0) -> str:
+    """Ask the job to end and wait for that; how it ended. Raises one of ``FAILURES`` where it does not in time."""
+    deadline_s = time.monotonic() + within_s
+    jobs.stop_job(job_id)
+    while not (status := jobs.get_job_info(job_id).status).is_terminal():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"it has not ended within {within_s:g} s")
+        time.sleep(_STOP_POLL_S)
+    return str(status)
+
+
+async def _details(jobs: Jobs, job_id: str, patience_s: float) -> JobDetails:
+    """How the job is. The first failure is told, the last one raised."""
+
+    def tell(state: RetryCallState) -> None:
+        if state.attempt_number == 1:
+            assert state.outcome is not None
+            typer.echo(f"no answer from the cluster ({_line(state.outcome.exception())}); asking again", err=True)
+
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(FAILURES),
+        wait=wait_exponential(max=_LONGEST_PAUSE_S),
+        stop=stop_after_delay(patience_s),
+        before_sleep=tell,
+        reraise=True,
+    )
+    return cast(JobDetails, await retrying(asyncio.to_thread, jobs.get_job_info, job_id))
+
+
+class _Log:
+    """A job's log on stdout, every character once: what is opened again begins at its beginning."""
+
+    def __init__(self, jobs: Jobs, job_id: str) -> None:
+        self._jobs = jobs
+        self._job_id = job_id
+        self._num_shown = 0  # characters
+        self._is_told = False
+
+    async def copy(self, quiet_s: float) -> None:
+        """Show what is new until the log closes, breaks, or says nothing for ``quiet_s``. Breaks are told once."""
+        num_seen = 0
+        try:
+            async with aclosing(self._jobs.tail_job_logs(self._job_id)) as log:
+                while True:
+                    async with asyncio.timeout(quiet_s):
+                        lines = await anext(log)
+                    num_seen += len(lines)
+                    if num_seen > self._num_shown:
+                        print(lines[-(num_seen - self._num_shown) :], end="", flush=True)
+                        self._num_shown = num_seen
+        except (StopAsyncIteration, TimeoutError):
+            return
+        except FAILURES as error:
+            if not self._is_told:
+                typer.echo(f"the job's log broke off ({_line(error)}); opening it again", err=True)
+            self._is_told = True
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())
