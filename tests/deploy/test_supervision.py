@@ -398,6 +398,13 @@ async def test_a_handful_of_bad_prompts_is_found(supervised: Supervised, bad: ra
     assert {line["prompt_id"] for line in supervised.folder.read_set_aside()} == supervised.house.poison
 
 
+async def test_a_prompt_that_is_to_fail_often_on_its_own_is_found_too(house: House, tmp_path: Path) -> None:
+    supervised = supervise(house, tmp_path, CONFIG.model_copy(update={"max_prompt_failures": 20}))
+    house.poison = {"p3"}
+    assert len(await supervised.collect(8)) == 7
+    assert [line["prompt_id"] for line in supervised.folder.read_set_aside()] == ["p3"]
+
+
 async def test_a_prompt_s_own_fault_mends_nobody(supervised: Supervised) -> None:
     house = supervised.house
 
