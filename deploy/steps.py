@@ -61,25 +61,23 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
         display = stack.enter_context(ProgressDisplay(config.trainer.num_steps, first_step=after_step + 1))
         display.note(f"run folder {folder.path}; {hardware()}")
         async with hire(inputs, folder, display) as crew:
-            start = BEGINNING
-            if resumed is not None:
-                display.note(f"going on after step {after_step}")
-                await crew.learner.load_state(resumed.checkpoint / LEARNER)
-                start = resumed.start(crew.put)
             checkpoints = CheckpointTaker(
                 config.checkpoints, folder, crew.learner, num_steps=config.trainer.num_steps, started_s=started_s
             )
+            start: Start | None = None  # until the learner has been brought there
             while True:
-                steps = distill(
-                    config.trainer,
-                    prompts=inputs.prompts,
-                    rollouts=crew.rollouts,
-                    learner=crew.learner,
-                    held_out=inputs.held_out,
-                    num_probe_prompts=config.sync.num_probe_prompts,
-                    start=start,
-                )
                 try:
+                    if start is None:
+                        start = await _first_start(resumed, crew, display)
+                    steps = distill(
+                        config.trainer,
+                        prompts=inputs.prompts,
+                        rollouts=crew.rollouts,
+                        learner=crew.learner,
+                        held_out=inputs.held_out,
+                        num_probe_prompts=config.sync.num_probe_prompts,
+                        start=start,
+                    )
                     async with aclosing(steps):
                         await _follow(steps, checkpoints, folder, trackers, display, changed)
                     display.note("saving the student")
@@ -104,6 +102,15 @@ def _new_folder(resolved: ResolvedConfig) -> RunFolder:
     """Of a name that no run has, here or where runs are copied to."""
     config = resolved.config
     return RunFolder.create(config.run_dir, resolved, taken=copied_names(config.storage))
+
+
+async def _first_start(resumed: Resumable | None, crew: Crew, display: ProgressDisplay) -> Start:
+    """Where this process begins, with the learner's state loaded."""
+    if resumed is None:
+        return BEGINNING
+    display.note(f"going on after step {resumed.state.step}")
+    await crew.learner.load_state(resumed.checkpoint / LEARNER)
+    return resumed.start(crew.put)
 
 
 async def _take_back(
