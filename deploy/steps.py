@@ -17,7 +17,7 @@ from deploy.copies import copied_names, kept_copied
 from deploy.preflight import Inputs, prepare
 from deploy.progress import ProgressDisplay, StepLine
 from deploy.provenance import hardware, write_versions
-from deploy.resume import Resumable, last_resumable, rewind, rewind_to_beginning
+from deploy.resume import Resumable, found_again, last_resumable, rewind, rewind_to_beginning
 from deploy.run_folder import RunFolder, metrics_of, summarise_run
 from deploy.supervision import LearnerLost, StoredLearner
 from deploy.trackers import Trackers
@@ -47,12 +47,16 @@ Hire = Callable[[Inputs, RunFolder, ProgressDisplay], AbstractAsyncContextManage
 async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = None) -> dict[str, object]:
     """A run from its beginning, or from a checkpoint, to its summary."""
     config, started_s = resolved.config, time.perf_counter()
-    inputs = prepare(config, cursor=None if resumed is None else resumed.state.cursor)
-    folder = _new_folder(resolved) if resumed is None else resumed.folder
-    after_step = 0 if resumed is None else resumed.state.step
     with ExitStack() as stack:
-        stack.enter_context(folder.locked())
         if resumed is not None:
+            stack.enter_context(resumed.folder.locked())
+            resumed = found_again(resumed, config.trainer.num_steps)
+        inputs = prepare(config, cursor=None if resumed is None else resumed.state.cursor)
+        folder = _new_folder(resolved) if resumed is None else resumed.folder
+        after_step = 0 if resumed is None else resumed.state.step
+        if resumed is None:
+            stack.enter_context(folder.locked())
+        else:
             rewind(resumed, resolved)
             started_s -= resumed.state.seconds
         num_resumed = write_versions(folder.path, after_step=after_step) - 1
