@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import RunConfig
-from common.errors import UserError
+from common.errors import RunEnds, UserError
 from common.waiting import within
 from deploy.attach import NAMESPACE
 from deploy.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
@@ -264,10 +264,21 @@ def _numbered(name: str, number: int) -> list[str]:
 
 async def _start_engines(replicas: list[Process]) -> EngineFacts:
     """All replicas of a role side by side; what they have in common."""
-    facts: list[EngineFacts] = await asyncio.gather(
-        *(replica.start() for replica in replicas if replica.start is not None)
-    )
+    facts: list[EngineFacts] = await asyncio.gather(*map(_start, replicas))
     return facts[0]
+
+
+async def _start(process: Process) -> Any:
+    """For the first time. Raises RunEnds naming it where it dies meanwhile."""
+    assert process.start is not None, process.name
+    try:
+        return await process.start()
+    except RayActorError as error:
+        if isinstance(error, RayTaskError):  # somebody else's end
+            raise
+        raise RunEnds(
+            f"{process.name}: its process ended while it started; its log is in Ray's session folder"
+        ) from error
 
 
 def _start_ranks(ranks: list[ActorHandle]) -> list[Any]:

@@ -133,6 +133,7 @@ def fetch_if_ahead(config: RunConfig) -> None:
     """Bring the run's newest copy here where its last checkpoint is newer than what is here, or nothing is here.
 
     What is here of the same run is kept as far as its own last good checkpoint. May be broken off and called again.
+    Raises UserError where another process is at the run.
     """
     if config.storage.url is None:
         return
@@ -147,11 +148,16 @@ def fetch_if_ahead(config: RunConfig) -> None:
     if with_checkpoint and max(with_checkpoint.items()) >= (number, last_step):
         return
     folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-    logger.info("fetching %s from %s", folder, store.url)
-    started_s = time.monotonic()
-    # Later segments may have the names of those that are fetched, and be others.
-    drop_segments_after(folder / "traces", with_checkpoint.get(number, 0))
-    num_files = _fetch(store.below(folder.name), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunFolder(folder).locked():
+        step = _last_step(RunFolder(folder)) or 0
+        if step >= last_step:  # by another process, meanwhile
+            return
+        logger.info("fetching %s from %s", folder, store.url)
+        started_s = time.monotonic()
+        # Later segments may have the names of those that are fetched, and be others.
+        drop_segments_after(folder / "traces", step)
+        num_files = _fetch(store.below(folder.name), folder)
     logger.info("fetched %d files of %s in %.1f s", num_files, folder, time.monotonic() - started_s)
 
 

@@ -3,10 +3,13 @@
 import asyncio
 import logging
 import os
+import re
+import socket
 import time
 from typing import Literal
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from common.errors import UserError
@@ -17,22 +20,43 @@ from deploy.sigterm import end_in_order_on_sigterm
 logger = logging.getLogger(__name__)
 
 _SAY_WHAT_IS_MISSING_EVERY_S = 10.0
+_ANSWERS_WITHIN_S = 10.0
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster that is named, or start one on this machine. From then on SIGTERM cancels this task."""
+    """Join the cluster that is named, or start one on this machine. From then on SIGTERM cancels this task.
+
+    Raises UserError where no cluster answers at the address.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other process on the machine starve engines
     named = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
-        ray.init(
-            address=named or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if named else {"include_dashboard": False}),
-        )
+        try:
+            _refuse_silent(named)
+            ray.init(
+                address=named or "local",
+                log_to_driver=False,
+                logging_level="ERROR",
+                **({} if named else {"include_dashboard": False}),
+            )
+        except (OSError, ValueError, RuntimeError, RayError) as error:
+            if named is None:
+                raise
+            key = "placement.address" if address else "RAY_ADDRESS"
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{key}: can't join a Ray cluster at {named!r}: {reason}; expected a running head's host:port, or auto"
+            ) from error
     # Ray has taken SIGTERM over, and would end this process at once: no actor could give anything back.
     end_in_order_on_sigterm()
+
+
+def _refuse_silent(named: str | None) -> None:
+    """Raise OSError where nobody listens: Ray would go on trying for minutes."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", named or "")
+    if match is not None:
+        socket.create_connection((match[1], int(match[2])), timeout=_ANSWERS_WITHIN_S).close()
 
 
 def use_gpus(wanted: Literal["auto"] | bool) -> bool:

@@ -10,7 +10,7 @@ from common.config_source import ResolvedConfig, config_leaves, read_config
 from common.errors import UserError
 from common.sequence import MixedSequence
 from deploy.run_folder import RunFolder
-from trainer.checkpoint import AHEAD, RunState, clear_after, find_last_good
+from trainer.checkpoint import AHEAD, RunState, clear_after, find_last_good, is_last
 from trainer.loop import Start
 from trainer.reports import Batch, Collected
 from trainer.sequence_files import read_sequences
@@ -64,6 +64,24 @@ def find_resumable(config: RunConfig) -> Resumable:
             return resumable
     looked = f"none of {', '.join(str(folder.path) for folder in folders)} has one" if folders else "no such folder"
     raise UserError(f"run_dir: {config.run_dir!r} has no checkpoint to resume ({looked}); leave --resume out to start")
+
+
+def found_again(found: Resumable, num_steps: int) -> Resumable:
+    """The same run at its last good checkpoint of now: another process may have gone on with it before the caller had
+    its folder's lock.
+
+    Raises UserError where that one has finished it, or left no checkpoint.
+    """
+    if is_last(found.checkpoint):
+        return found
+    now = last_resumable(found.folder)
+    if now is None:
+        raise UserError(
+            f"{found.folder.path}: another process has begun this run anew meanwhile; expected its checkpoint"
+        )
+    if now.finished_summary(num_steps) is not None:
+        raise UserError(f"{found.folder.path}: another process has finished this run meanwhile")
+    return now
 
 
 def refuse_other_settings(folder: RunFolder, resolved: ResolvedConfig) -> None:

@@ -17,7 +17,7 @@ from deploy.copies import copied_names, kept_copied
 from deploy.preflight import Inputs, prepare
 from deploy.progress import ProgressDisplay, StepLine
 from deploy.provenance import hardware, write_versions
-from deploy.resume import Resumable, last_resumable, rewind, rewind_to_beginning
+from deploy.resume import Resumable, found_again, last_resumable, rewind, rewind_to_beginning
 from deploy.run_folder import RunFolder, metrics_of, summarise_run
 from deploy.supervision import LearnerLost, StoredLearner
 from deploy.trackers import Trackers
@@ -47,12 +47,16 @@ Hire = Callable[[Inputs, RunFolder, ProgressDisplay], AbstractAsyncContextManage
 async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = None) -> dict[str, object]:
     """A run from its beginning, or from a checkpoint, to its summary."""
     config, started_s = resolved.config, time.perf_counter()
-    inputs = prepare(config, cursor=None if resumed is None else resumed.state.cursor)
-    folder = _new_folder(resolved) if resumed is None else resumed.folder
-    after_step = 0 if resumed is None else resumed.state.step
     with ExitStack() as stack:
-        stack.enter_context(folder.locked())
         if resumed is not None:
+            stack.enter_context(resumed.folder.locked())
+            resumed = found_again(resumed, config.trainer.num_steps)
+        inputs = prepare(config, cursor=None if resumed is None else resumed.state.cursor)
+        folder = _new_folder(resolved) if resumed is None else resumed.folder
+        after_step = 0 if resumed is None else resumed.state.step
+        if resumed is None:
+            stack.enter_context(folder.locked())
+        else:
             rewind(resumed, resolved)
             started_s -= resumed.state.seconds
         num_resumed = write_versions(folder.path, after_step=after_step) - 1
@@ -61,25 +65,23 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
         display = stack.enter_context(ProgressDisplay(config.trainer.num_steps, first_step=after_step + 1))
         display.note(f"run folder {folder.path}; {hardware()}")
         async with hire(inputs, folder, display) as crew:
-            start = BEGINNING
-            if resumed is not None:
-                display.note(f"going on after step {after_step}")
-                await crew.learner.load_state(resumed.checkpoint / LEARNER)
-                start = resumed.start(crew.put)
             checkpoints = CheckpointTaker(
                 config.checkpoints, folder, crew.learner, num_steps=config.trainer.num_steps, started_s=started_s
             )
+            start: Start | None = None  # until the learner has been brought there
             while True:
-                steps = distill(
-                    config.trainer,
-                    prompts=inputs.prompts,
-                    rollouts=crew.rollouts,
-                    learner=crew.learner,
-                    held_out=inputs.held_out,
-                    num_probe_prompts=config.sync.num_probe_prompts,
-                    start=start,
-                )
                 try:
+                    if start is None:
+                        start = await _first_start(resumed, crew, display)
+                    steps = distill(
+                        config.trainer,
+                        prompts=inputs.prompts,
+                        rollouts=crew.rollouts,
+                        learner=crew.learner,
+                        held_out=inputs.held_out,
+                        num_probe_prompts=config.sync.num_probe_prompts,
+                        start=start,
+                    )
                     async with aclosing(steps):
                         await _follow(steps, checkpoints, folder, trackers, display, changed)
                     display.note("saving the student")
@@ -104,6 +106,15 @@ def _new_folder(resolved: ResolvedConfig) -> RunFolder:
     """Of a name that no run has, here or where runs are copied to."""
     config = resolved.config
     return RunFolder.create(config.run_dir, resolved, taken=copied_names(config.storage))
+
+
+async def _first_start(resumed: Resumable | None, crew: Crew, display: ProgressDisplay) -> Start:
+    """Where this process begins, with the learner's state loaded."""
+    if resumed is None:
+        return BEGINNING
+    display.note(f"going on after step {resumed.state.step}")
+    await crew.learner.load_state(resumed.checkpoint / LEARNER)
+    return resumed.start(crew.put)
 
 
 async def _take_back(

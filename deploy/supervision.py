@@ -284,9 +284,10 @@ class SupervisedRollouts:
 
     def _most_in_vain(self, num_prompts: int) -> int:
         """Failures without a sequence in between that some bad prompts among so many may cause: the search halves its
-        groups down to the first of them, where others may stand beside it.
+        groups down to the first of them, where others may stand beside it, and asks for each alone again and again.
         """
-        return 2 * (num_prompts.bit_length() + self._config.max_repairs)
+        config = self._config
+        return 2 * num_prompts.bit_length() + config.max_repairs * config.max_prompt_failures
 
     def _set_given_up_aside(self) -> None:
         for each in self._given_up:

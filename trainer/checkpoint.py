@@ -106,6 +106,11 @@ def find_last_good(folder: Path) -> Path | None:
     return None
 
 
+def is_last(path: Path) -> bool:
+    """Whether a checkpoint is there still, and none after it, be it damaged. Reads no file."""
+    return _checkpoints(path.parent)[-1:] == [path]
+
+
 def check(path: Path) -> None:
     """Raise DamagedCheckpoint naming the first file that is missing or differs from the manifest."""
     try:

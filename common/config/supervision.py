@@ -19,7 +19,7 @@ class Supervision(Part):
     prefill."""
     max_repairs: Positive = 5
     """Repairs in a row, without a finished step between them, after which the run ends. Those that search for a prompt
-    which fails again and again do not count."""
+    which fails again and again do not count, but end the run too when they go on too long with nothing written."""
     backoff_first_s: Seconds = 1.0
     """Pause before the second repair in a row; doubled for each that follows."""
     backoff_last_s: Seconds = 60.0

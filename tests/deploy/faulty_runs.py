@@ -99,12 +99,18 @@ class PlayedEngineActor(EngineActor):
         return PlayedEngine(spec)
 
 
+class StillbornEngineActor(PlayedEngineActor):
+    def _start_engine(self, spec: EngineSpec) -> Any:
+        os._exit(1)
+
+
 class UnprobedLearnerActor(LearnerActor):
     def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
         return Unprobed.report()
 
 
 PLAYED = Shells(engine=PlayedEngineActor, learner=UnprobedLearnerActor)
+STILLBORN = Shells(engine=StillbornEngineActor, learner=UnprobedLearnerActor)
 
 
 def write_config(

@@ -78,7 +78,8 @@ def write_segment(folder: RunFolder, step: int, content: str = "rows") -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """All but the lock, which is each machine's own."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -195,6 +196,17 @@ def test_a_run_that_is_nowhere_here_is_fetched_whole(resolve: Any) -> None:
     here = resolve("here")
     fetch_if_ahead(here.config)
     assert files_of(Path(here.config.run_dir)) == files_of(folder.path)
+
+
+def test_a_run_that_another_process_is_at_is_not_fetched_into(resolve: Any) -> None:
+    there, here = resolve("there"), resolve("here")
+    folder, behind = new_run(there), new_run(here)
+    take_checkpoint(folder, 10)
+    copied(there.config, folder)
+    before = files_of(behind.path)
+    with behind.locked(), pytest.raises(UserError, match="another process is at this run"):
+        fetch_if_ahead(here.config)
+    assert files_of(behind.path) == before
 
 
 def test_a_run_that_is_behind_keeps_what_its_last_checkpoint_stands_for_and_fetches_the_rest(resolve: Any) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from common.config_source import ResolvedConfig, read_config
 from common.errors import UserError
-from deploy.resume import Resumable, find_resumable, refuse_other_settings, rewind
+from deploy.resume import Resumable, find_resumable, found_again, refuse_other_settings, rewind
 from deploy.run_folder import RunFolder
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.writer import TraceWriter
@@ -110,6 +111,22 @@ def test_what_came_after_the_checkpoint_is_taken_back(
         assert [record.step for record in reader.sequences()] == traced
     assert read_config(folder.path / "config.yaml").config.trainer.num_steps == 9
     assert folder.read_summary() is None
+
+
+def test_a_checkpoint_that_came_before_the_lock_was_had_is_gone_on_from(resolve) -> None:
+    """Another process went on with the run, and ended, between the look and the lock."""
+    folder = RunFolder.create(resolve().config.run_dir, resolve())
+    take_checkpoint(folder, 2)
+    found = find_resumable(resolve().config)
+    assert found_again(found, 9) is found
+    later = take_checkpoint(folder, 4)
+    assert (found_again(found, 9).checkpoint, found_again(found, 9).state.step) == (later, 4)
+    folder.write_summary({"steps": 4})
+    with pytest.raises(UserError, match="another process has finished this run meanwhile"):
+        found_again(found, 4)
+    shutil.rmtree(folder.checkpoints)
+    with pytest.raises(UserError, match="another process has begun this run anew meanwhile"):
+        found_again(found, 9)
 
 
 def test_a_finished_run_is_told_from_one_that_can_go_on(resolve) -> None:

@@ -12,10 +12,12 @@ import pytest_asyncio
 import ray
 
 from common.config_source import read_config
+from common.errors import RunEnds
 from deploy.preflight import prepare
 from tests.deploy.faulty_runs import (
     PLAYED,
     POISON,
+    STILLBORN,
     faults_of,
     going_on,
     processes_of_run,
@@ -107,3 +109,9 @@ async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_othe
     assert {prompt_id for prompt_id, _ in counts} == {str(row) for row in range(8)} - {poison.prompt_id}
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "set_aside.jsonl").read_text().splitlines()]
     assert (line["prompt_id"], line["step"]) == (poison.prompt_id, 2)
+
+
+async def test_an_engine_that_dies_while_it_starts_ends_the_run_with_its_name(cluster: Path, tmp_path: Path) -> None:
+    async with going_on(write_config(tmp_path / "run"), shells=STILLBORN) as running:
+        with pytest.raises(RunEnds, match=r"^(student|teacher) engine: its process ended while it started; its log is"):
+            await summary_of(running)

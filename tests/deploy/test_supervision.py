@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayTaskError
 
 from common.config import Supervision
 from common.errors import RunEnds
@@ -25,6 +25,8 @@ from deploy.watch import Ill, Watch
 from rollout_server.controller import RolloutError
 from rollout_server.engine import EngineCallError
 from trainer.actors import LearnerRankDied
+from trainer.loop import StaleSequences
+from trainer.probe import WeightSyncError
 
 CONFIG = Supervision(
     health_every_s=0.02, health_timeout_s=0.2, hang_timeout_s=10.0, backoff_first_s=0.01, backoff_last_s=0.02
@@ -398,6 +400,13 @@ async def test_a_handful_of_bad_prompts_is_found(supervised: Supervised, bad: ra
     assert {line["prompt_id"] for line in supervised.folder.read_set_aside()} == supervised.house.poison
 
 
+async def test_a_prompt_that_is_to_fail_often_on_its_own_is_found_too(house: House, tmp_path: Path) -> None:
+    supervised = supervise(house, tmp_path, CONFIG.model_copy(update={"max_prompt_failures": 20}))
+    house.poison = {"p3"}
+    assert len(await supervised.collect(8)) == 7
+    assert [line["prompt_id"] for line in supervised.folder.read_set_aside()] == ["p3"]
+
+
 async def test_a_prompt_s_own_fault_mends_nobody(supervised: Supervised) -> None:
     house = supervised.house
 
@@ -485,3 +494,22 @@ def test_a_full_disk_is_one_line_and_a_fault_of_ours_is_none() -> None:
     assert str(end) == "/runs/a/metrics.jsonl: No space left on device; make room, then resume (--resume)"
     assert clear_end(OSError(errno.ENOENT, "No such file", "x")) is None
     assert clear_end(ValueError("x")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WaitedTooLong("waited 600 s for a teacher engine to start"),
+        LearnerRankDied("learner rank 0 of 1 died during the learner to start:\n  gone"),
+        WeightSyncError("student engine behaves as if lm_head.weight had kept its old values"),
+        StaleSequences("step 2 trains weight version 1"),
+        GONE,
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_who_did_not_come_died_or_does_not_hold_the_weights_is_one_line(error: Exception) -> None:
+    for raised in (error, RayTaskError("start", "the actor's traceback", error)):
+        end = clear_end(raised)
+        assert end is not None
+        assert " ".join(str(error).split()) in str(end)
+        assert "\n" not in str(end)
