@@ -5,7 +5,9 @@ import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+from uuid import uuid4
 
 import ray
 from ray.actor import ActorHandle
@@ -156,6 +158,26 @@ class Cluster:
         return RemoteLearner(
             learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
         )
+
+    async def refuse_unshared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
+        """Raise UserError where a machine that writes into the run's folder has another one of that name."""
+        names = ["the controller", *_numbered("the learner", len(learner.ranks))]
+        file = folder / f".{uuid4().hex}.unfinished"
+        file.touch()
+        try:
+            calls = [actor.sees.remote(file) for actor in (pair.controller.handle, *learner.ranks)]
+            timeout_s = self._config.engines.call_timeout_s
+            asked = (
+                within(timeout_s, call, f"{name} to see {folder}") for name, call in zip(names, calls, strict=True)
+            )
+            answers = await asyncio.gather(*asked)
+        finally:
+            file.unlink()
+        if blind := [name for name, sees in zip(names, answers, strict=True) if not sees]:
+            raise UserError(
+                f"run_dir: {folder} on the machine of {', '.join(blind)} is not the run's; expected a folder that all "
+                "machines share"
+            )
 
     def staff(self, learner: SpawnedLearner, pair: Pair) -> RunStaff:
         """The run's processes, as they are looked after."""

@@ -70,6 +70,7 @@ async def hired(
         learner_actor = cluster.spawn_learner()
         pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
+        await cluster.refuse_unshared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
         watch, repairs = Watch(config.supervision), Repairs(config.supervision, folder)
         staff = cluster.staff(learner_actor, pair)

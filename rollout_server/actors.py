@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import ray
@@ -165,6 +166,10 @@ class RolloutActor:
     async def health(self) -> Health:
         """Answered by the event loop that the rollouts run on: where it is stuck, no answer comes."""
         return Health(pid=os.getpid(), is_ready=bool(self._addresses[0]))
+
+    async def sees(self, path: Path) -> bool:
+        """Whether a file is there for this process's machine."""
+        return path.exists()
 
     async def connect(self, students: list[EngineAddress], teachers: list[EngineAddress]) -> None:
         """Use these engines from now on, and forget all calls to others, or to those behind the same handles before."""

@@ -79,6 +79,10 @@ class LearnerActor:
         """To be asked in a concurrency group of its own (``HEALTH_GROUP``): a step must not keep it from answering."""
         return Health(pid=os.getpid(), is_ready=hasattr(self, "_learner"))
 
+    def sees(self, path: Path) -> bool:
+        """Whether a file is there for this rank's machine."""
+        return path.exists()
+
     def meeting_point(self) -> str:
         """``host:port`` where rank 0 will wait for the others."""
         with socket.socket() as free:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from common.errors import UserError
 from common.files import fsync
 from trainer.checkpoint_reading import CheckpointPlanner, CheckpointReader
 from trainer.prompts import PromptCursor
@@ -71,7 +72,8 @@ async def write_checkpoint(
 ) -> Path | None:
     """Write ``folder/step-NNNNNN``: what ``save_learner`` puts into the folder it is given, state.json, the manifest.
 
-    Returns its path; None where the disk failed or is full, which is logged, leaves nothing and stops no run.
+    Returns its path; None where the disk failed or is full, which is logged, leaves nothing and stops no run. Raises
+    UserError where the learner's state is not there: its machine has another folder of this name.
     """
     path = folder / f"step-{state.step:06d}"
     unfinished = folder / f".{path.name}.unfinished"
@@ -79,6 +81,12 @@ async def write_checkpoint(
     try:
         unfinished.mkdir(parents=True)
         await save_learner(unfinished)
+        if not (unfinished / LEARNER).is_dir():
+            shutil.rmtree(unfinished)
+            raise UserError(
+                f"run_dir: the learner has saved its state, but not in {unfinished} as this machine sees it; expected "
+                "a folder that all machines of the run share"
+            )
         state.write(unfinished / "state.json")
         (unfinished / "manifest.json").write_text(json.dumps(_manifest(unfinished), indent=2) + "\n")
         for written in (*unfinished.rglob("*"), unfinished):

@@ -109,7 +109,15 @@ class UnprobedLearnerActor(LearnerActor):
         return Unprobed.report()
 
 
+class FarLearnerActor(UnprobedLearnerActor):
+    """As on a machine that does not share the run's folder."""
+
+    def sees(self, path: Path) -> bool:
+        return False
+
+
 PLAYED = Shells(engine=PlayedEngineActor, learner=UnprobedLearnerActor)
+FAR = Shells(engine=PlayedEngineActor, learner=FarLearnerActor)
 STILLBORN = Shells(engine=StillbornEngineActor, learner=UnprobedLearnerActor)
 
 

@@ -31,7 +31,8 @@ def resolve(tmp_path: Path) -> Callable[..., ResolvedConfig]:
 
 def take_checkpoint(folder: RunFolder, step: int, *, ahead_seconds: float | None = None) -> Path:
     async def save(unfinished: Path) -> None:
-        (unfinished / "weights").write_bytes(b"w" * step)
+        (unfinished / "learner").mkdir()
+        (unfinished / "learner" / "weights").write_bytes(b"w" * step)
 
     state = RunState(
         step=step,

@@ -12,9 +12,10 @@ import pytest_asyncio
 import ray
 
 from common.config_source import read_config
-from common.errors import RunEnds
+from common.errors import RunEnds, UserError
 from deploy.preflight import prepare
 from tests.deploy.faulty_runs import (
+    FAR,
     PLAYED,
     POISON,
     STILLBORN,
@@ -115,3 +116,14 @@ async def test_an_engine_that_dies_while_it_starts_ends_the_run_with_its_name(cl
     async with going_on(write_config(tmp_path / "run"), shells=STILLBORN) as running:
         with pytest.raises(RunEnds, match=r"^(student|teacher) engine: its process ended while it started; its log is"):
             await summary_of(running)
+
+
+async def test_a_folder_that_the_learner_s_machine_does_not_share_is_refused_at_the_start(
+    cluster: Path, tmp_path: Path
+) -> None:
+    async with going_on(write_config(tmp_path / "run"), shells=FAR) as running:
+        with pytest.raises(
+            UserError, match=r"^run_dir: \S+/run on the machine of the learner is not the run's; expected"
+        ):
+            await summary_of(running)
+    assert not list((tmp_path / "run").glob("*.unfinished"))

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from common.config import LoRA, Trainer
+from common.errors import UserError
 from common.sequence import MixedSequence
 from trainer.checkpoint import RunState, clear_after, find_last_good, prune, write_checkpoint
 from trainer.learner import Learner
@@ -62,6 +63,15 @@ def test_a_harmed_checkpoint_is_skipped_and_the_older_one_found(tmp_path: Path, 
     assert find_last_good(tmp_path) == newer
     harm(newer)
     assert find_last_good(tmp_path) == older
+
+
+def test_a_checkpoint_without_the_learner_s_state_is_refused_and_names_the_setting(tmp_path: Path) -> None:
+    async def save_elsewhere(folder: Path) -> None:
+        """On another machine."""
+
+    with pytest.raises(UserError, match=r"^run_dir: the learner has saved its state, but not in .*step-000001"):
+        asyncio.run(write_checkpoint(tmp_path, state(1), save_elsewhere))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_checkpoint_none_is_found(tmp_path: Path) -> None:
