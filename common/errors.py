@@ -14,3 +14,8 @@ class RunEnds(RuntimeError):
 
     The command line prints it alone and exits with 1; the run can be resumed.
     """
+
+
+def one_line(error: object) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(error).split())

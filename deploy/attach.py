@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import list_named_actors
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.waiting import WaitedTooLong, within
 from rollout_server.api.live import LiveRollouts, RunNotLive, SeveralRunsLive
 from rollout_server.live.records import LiveFailure, LivePiece, LiveRefusal, LiveRequest
@@ -36,7 +36,7 @@ def attach(address: str) -> LiveRollouts:
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"--attach {address}: no Ray cluster to join there ({reason})") from error
     return AttachedRollouts()
 
@@ -64,9 +64,9 @@ class AttachedRollouts:
         except RayTaskError as error:
             if isinstance(error.cause, LiveRefusal | LiveFailure):
                 raise error.cause from None
-            raise LiveFailure(f"the run failed: {' '.join(str(error.cause).split())}") from error
+            raise LiveFailure(f"the run failed: {one_line(error.cause)}") from error
         except (RayActorError, WaitedTooLong) as error:
-            raise LiveFailure(" ".join(str(error).split())) from error
+            raise LiveFailure(one_line(error)) from error
         finally:
             # Not what the actor called meanwhile: one exchange with an engine serves every stream, the training's too.
             with suppress(RayError):

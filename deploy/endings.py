@@ -5,7 +5,7 @@ import errno
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from common.errors import RunEnds
+from common.errors import RunEnds, one_line
 from common.waiting import WaitedTooLong
 from deploy.watch import cause_of
 from trainer.actors import LearnerRankDied
@@ -28,19 +28,15 @@ def clear_end(error: BaseException) -> RunEnds | None:
     if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
         return RunEnds(f"{cause.filename or 'the disk'}: {cause.strerror or cause}; make room, then resume (--resume)")
     if isinstance(cause, torch.OutOfMemoryError | MemoryError):
-        reason = _one_line(cause) or "out of memory"
+        reason = one_line(cause) or "out of memory"
         return RunEnds(f"{reason}; lower {_TO_LOWER['learner']}, then resume (--resume)")
     if isinstance(cause, _CLEAR):
-        return RunEnds(_one_line(cause))
+        return RunEnds(one_line(cause))
     if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):  # a process, a node or an object is gone
-        return RunEnds(f"{_one_line(cause)}; its log is in Ray's session folder")
+        return RunEnds(f"{one_line(cause)}; its log is in Ray's session folder")
     return None
 
 
 def what_to_lower(who: str) -> str:
     """Settings that decide on the memory of a member of the run."""
     return next((settings for name, settings in _TO_LOWER.items() if who.startswith(name)), "what it holds")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

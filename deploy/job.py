@@ -14,6 +14,8 @@ import typer
 from ray.job_submission import JobDetails, JobSubmissionClient
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from common.errors import one_line
+
 FAILURES = (OSError, RuntimeError, aiohttp.ClientError)
 """What Ray's client raises where it gets no answer, or none it can use; errors of ``requests`` are OSErrors."""
 
@@ -96,7 +98,7 @@ async def _details(jobs: Jobs, job_id: str, patience_s: float) -> JobDetails:
     def tell(state: RetryCallState) -> None:
         if state.attempt_number == 1:
             assert state.outcome is not None
-            typer.echo(f"no answer from the cluster ({_line(state.outcome.exception())}); asking again", err=True)
+            typer.echo(f"no answer from the cluster ({one_line(state.outcome.exception())}); asking again", err=True)
 
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(FAILURES),
@@ -133,9 +135,5 @@ class _Log:
             return
         except FAILURES as error:
             if not self._is_told:
-                typer.echo(f"the job's log broke off ({_line(error)}); opening it again", err=True)
+                typer.echo(f"the job's log broke off ({one_line(error)}); opening it again", err=True)
             self._is_told = True
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from common.config import Supervision
-from common.errors import RunEnds
+from common.errors import RunEnds, one_line
 from common.metrics import FAULTS, PROMPTS_SET_ASIDE
 from common.waiting import WaitedTooLong
 from deploy.endings import what_to_lower
@@ -91,7 +91,7 @@ class Repairs:
         """A repair that failed counts as one more."""
         assert state.outcome is not None
         error = state.outcome.exception()
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         logger.warning("a repair failed: %s", reason)
         self._count([Fault(kind="failed", who="a repair", reason=reason, detected_s=None)])
 

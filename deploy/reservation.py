@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from deploy.placement import SeatingPlan
 from deploy.shortage import describe_shortage
 from deploy.sigterm import end_in_order_on_sigterm
@@ -44,7 +44,7 @@ def connect(address: str | None) -> None:
             if named is None:
                 raise
             key = "placement.address" if address else "RAY_ADDRESS"
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(
                 f"{key}: can't join a Ray cluster at {named!r}: {reason}; expected a running head's host:port, or auto"
             ) from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from common.config_source import read_config
-from common.errors import UserError
+from common.errors import UserError, one_line
 from deploy.sigterm import end_in_order_on_sigterm
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def submit(
             _stop(client, job_id, address)
             return 130
     except (AuthenticationError, ValueError, *FAILURES) as error:
-        raise UserError(f"--address {address}: can't submit a job ({_one_line(error)})") from error
+        raise UserError(f"--address {address}: can't submit a job ({one_line(error)})") from error
     typer.echo(f"job {job_id} on {address}; to stop it: {_ray_job(address)} stop {job_id}", err=True)
     return _follow(client, job_id, address, stop_with_me=stop_with_me)
 
@@ -132,7 +132,7 @@ def _follow(client: "JobClient", job_id: str, address: str, *, stop_with_me: boo
             typer.echo(f"\nthe job goes on; to see it: {to_see_it}", err=True)
         return 130
     except (AuthenticationError, *FAILURES) as error:
-        typer.echo(f"lost sight of job {job_id}: it may go on; {to_see_it} ({_one_line(error)})", err=True)
+        typer.echo(f"lost sight of job {job_id}: it may go on; {to_see_it} ({one_line(error)})", err=True)
         return 1
 
 
@@ -145,7 +145,7 @@ def _stop(client: "JobClient", job_id: str, address: str) -> None:
     try:
         typer.echo(f"job {job_id}: {stop(client, job_id).lower()}", err=True)
     except (AuthenticationError, *FAILURES) as error:
-        typer.echo(f"the job may go on ({_one_line(error)}); to stop it: {_ray_job(address)} stop {job_id}", err=True)
+        typer.echo(f"the job may go on ({one_line(error)}); to stop it: {_ray_job(address)} stop {job_id}", err=True)
 
 
 def _ray_job(address: str) -> str:
@@ -171,10 +171,6 @@ def use_token_where_there_is_one() -> None:
     at_hand = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     if at_hand or (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _in_checkout(file: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from common.config import Logging, MLflow, RunConfig, Wandb
-from common.errors import UserError
+from common.errors import UserError, one_line
 from deploy.metrics import RayTracker
 from deploy.tracker import Metrics, Outcome, Tracker
 
@@ -236,7 +236,7 @@ def _opened(key: str, make: Callable[..., T], *arguments: object) -> T:
     try:
         return make(*arguments)
     except Exception as error:  # the packages' own errors, and the network's
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{key}: can't be opened: {type(error).__name__}: {reason}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypeVar
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from common.config import Supervision
+from common.errors import one_line
 from common.health import Health
 from common.waiting import WaitedTooLong, within
 from rollout_server.controller import RolloutError
@@ -140,7 +141,7 @@ class Watch:
         return Fault(
             kind=kind,
             who=who,
-            reason=" ".join(str(reason).split()),
+            reason=one_line(reason),
             detected_s=None if heard_s is None else time.monotonic() - heard_s,
         )
 

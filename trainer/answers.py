@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class AnswerReader:
             before: str = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             whole: str = self.tokenizer.apply_chat_template(answered, tokenize=False)
         except (TemplateError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"{self.key}: row {row} is refused by the chat template: {reason}") from error
         if not whole.startswith(before):
             raise UserError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 # Names under which Hugging Face configs keep a tanh on the logits. Small logits pass it almost unchanged, so that the
 # self-check alone would miss it on a model that has not learned much.
@@ -60,7 +60,7 @@ def _refuse_missing_folder(name: str, key: str) -> None:
 
 
 def _unloadable(name: str, key: str, what: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return UserError(f"{key}: can't load {what} from {name!r}, expected a folder or hub name that holds one: {reason}")
 
 

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.config import Data
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.seeds import derive_seed
 from common.sequence import Prompt
 from trainer.answers import AnswerReader
@@ -202,7 +202,7 @@ def _load(config: Data, key: str) -> Dataset:
     # What `datasets` raises here spans its own errors, Arrow's and the hub's; StopIteration is a file without rows.
     except (DatasetsError, OSError, ValueError, StopIteration) as error:
         where = "" if files or os.path.isdir(config.path) else " from the Hugging Face hub"
-        reason = " ".join(str(error.__cause__ or error or "no rows").split())
+        reason = one_line(error.__cause__ or error or "no rows")
         raise UserError(f"{key}.path: can't read {config.path!r}{where}: {reason}; {EXPECTED_PATH}") from error
     if len(rows) == 0:
         raise UserError(f"{key}.path: {config.path!r} has no rows, expected at least one")
@@ -307,7 +307,7 @@ class _RowReader:
         try:
             encoding = self.tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)
         except (TemplateError, ValueError) as error:
-            raise UserError(f"{place} is refused by the chat template: {' '.join(str(error).split())}") from error
+            raise UserError(f"{place} is refused by the chat template: {one_line(error)}") from error
         return list(encoding["input_ids"])
 
     def _prompt_id(self, value: object, row: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.errors import one_line
 from rollout_server.traces.records import SkippedSegment, StepSummary
 from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE
 from rollout_server.traces.segments import Segment, incompleteness, scan
@@ -156,7 +157,7 @@ class TraceIndex:
                 self._loaded[segment.step] = segment
                 return
         except (OSError, ValueError, pa.ArrowException, duckdb.Error) as error:
-            problem = " ".join(str(error).split()) or type(error).__name__
+            problem = one_line(error) or type(error).__name__
         assert problem is not None
         self._problems[segment] = (problem, time.monotonic())
 
