@@ -36,10 +36,9 @@ _SPACING_S = 0.02
 student would send a few scores to each teacher: messages would grow with the square of the engines. And what reaches
 an engine together runs in one step of it. On two cores adaswitch and skd were 5 % slower with 5 ms."""
 
-_SPACING_PER_CALL_S, _LONGEST_SPACING_S = 0.00015, 0.06
-"""A message costs about a millisecond of the controller's core, whatever it holds, and a step of an engine takes longer
-the more it has to do. With 400 calls under way and 60 ms one controller spent a fifth less on a token, and the imitated
-engines were as busy and wrote no more in vain (docs/benchmarks)."""
+_SPACING_PER_CALL_S, _LONGEST_SPACING_S = 0.0004, 0.1
+"""A message costs one to two milliseconds of the controller's core, whatever it holds, and a step of an engine takes
+longer the more it has to do. docs/decisions/2026-11-25-controller-time has the measured gain."""
 
 _MANY = 1 / 8  # of the calls under way: when so many wait for a message, it need not gather more
 

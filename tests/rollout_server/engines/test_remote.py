@@ -172,9 +172,9 @@ async def test_calls_of_one_turn_of_the_event_loop_travel_together(remote: Remot
 
 
 def test_an_engine_with_many_calls_gets_fewer_messages_unless_many_of_them_wait_for_one() -> None:
-    few = message_spacing_s(num_calls=64, num_gathered=0)
+    few = message_spacing_s(num_calls=40, num_gathered=0)
     many = message_spacing_s(num_calls=300, num_gathered=1)
-    assert few < many < message_spacing_s(num_calls=10_000, num_gathered=1) < 0.1
+    assert few < many <= message_spacing_s(num_calls=10_000, num_gathered=1) <= 0.1
     assert message_spacing_s(num_calls=300, num_gathered=300) == few
 
 
