@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import ray
 from ray.actor import ActorHandle
 
-from common.config import AdaSwitch, Dataset, EngineSettings, OffPolicy, OnPolicy, Policy, Sampling, Trace
+from common.config import AdaSwitch, Dataset, EngineSettings, OnPolicy, Policy, Sampling, Trace
 from common.cores import on_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineAddress, RemoteRollouts
@@ -212,7 +212,7 @@ def _result(
         **{field.name: median(getattr(times, field.name) for times in offline_times) for field in fields(OfflineTimes)}
     )
     wall_s = median(r.wall_s for r in repetitions)
-    if offline.split_parallel_s > 1.02 * wall_s:
+    if offline.split_parallel_s > 1.1 * wall_s:  # smaller batches read a little faster
         logger.warning("%s: slower offline than online: the machine was not quiet, measure again", policy.type)
     return PolicyResult(
         pair=plan.pair.name,
@@ -387,8 +387,8 @@ def _policies(pair: PairOfModels, names: Sequence[str] | None) -> list[Policy]:
     known: dict[str, type] = {kind.model_fields["type"].default: kind for kind in kinds}
     if names is not None and (unknown := set(names) - known.keys()):
         raise SystemExit(f"--policies: no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    # The two ends come first: the cost model needs them.
-    order = sorted(known, key=lambda name: (known[name] not in (OnPolicy, OffPolicy), name))
+    # What the others are held against comes first.
+    order = sorted(known, key=lambda name: (known[name] is not OnPolicy, name))
     chosen = [name for name in order if names is None or name in names]
     return [pair.adaswitch if known[name] is AdaSwitch else known[name]() for name in chosen]
 
@@ -409,7 +409,7 @@ def main() -> None:
         print(report.table(results), flush=True)
 
 
-_QUICK = {"max_new_tokens": 96, "policies": ["adaswitch", "on_policy", "off_policy", "skd"], "offline_repetitions": 1}
+_QUICK = {"max_new_tokens": 96, "policies": ["adaswitch", "on_policy", "skd"], "offline_repetitions": 1}
 _PAIR_OF_POLICIES = ["adaswitch", "on_policy"]
 _FULL: tuple[dict[str, Any], ...] = (
     {**_QUICK, "policies": None},
@@ -439,7 +439,7 @@ def _plan(arguments: argparse.Namespace, **changes: Any) -> Plan:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the four policies of the first table, 96 new tokens")
+    parser.add_argument("--quick", action="store_true", help="the three policies with figures to reach, 96 new tokens")
     parser.add_argument("--full", action="store_true", help="all that the page shows; takes more than an hour")
     parser.add_argument("--pair", choices=("synthetic", "demo"), default="synthetic")
     parser.add_argument("--policies", nargs="+", help="default: all")
