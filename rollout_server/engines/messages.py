@@ -123,6 +123,7 @@ class Orders:
     resumes: dict[int, GoOn]  # streams that pause -> how they go on
     closes: list[int]  # streams and reads nobody waits for any more
     reads: ReadBatch
+    instead_of: str | None = None  # the client that this one was before a message was lost: its calls are to end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

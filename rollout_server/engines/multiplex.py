@@ -49,6 +49,13 @@ class _Client:
         if (task := self.calls.pop(call_id, None)) is not None:
             task.cancel()
 
+    def close_all(self) -> list[int]:
+        """The calls that were under way."""
+        call_ids = list(self.calls)
+        for call_id in call_ids:
+            self.close(call_id)
+        return call_ids
+
 
 class StreamMultiplexer:
     """Runs the calls of all clients of one engine."""
@@ -73,9 +80,8 @@ class StreamMultiplexer:
     def drop_calls(self) -> None:
         """End every call. Who made it is gone, or has given it up, or hears that it failed."""
         for client in self._clients.values():
-            for call_id in list(client.calls):
-                client.close(call_id)
-                client.failures[call_id] = "dropped, for another part of the run is being mended"
+            dropped = client.close_all()
+            client.failures |= dict.fromkeys(dropped, "dropped, for another part of the run is being mended")
             client.ring()
 
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
@@ -105,6 +111,9 @@ class StreamMultiplexer:
         return client.take_news()
 
     def _take(self, client: _Client, orders: Orders) -> None:
+        if orders.instead_of is not None and (before := self._clients.pop(orders.instead_of, None)) is not None:
+            before.close_all()
+            before.ring()
         if not self.num_busy:
             self._moved_s = time.monotonic()
         for call_id, request in orders.opens.items():
@@ -125,8 +134,7 @@ class StreamMultiplexer:
         for client_id, client in list(self._clients.items()):
             if client.calls and now_s - client.heard_s > _FORGET_S:
                 logger.warning("a client was silent for %.0f s: ending its %d calls", _FORGET_S, len(client.calls))
-                for call_id in list(client.calls):
-                    client.close(call_id)
+                client.close_all()
                 del self._clients[client_id]
 
     async def _write(self, client: _Client, call_id: int, request: WriteRequest) -> None:

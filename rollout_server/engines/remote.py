@@ -63,6 +63,7 @@ class RemoteEngine:
         self._timeout_s = call_timeout_s
         self._wait_s = min(_WAIT_S, call_timeout_s / 2)
         self._client_id = uuid4().hex
+        self._instead_of: str | None = None  # the client that it was before, as the next message says
         self._call_numbers = count()
         self._message_numbers = count()
         self._inboxes: dict[int, _Inbox] = {}
@@ -148,7 +149,9 @@ class RemoteEngine:
             resumes=self._to_resume,
             closes=self._to_close,
             reads=ReadBatch.pack(list(self._to_read.items())),
+            instead_of=self._instead_of,
         )
+        self._instead_of = None
         sent = [*self._to_open, *self._to_resume, *self._to_read]
         self._to_open, self._to_resume, self._to_read, self._to_close = {}, {}, {}, []
         exchange = asyncio.ensure_future(self._exchange(orders, sent, after=frozenset(self._exchanges)))
@@ -158,12 +161,15 @@ class RemoteEngine:
     async def _exchange(self, orders: Orders, sent: list[int], *, after: frozenset[asyncio.Task[None]]) -> None:
         """Send orders; hand out the news, but not before the news of the exchanges sent ``after``."""
         wait_s = self._wait_s if self._inboxes or self._reads else 0.0
+        client_id = self._client_id
         try:
-            call = self._handle.exchange.remote(self._client_id, orders, wait_s)
+            call = self._handle.exchange.remote(client_id, orders, wait_s)
             news: News = await self._within(call, "an answer")
         except EngineCallError as error:
             # What was sent and heard of since may be lost with it: the engine is gone, or does not answer.
             self._fail({*sent, *self._inboxes, *self._reads}, str(error))
+            if client_id == self._client_id:
+                self._begin_anew()
             return
         if after:
             await asyncio.wait(after)
@@ -178,6 +184,12 @@ class RemoteEngine:
                 rows.set_result(top)
         for call_id, failure in news.failures.items():
             self._fail({call_id}, f"{self._name}: {failure}")
+
+    def _begin_anew(self) -> None:
+        """As a new client, whose messages are counted from 0: an engine that lives on would wait for the lost one."""
+        self._instead_of, self._client_id = self._client_id, uuid4().hex
+        self._message_numbers = count()
+        self._exchanges.clear()
 
     def _exchanged(self, exchange: asyncio.Task[None]) -> None:
         """Ask again while somebody waits; a fault of ours must at least be seen."""

@@ -41,6 +41,7 @@ def make_actor_class() -> type:
         """The calls RemoteEngine makes, over a scripted engine, and how often each was made."""
 
         def __init__(self, script: Any, settings: dict[str, Any]) -> None:
+            self._loses = settings.pop("loses", None)  # the exchange of this number never arrives
             self._engine = ScriptedEngine(script, top_logprobs=4, **settings)
             self._streams = StreamMultiplexer(self._engine)
             self._num_calls: Counter[str] = Counter()
@@ -52,6 +53,8 @@ def make_actor_class() -> type:
                 reading=bool(orders.reads.call_ids.size),
                 closing=bool(orders.closes),
             )
+            if self._num_calls["exchange"] == self._loses:
+                raise ConnectionError("lost on the way")
             return await self._streams.exchange(client_id, orders, wait_s)
 
         async def load_weights(self, update: WeightUpdate) -> None:
@@ -257,6 +260,16 @@ async def test_an_engine_whose_process_died_fails_by_name(remote: Remote) -> Non
             await exhaust(stream)
     with pytest.raises(EngineCallError, match=r"^teacher: an answer failed: "):
         await engine.score(SCORE)
+
+
+async def test_after_a_lost_exchange_a_living_engine_serves_on_and_the_calls_before_it_end(remote: Remote) -> None:
+    engine, handle = remote(replace(SCRIPT, eos_probability=1e-9), loses=3, delay=lambda: 0.001)
+    async with aclosing(engine.stream(ENDLESS)) as stream:
+        with pytest.raises(EngineCallError, match=r"^teacher: an answer failed: [^$]*lost on the way"):
+            await exhaust(stream)
+    async with asyncio.timeout(10.0):
+        assert len(await engine.generate(REQUEST)) == REQUEST.max_tokens
+    await until_still(handle)
 
 
 async def test_a_paused_stream_goes_on_after_the_token_it_is_sent(remote: Remote) -> None:
