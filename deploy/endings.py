@@ -8,6 +8,7 @@ from ray.exceptions import RayError, RayTaskError
 from common.errors import RunEnds, one_line
 from common.waiting import WaitedTooLong
 from deploy.watch import cause_of
+from rollout_server.controller import RolloutError
 from trainer.actors import LearnerRankDied
 from trainer.loop import StaleSequences
 from trainer.probe import WeightSyncError
@@ -32,7 +33,8 @@ def clear_end(error: BaseException) -> RunEnds | None:
         return RunEnds(f"{reason}; lower {_TO_LOWER['learner']}, then resume (--resume)")
     if isinstance(cause, _CLEAR):
         return RunEnds(one_line(cause))
-    if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):  # a process, a node or an object is gone
+    is_gone = isinstance(cause, RayError) and not isinstance(cause, RayTaskError)  # a process, a node or an object
+    if is_gone or isinstance(cause, RolloutError):
         return RunEnds(f"{one_line(cause)}; its log is in Ray's session folder")
     return None
 

@@ -10,6 +10,7 @@ replica answers. P = prompt tokens, T = new tokens, k = length of a top list.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -33,6 +34,8 @@ from rollout_server.schedule import (
     until_pause_between_switches,
 )
 from rollout_server.verdicts import Verdicts
+
+logger = logging.getLogger(__name__)
 
 
 class RolloutError(RuntimeError):
@@ -113,6 +116,7 @@ class SwitchingController:
                     num_left -= len(batch)
                     yield batch
                 if failure is not None:
+                    logger.error("%s", failure, exc_info=failure.__cause__)
                     raise failure
         finally:
             for task in tasks:

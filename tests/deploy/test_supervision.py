@@ -503,6 +503,7 @@ def test_a_full_disk_is_one_line_and_a_fault_of_ours_is_none() -> None:
         LearnerRankDied("learner rank 0 of 1 died during the learner to start:\n  gone"),
         WeightSyncError("student engine behaves as if lm_head.weight had kept its old values"),
         StaleSequences("step 2 trains weight version 1"),
+        RolloutError("held-out-3", "EngineCallError: teacher engine: gone"),
         GONE,
     ],
     ids=lambda error: type(error).__name__,
