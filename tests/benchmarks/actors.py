@@ -135,19 +135,6 @@ class MeasuredEngineActor(CountingEngineActor):
         """Seconds for all reads as one offline batch: log-probs of the rows after the cached prefix."""
         return await self._run_batch([self._read_call(request) for request in requests])
 
-    async def read_in_pieces(self, texts: Sequence[Sequence[ScoreRequest]], at_once: int) -> float:
-        """Seconds for all reads, those of a text one after the other, ``at_once`` texts at a time."""
-        gate = asyncio.Semaphore(at_once)
-
-        async def read(pieces: Sequence[ScoreRequest]) -> None:
-            async with gate:
-                for piece in pieces:
-                    await self._run(*self._read_call(piece))
-
-        started_s = time.perf_counter()
-        await asyncio.gather(*map(read, texts))
-        return time.perf_counter() - started_s
-
     def _read_call(self, request: ScoreRequest) -> tuple[Ids, Any]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind

@@ -180,18 +180,12 @@ async def _time_offline(engines: Engines, repetition: Repetition, sampling: Samp
         logger.warning(
             "offline the teacher computed %d tokens, expected at most %d: its cache is too small", num_computed, bound
         )
-    await engines.each("reset")
-    await engines.teacher.read_batch.remote(batches.teacher_prompts)
-    piecewise_read_s = await engines.teacher.read_in_pieces.remote(
-        batches.teacher_piecewise_reads, sampling.max_in_flight
-    )
     at_once = max(1, round(repetition.counters[1].mean_decode_batch))
     spread_write_s = await engines.teacher.write_batch.remote(batches.teacher_writes, at_once)
     return OfflineTimes(
         student_s=student_s,
         teacher_prompt_s=prompt_s,
         teacher_read_s=read_s,
-        teacher_piecewise_read_s=piecewise_read_s,
         teacher_plain_read_s=plain_read_s,
         teacher_write_s=write_s,
         teacher_spread_write_s=spread_write_s,

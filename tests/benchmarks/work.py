@@ -5,7 +5,6 @@ Bounds and cost model compare with the same tokens: as many by the student, as m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -22,8 +21,7 @@ class Batches:
     student_writes: list[WriteRequest]
     teacher_prompts: list[ScoreRequest]  # bare prompts, so that the reads need no rows of theirs
     teacher_reads: list[ScoreRequest]  # prompt and the student's tokens, with log-probs after the prompt
-    teacher_piecewise_reads: list[list[ScoreRequest]]  # of each sequence, up to each end of a block
-    teacher_plain_reads: list[ScoreRequest]  # the same with log-probs everywhere, as one request a sequence would do it
+    teacher_plain_reads: list[ScoreRequest]  # both with log-probs everywhere, as one request a sequence would do it
     teacher_writes: list[WriteRequest]
 
 
@@ -33,7 +31,6 @@ def offline_batches(sequences: Sequence[MixedSequence], sampling: Sampling) -> B
         student_writes=[],
         teacher_prompts=[],
         teacher_reads=[],
-        teacher_piecewise_reads=[],
         teacher_plain_reads=[],
         teacher_writes=[],
     )
@@ -41,14 +38,15 @@ def offline_batches(sequences: Sequence[MixedSequence], sampling: Sampling) -> B
         prompt, num_guided = sequence.prompt.token_ids, sequence.num_teacher_tokens
         num_explored = len(sequence) - num_guided
         text = np.concatenate([prompt, sequence.token_ids[:num_explored]])
-        if num_explored:
-            batches.teacher_prompts.append(_read(sequence, prompt, start=prompt.size))
+        batches.teacher_prompts.append(_read(sequence, prompt, start=prompt.size))
+        if not num_explored:
+            batches.teacher_plain_reads.append(batches.teacher_prompts[-1])
+        else:
             batches.student_writes.append(_write(prompt, num_explored, sequence, sampling))
             # The last token of a whole text is read by nobody.
             readable = text if num_guided else text[:-1]
             if readable.size > prompt.size:
                 batches.teacher_reads.append(_read(sequence, readable, start=prompt.size + 1))
-                batches.teacher_piecewise_reads.append(_read_in_pieces(sequence, readable, sampling.chunk_tokens))
             batches.teacher_plain_reads.append(_read(sequence, readable, start=1))
         if num_guided:
             batches.teacher_writes.append(_write(text, num_guided, sequence, sampling))
@@ -57,15 +55,6 @@ def offline_batches(sequences: Sequence[MixedSequence], sampling: Sampling) -> B
 
 def _read(sequence: MixedSequence, text: np.ndarray, *, start: int) -> ScoreRequest:
     return ScoreRequest(token_ids=text, start=start, sequence_id=sequence.sequence_id)
-
-
-def _read_in_pieces(sequence: MixedSequence, text: np.ndarray, block_tokens: int) -> list[ScoreRequest]:
-    """The text behind the prompt, up to each end of a block and to its own end. A call's next row spares the next one's
-    first.
-    """
-    start = sequence.prompt.token_ids.size
-    ends = [*range(start - start % block_tokens + block_tokens, text.size, block_tokens), text.size]
-    return [_read(sequence, text[:end], start=first + 1) for first, end in pairwise((start, *ends))]
 
 
 def _write(prefix: np.ndarray, num_tokens: int, sequence: MixedSequence, sampling: Sampling) -> WriteRequest:
@@ -87,9 +76,8 @@ class OfflineTimes:
     student_s: float
     teacher_prompt_s: float  # the bare prompts
     teacher_read_s: float  # what the student wrote, the prompts being cached
-    teacher_piecewise_read_s: float  # the same, verdict by verdict
     teacher_plain_read_s: float  # both in one, with log-probs everywhere
-    teacher_write_s: float  # what was read being cached; with the prompt where nothing was
+    teacher_write_s: float  # what was read being cached
     teacher_spread_write_s: float  # the same, as few at a time as the rollouts had on average
 
     @property
@@ -112,13 +100,12 @@ class OfflineTimes:
 
     @property
     def predicted_s(self) -> float:
-        """The cost model: the busier engine's share where the teacher reads verdict by verdict and writes all along.
+        """The cost model: the busier engine's share where the teacher writes all along.
 
-        A read has a cost of its own beside its rows', and a step that decodes half as many sequences takes more than
-        half the time: the teacher's writing costs the more, the smaller its share of the tokens is.
+        A step that decodes half as many sequences takes more than half the time: the teacher's writing costs the more,
+        the smaller its share of the tokens is.
         """
-        read_s = self.teacher_prompt_s + self.teacher_piecewise_read_s
-        return max(self.student_s, read_s + self.teacher_spread_write_s)
+        return max(self.student_s, self.teacher_prompt_s + self.teacher_read_s + self.teacher_spread_write_s)
 
     @property
     def split_serial_s(self) -> float:
