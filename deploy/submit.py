@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -149,7 +150,10 @@ def _stop(client: "JobClient", job_id: str, address: str) -> None:
 
 
 def _ray_job(address: str) -> str:
-    return f"RAY_API_SERVER_ADDRESS={address} ray job"
+    """What works in the user's shell as it is: with the token, if there is one, and where no environment is active."""
+    token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    ray = "ray" if shutil.which("ray") else shlex.quote(str(Path(sys.executable).with_name("ray")))
+    return f"{token}RAY_API_SERVER_ADDRESS={address} {ray} job"
 
 
 def entrypoint(file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False) -> str:
