@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 _TAG = "tag:yaml.org,2002:"
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
@@ -63,7 +63,7 @@ def load_yaml(text: str) -> object:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"not YAML: {one_line(error)}") from error
 
 
 def load_argument(text: str) -> object:

@@ -9,7 +9,7 @@ from typing import Literal
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from common.config import EngineSettings, RunConfig
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.sequence import Ids
 from deploy.trackers import refuse_missing_packages
 from rollout_server.selftest import check_tokenizers
@@ -111,7 +111,7 @@ def _text_config(config: RunConfig, role: Role) -> PreTrainedConfig:
     try:
         loaded = AutoConfig.from_pretrained(model, trust_remote_code=config.engines.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"models.{role}: can't read the config of {model!r}: {' '.join(str(error).split())}") from error
+        raise UserError(f"models.{role}: can't read the config of {model!r}: {one_line(error)}") from error
     return loaded.get_text_config()
 
 

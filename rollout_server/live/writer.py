@@ -15,6 +15,7 @@ from uuid import uuid4
 import numpy as np
 
 from common.config import Policy, Sampling
+from common.errors import one_line
 from common.seeds import derive_seed
 from common.sequence import Ids, MixedSequence, Prompt
 from rollout_server.controller import SwitchingController
@@ -88,7 +89,7 @@ class LiveWriter:
                         f"waited {TIMEOUT_S:g} s for the sequence's end; {len(draft)} tokens were written"
                     )
             if error := writing.exception():
-                raise LiveFailure(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+                raise LiveFailure(f"{type(error).__name__}: {one_line(error)}") from error
             yield self._end(draft.seal(policy.type), seconds=time.perf_counter() - started_s)
         finally:
             self._num_running -= 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.errors import one_line
 from rollout_server.traces.schema import SEQUENCES, SEQUENCES_FILE, TOKENS, TOKENS_FILE, VERSION_KEY, parse_segment_name
 
 
@@ -50,7 +51,7 @@ def incompleteness(segment: Path) -> str | None:
         except FileNotFoundError:
             return f"{file} is missing"
         except (OSError, pa.ArrowException) as error:
-            return f"{file}: {' '.join(str(error).split())}"
+            return f"{file}: {one_line(error)}"
         if not schema.equals(expected) or (schema.metadata or {}).get(VERSION_KEY) != expected.metadata[VERSION_KEY]:
             return f"{file} is not of schema version {expected.metadata[VERSION_KEY].decode()}"
     return None
@@ -62,7 +63,7 @@ def corruption(segment: Path) -> str | None:
         try:
             pq.read_table(segment / file, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
-            return f"{file}: {' '.join(str(error).split())}"
+            return f"{file}: {one_line(error)}"
     return None
 
 
