@@ -111,9 +111,8 @@ class StreamMultiplexer:
         return client.take_news()
 
     def _take(self, client: _Client, orders: Orders) -> None:
-        if orders.instead_of is not None and (before := self._clients.pop(orders.instead_of, None)) is not None:
-            before.close_all()
-            before.ring()
+        if orders.instead_of is not None:
+            self._forget(orders.instead_of)
         if not self.num_busy:
             self._moved_s = time.monotonic()
         for call_id, request in orders.opens.items():
@@ -134,8 +133,13 @@ class StreamMultiplexer:
         for client_id, client in list(self._clients.items()):
             if client.calls and now_s - client.heard_s > _FORGET_S:
                 logger.warning("a client was silent for %.0f s: ending its %d calls", _FORGET_S, len(client.calls))
-                client.close_all()
-                del self._clients[client_id]
+                self._forget(client_id)
+
+    def _forget(self, client_id: str) -> None:
+        """End what a client left under way, if it is known."""
+        if (client := self._clients.pop(client_id, None)) is not None:
+            client.close_all()
+            client.ring()
 
     async def _write(self, client: _Client, call_id: int, request: WriteRequest) -> None:
         """Consumes one stream of the engine; produces into the client's news; waits for the client at pauses; stops

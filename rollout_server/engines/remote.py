@@ -63,7 +63,7 @@ class RemoteEngine:
         self._timeout_s = call_timeout_s
         self._wait_s = min(_WAIT_S, call_timeout_s / 2)
         self._client_id = uuid4().hex
-        self._instead_of: str | None = None  # the client that it was before, as the next message says
+        self._instead_of: str | None = None  # the client that it was before, as each message says
         self._call_numbers = count()
         self._message_numbers = count()
         self._inboxes: dict[int, _Inbox] = {}
@@ -151,7 +151,6 @@ class RemoteEngine:
             reads=ReadBatch.pack(list(self._to_read.items())),
             instead_of=self._instead_of,
         )
-        self._instead_of = None
         sent = [*self._to_open, *self._to_resume, *self._to_read]
         self._to_open, self._to_resume, self._to_read, self._to_close = {}, {}, {}, []
         exchange = asyncio.ensure_future(self._exchange(orders, sent, after=frozenset(self._exchanges)))
