@@ -96,16 +96,17 @@ def _slots(teacher_top: TopLogprobs, student_top: TopLogprobs) -> tuple[Tensor, 
     """
     num_slots = teacher_top.k + student_top.k
     num_bits = (num_slots - 1).bit_length()
+    slot_bits = (1 << num_bits) - 1
     keys_NM = np.concatenate([teacher_top.token_ids, student_top.token_ids], axis=1)
     if int(keys_NM.max(initial=0)).bit_length() + num_bits >= 32:
         keys_NM = keys_NM.astype(np.int64)  # twice as wide, twice the time
     keys_NM = (keys_NM << num_bits) | np.arange(num_slots, dtype=keys_NM.dtype)
     keys_NM.sort(axis=1)
     keys = keys_NM.ravel()
-    is_pair = (keys[1:] ^ keys[:-1]) < 1 << num_bits
+    is_pair = (keys[1:] ^ keys[:-1]) <= slot_bits
     is_pair[num_slots - 1 :: num_slots] = False  # of one row's last and the next one's first
     pairs = np.flatnonzero(is_pair)
-    teacher_slots, student_slots = keys[pairs] & ((1 << num_bits) - 1), keys[pairs + 1] & ((1 << num_bits) - 1)
+    teacher_slots, student_slots = keys[pairs] & slot_bits, keys[pairs + 1] & slot_bits
     slots_NK = np.full(student_top.token_ids.shape, teacher_top.k, np.int64)
     slots_NK[pairs // num_slots, student_slots - teacher_top.k] = teacher_slots
     slot_NK = torch.from_numpy(slots_NK)

@@ -39,15 +39,15 @@ def offline_batches(sequences: Sequence[MixedSequence], sampling: Sampling) -> B
         num_explored = len(sequence) - num_guided
         text = np.concatenate([prompt, sequence.token_ids[:num_explored]])
         batches.teacher_prompts.append(_read(sequence, prompt, start=prompt.size))
-        if not num_explored:
-            batches.teacher_plain_reads.append(batches.teacher_prompts[-1])
-        else:
+        if num_explored:
             batches.student_writes.append(_write(prompt, num_explored, sequence, sampling))
             # The last token of a whole text is read by nobody.
             readable = text if num_guided else text[:-1]
             if readable.size > prompt.size:
                 batches.teacher_reads.append(_read(sequence, readable, start=prompt.size + 1))
             batches.teacher_plain_reads.append(_read(sequence, readable, start=1))
+        else:
+            batches.teacher_plain_reads.append(batches.teacher_prompts[-1])
         if num_guided:
             batches.teacher_writes.append(_write(text, num_guided, sequence, sampling))
     return batches
@@ -130,7 +130,7 @@ def most_tokens_to_compute(batches: Batches, block_tokens: int) -> int:
         num_tokens += request.token_ids.size - read[str(request.sequence_id)] + block_tokens
     read |= ends(batches.teacher_reads)
     for write in batches.teacher_writes:
-        num_tokens += write.prefix.size - read.get(str(write.sequence_id), 0) + block_tokens
+        num_tokens += write.prefix.size - read[str(write.sequence_id)] + block_tokens
     return num_tokens
 
 

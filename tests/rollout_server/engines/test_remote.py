@@ -176,8 +176,8 @@ async def test_calls_of_one_turn_of_the_event_loop_travel_together(remote: Remot
 
 def test_an_engine_with_many_calls_gets_fewer_messages_unless_many_of_them_wait_for_one() -> None:
     few = message_spacing_s(num_calls=40, num_gathered=0)
-    many = message_spacing_s(num_calls=300, num_gathered=1)
-    assert few < many <= message_spacing_s(num_calls=10_000, num_gathered=1) <= 0.1
+    many = message_spacing_s(num_calls=200, num_gathered=1)
+    assert few < many < message_spacing_s(num_calls=10_000, num_gathered=1) == 0.1
     assert message_spacing_s(num_calls=300, num_gathered=300) == few
 
 
@@ -265,7 +265,7 @@ async def test_an_engine_whose_process_died_fails_by_name(remote: Remote) -> Non
 async def test_after_a_lost_exchange_a_living_engine_serves_on_and_the_calls_before_it_end(remote: Remote) -> None:
     engine, handle = remote(replace(SCRIPT, eos_probability=1e-9), loses=3, delay=lambda: 0.001)
     async with aclosing(engine.stream(ENDLESS)) as stream:
-        with pytest.raises(EngineCallError, match=r"^teacher: an answer failed: [^$]*lost on the way"):
+        with pytest.raises(EngineCallError, match=r"(?s)^teacher: an answer failed: .*lost on the way$"):
             await exhaust(stream)
     async with asyncio.timeout(10.0):
         assert len(await engine.generate(REQUEST)) == REQUEST.max_tokens
