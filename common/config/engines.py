@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from common.config.part import Part, Positive, Seconds
+
+Gib = Annotated[float, Field(gt=0.0)]
 
 
 class Models(Part):
@@ -22,17 +24,32 @@ class EngineSettings(Part):
     num_replicas: Positive = 1
     """How many engines serve this role."""
     tensor_parallel_size: Positive = 1
-    """GPUs per engine."""
+    """GPUs per engine, over which each layer is split."""
+    pipeline_parallel_size: Positive = 1
+    """Groups of such GPUs per engine, over which the layers are divided."""
+    enable_expert_parallel: bool = False
+    """Give each GPU whole experts of a mixture-of-experts model instead of a slice of every expert."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on GPUs and on processors with AVX512-BF16, else float32."""
+    quantization: str | None = None
+    """How the weights are quantized, in vLLM's terms (fp8, awq, gptq, ...). Default: what the model's config says."""
+    kv_cache_dtype: str = "auto"
+    """What the key-value cache is stored in, in vLLM's terms (fp8, ...). auto: the engine's dtype."""
     max_model_len: Positive | None = None
     """Context, prompt and answer together. Default: what the model's own config says."""
     max_num_seqs: Positive = 64
     """Sequences one engine runs at once."""
+    max_num_batched_tokens: Positive | None = None
+    """Tokens one engine step computes at most. More scores faster and takes more memory."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of a GPU's memory the engine may use. GPUs only."""
-    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 1.0
-    """GiB for the key-value cache. Processors only; on GPUs gpu_memory_utilization decides."""
+    gpu_memory_gib: Gib | None = None
+    """The same in GiB; it comes before the share. GPUs only."""
+    kv_cache_gib: Gib | None = None
+    """GiB for the key-value cache of one GPU. Default: on processors 1, on GPUs what weights and activations leave of
+    the engine's memory."""
+    attention_backend: str | None = None
+    """vLLM's name of the attention kernels (FLASH_ATTN, FLASHINFER, TRITON_ATTN, ...). Default: vLLM's choice."""
     num_threads: Positive = 1
     """OpenMP threads of one engine. Processors only."""
     cpu_cores: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -41,6 +58,8 @@ class EngineSettings(Part):
     """
     enforce_eager: bool = False
     """Skip graph capture: starts sooner, decodes slower on GPUs."""
+    vllm: dict[str, JsonValue] = {}
+    """Any other argument of vLLM's engine, by its name there. Checked against vLLM's own names at the start."""
 
 
 class Engines(Part):

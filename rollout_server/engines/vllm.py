@@ -45,6 +45,7 @@ from rollout_server.engines.room import CacheRoom
 from rollout_server.weight_receiver import apply_update, init_transfer
 
 _CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
+_CPU_CACHE_GIB = 1.0
 _NEVER = -100.0  # the logit bias vLLM allows that comes closest to minus infinity
 
 
@@ -282,7 +283,7 @@ def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     if spec.weight_transfer_backend is not None:
         args.weight_transfer_config = WeightTransferConfig(backend=spec.weight_transfer_backend)
     if current_platform.is_cpu():
-        args.kv_cache_memory_bytes = int(settings.kv_cache_gib * 2**30)
+        args.kv_cache_memory_bytes = int((settings.kv_cache_gib or _CPU_CACHE_GIB) * 2**30)
         args.block_size = _CPU_BLOCK_TOKENS
         # A seeded request whose prompt is prefilled in pieces ends the CPU engine, so prompts go in whole.
         args.enable_chunked_prefill = False
