@@ -61,6 +61,11 @@ class EngineSettings(Part):
     vllm: dict[str, JsonValue] = {}
     """Any other argument of vLLM's engine, by its name there. Checked against vLLM's own names at the start."""
 
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one engine, which is as many processes of vLLM's. All of them are on one machine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
 
 class Engines(Part):
     """The two roles' engines and what they return."""
