@@ -54,6 +54,7 @@ from common.config.recording import (
     Wandb,
 )
 from common.config.run import (
+    Layout,
     Placement,
     RunConfig,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "Fixed",
     "ForwardKL",
     "Fraction",
+    "Layout",
     "LoRA",
     "Logging",
     "Loss",
