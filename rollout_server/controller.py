@@ -23,7 +23,7 @@ from common.sequence import MixedSequence, Prompt, TopLogprobs
 from common.waiting import both
 from rollout_server.draft import Draft, Judged
 from rollout_server.drawing import can_draw, draw_place
-from rollout_server.engine import Engine, GoOn, WriteRequest, Written, next_piece
+from rollout_server.engine import MAX_EXCLUDED, Engine, GoOn, WriteRequest, Written, next_piece
 from rollout_server.given import read_answer
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
@@ -293,10 +293,12 @@ class SwitchingController:
             draft.finish_reason = guidance.finish_reason
 
     async def _draw(self, row: TopLogprobs, request: WriteRequest) -> Written:
-        """The teacher's next token from the row that is in hand; from the teacher only when it is not on the list."""
-        place = draw_place(row, temperature=request.temperature, seed=request.seed)
+        """The teacher's next token from the row that is in hand; from the teacher only when it is not on the list, or
+        beyond what a request can exclude."""
+        best = row.best(MAX_EXCLUDED)
+        place = draw_place(best, temperature=request.temperature, seed=request.seed)
         if place is None:
-            listed = tuple(row.token_ids[0].tolist())
+            listed = tuple(best.token_ids[0].tolist())
             # Another seed: that the first one led outside the list says something of what it would draw there.
             seed = derive_seed(request.seed, "unlisted")
             return await self._teacher.generate(replace(request, excluded_token_ids=listed, seed=seed))

@@ -1,10 +1,11 @@
 """The models, the engines that run them, and how they write."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from common.config.part import Part, Positive, Seconds
+from common.config.vllm_options import refusal, students_refusal
 
 Gib = Annotated[float, Field(gt=0.0)]
 
@@ -58,8 +59,14 @@ class EngineSettings(Part):
     """
     enforce_eager: bool = False
     """Skip graph capture: starts sooner, decodes slower on GPUs."""
-    vllm: dict[str, JsonValue] = {}
+    vllm: dict[str, JsonValue] = Field(default={})
     """Any other argument of vLLM's engine, by its name there. Checked against vLLM's own names at the start."""
+
+    @model_validator(mode="after")
+    def _vllm_has_no_argument_that_is_ours(self) -> Self:
+        if (reason := refusal(self.vllm)) is not None:
+            raise ValueError(reason)
+        return self
 
     @property
     def num_gpus(self) -> int:
@@ -81,6 +88,18 @@ class Engines(Part):
     trainer.step_timeout_s for a step's next sequence."""
     trust_remote_code: bool = False
     """Run code that ships inside a model's folder."""
+
+    @model_validator(mode="after")
+    def _the_student_is_not_quantized(self) -> Self:
+        """It gets the weights in training, each step. What it writes and what is trained would be two models."""
+        if self.student.quantization is not None:
+            raise ValueError(
+                "student.quantization must be null: its weights are those in training, as they are; quantize the "
+                f"teacher, got {self.student.quantization}"
+            )
+        if (reason := students_refusal(self.student.vllm)) is not None:
+            raise ValueError(f"student.{reason}")
+        return self
 
 
 class Sampling(Part):
