@@ -18,6 +18,7 @@ from deploy.copies import fetch_if_ahead
 from deploy.endings import clear_end
 from deploy.preflight import Inputs, prepare
 from deploy.progress import ProgressDisplay
+from deploy.provenance import write_placement
 from deploy.repairs import Repairs
 from deploy.resume import find_resumable, refuse_other_settings
 from deploy.run_folder import RunFolder
@@ -67,8 +68,9 @@ async def hired(
     """The run's actors, started and wired; ended when the run is."""
     display.note("starting the engines and the learner")
     async with joined(config, shells) as cluster:
-        learner_actor = cluster.spawn_learner()
-        pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
+        display.note(f"placement: {cluster.plan}")
+        write_placement(folder.path, str(cluster.plan))
+        pair, learner_actor = await cluster.start(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
         await cluster.refuse_unshared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
@@ -96,7 +98,7 @@ async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
     prompts = inputs.held_out.prompts
     with ProgressDisplay(0) as display:
         display.note("starting the engines")
-        async with joined(config) as cluster:
+        async with joined(config, with_learner=False) as cluster:
             pair = await cluster.start_pair(inputs, RunFolder(Path(config.run_dir)))
             display.note(f"evaluating {config.models.student} on {len(prompts)} prompts")
             sequences = await pair.rollouts.evaluate(prompts)

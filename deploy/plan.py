@@ -13,7 +13,7 @@ from common.errors import UserError
 from deploy.memory import dtype_bytes, shared_memory_gib
 from deploy.model_shape import Shapes
 from deploy.placement import SeatingPlan, seat
-from deploy.plan_memory import BundleMemory, Budget, Role, SyncBackend, plan_memory
+from deploy.plan_memory import Budget, BundleMemory, Role, SyncBackend, plan_memory
 
 _MOST_GPUS_FIRST: tuple[Layout, ...] = ("spread", "shared_student", "one_gpu")
 
@@ -45,9 +45,11 @@ class Plan:
 
 
 def processor_plan(config: RunConfig, why: str, *, with_learner: bool = True) -> Plan:
-    """A run without GPUs."""
-    backend: SyncBackend = "host_memory" if config.sync.backend == "auto" else config.sync.backend
-    return Plan(layout=None, why=why, seating=seat(config, None, with_learner=with_learner), sync_backend=backend)
+    """A run without GPUs. Raises UserError where its weights can't go."""
+    if config.sync.backend in ("ipc", "nccl"):
+        raise UserError(f"sync.backend must be host_memory or auto on processors ({why}), got {config.sync.backend}")
+    seating = seat(config, None, with_learner=with_learner)
+    return Plan(layout=None, why=why, seating=seating, sync_backend="host_memory")
 
 
 def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_learner: bool = True) -> Plan:

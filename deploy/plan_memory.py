@@ -20,7 +20,7 @@ from deploy.memory import (
     learner_parts,
     total_gib,
 )
-from deploy.model_shape import ModelShape, Shapes
+from deploy.model_shape import Shapes
 from deploy.placement import Seat, SeatingPlan
 from rollout_server.engines.vllm_memory import Scoring, batched_tokens
 

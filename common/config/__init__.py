@@ -20,6 +20,7 @@ from common.config.divergences import (
     SkewedKL,
 )
 from common.config.engines import (
+    OWN_GPU_SHARE,
     Engines,
     EngineSettings,
     Models,
@@ -69,6 +70,7 @@ from common.config.training import (
 
 __all__ = [
     "JSD",
+    "OWN_GPU_SHARE",
     "SKD",
     "TVD",
     "AdaSwitch",

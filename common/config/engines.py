@@ -9,6 +9,9 @@ from common.config.vllm_options import refusal, students_refusal
 
 Gib = Annotated[float, Field(gt=0.0)]
 
+OWN_GPU_SHARE = 0.9
+"""Of the memory of a GPU that an engine has for itself, what it uses."""
+
 
 class Models(Part):
     """Which models. Each is a folder in Hugging Face format or a hub name."""
@@ -42,8 +45,9 @@ class EngineSettings(Part):
     """Sequences one engine runs at once."""
     max_num_batched_tokens: Positive | None = None
     """Tokens one engine step computes at most. More scores faster and takes more memory."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    """Share of a GPU's memory the engine may use. GPUs only."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of a GPU's memory the engine may use. GPUs only. Default: 0.9 of a GPU of its own; of a shared one what the
+    learner leaves, divided by what the engines need."""
     gpu_memory_gib: Gib | None = None
     """The same in GiB; it comes before the share. GPUs only."""
     kv_cache_gib: Gib | None = None

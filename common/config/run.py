@@ -12,7 +12,6 @@ from common.config.recording import Checkpoints, Logging, Storage, Trace
 from common.config.supervision import Supervision
 from common.config.training import Sync, Trainer
 
-
 Layout = Literal["one_gpu", "shared_student", "spread"]
 """How a run lies on GPUs."""
 
@@ -64,8 +63,8 @@ class RunConfig(Part):
     def layout_conflict(self, layout: Layout) -> str | None:
         """The first setting that this layout can't be had with; None where there is none."""
         if layout == "spread":
-            ipc = "sync.backend must not be ipc where placement.layout is spread: learner and student share no GPU"
-            return f"{ipc}, got ipc" if self.sync.backend == "ipc" else None
+            shared = "sync.backend must not be ipc where placement.layout is spread, which shares no GPU, got ipc"
+            return shared if self.sync.backend == "ipc" else None
         alone = {"trainer.num_ranks": self.trainer.num_ranks}
         for role in ("student", "teacher") if layout == "one_gpu" else ("student",):
             settings: EngineSettings = getattr(self.engines, role)
@@ -75,7 +74,9 @@ class RunConfig(Part):
             if number > 1:
                 return f"{key} must be 1 where placement.layout is {layout}, got {number}"
         if self.sync.backend == "nccl":
-            return f"sync.backend must not be nccl where placement.layout is {layout}: NCCL joins no two processes on one GPU, got nccl"
+            return (
+                f"sync.backend must not be nccl where placement.layout is {layout}, whose GPU two would share, got nccl"
+            )
         return None
 
     @property

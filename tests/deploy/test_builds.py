@@ -48,7 +48,12 @@ def test_gpus_can_be_left_alone_on_purpose() -> None:
     ("wanted", "num_gpus", "builds", "said"),
     [
         (True, 0, CUDA, r"^placement\.use_gpus is true, but the cluster has no GPU$"),
-        (True, 2, CPU, r"^placement\.use_gpus is true, but the installed torch and vLLM are CPU builds; make setup GPU=1"),
+        (
+            True,
+            2,
+            CPU,
+            r"^placement\.use_gpus is true, but the installed torch and vLLM are CPU builds; make setup GPU=1",
+        ),
         (False, 2, CUDA, r"^placement\.use_gpus is false, 2 GPUs found: .* vLLM's CUDA build can't compute on proc"),
         ("auto", 0, CUDA, r"^placement\.use_gpus is auto, no GPU found: the installed torch and vLLM are CUDA builds"),
         ("auto", 2, Builds(torch="CPU", vllm="CUDA"), r"the installed torch is the CPU build, and vLLM's CUDA build"),
