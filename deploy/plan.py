@@ -8,14 +8,12 @@ Owns the choice of the layout and of the way the weights go. What the actors hol
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from common.config import Layout, RunConfig
+from common.config import LAYOUTS, Layout, RunConfig
 from common.errors import UserError
 from deploy.memory import dtype_bytes, shared_memory_gib
 from deploy.model_shape import Shapes
 from deploy.placement import SeatingPlan, seat
 from deploy.plan_memory import Budget, BundleMemory, Role, SyncBackend, plan_memory
-
-_MOST_GPUS_FIRST: tuple[Layout, ...] = ("spread", "shared_student", "one_gpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +62,7 @@ def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_
         return replace(plan, why=f"as placement.layout says; {found}", missing=missing)
     refused: list[str] = []
     last: Plan | None = None
-    for layout in _MOST_GPUS_FIRST:
+    for layout in LAYOUTS:
         if (conflict := config.layout_conflict(layout)) is not None:
             refused.append(conflict)
             continue

@@ -35,14 +35,14 @@ KEPT_FREE = 0.05
 class Cache:
     """An engine's key-value cache, on each of its GPUs."""
 
-    gib: float  # below 0 where the rest does not fit
+    gib: float
     gib_per_sequence: float  # one that fills the context
     max_num_seqs: int
 
     @property
     def num_sequences(self) -> int:
         """Whole contexts that fit, at most as many as the engine runs at once."""
-        return min(self.max_num_seqs, int(max(0.0, self.gib) / self.gib_per_sequence))
+        return min(self.max_num_seqs, int(max(0.0, self.gib) / self.gib_per_sequence + 1e-9))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class BundleMemory:
             if actor.limit_gib is not None and actor.least_gib > actor.limit_gib:
                 gives = f"{actor.limit_key} gives it {actor.limit_gib:.1f}"
                 return f"{actor.least_gib:.1f} GiB for the {actor.name}, and {gives}"
-        needed = {actor.name: max(actor.gib, actor.least_gib) for actor in self.actors}
+        needed = {actor.name: actor.gib for actor in self.actors}
         needed["kept free"] = self.kept_free_gib
         total = sum(needed.values())
         if total <= gpu_gib * (1 + 1e-6):  # a cache that takes all that is left may exceed it by rounding
@@ -202,15 +202,19 @@ class _Engine:
 
 
 def _with_caches(engines: Sequence[_Engine], left_gib: float) -> list[ActorMemory]:
-    """The engines of one GPU, of which they have ``left_gib`` together."""
+    """The engines of one GPU, of which they have ``left_gib`` together. Each cache that the settings leave open gets
+    its part of the rest: a whole context at least, whether there is room for it or not, and at most all it could use.
+    """
     left_gib -= sum(total_gib(engine.parts) + (engine.set_cache_gib or 0.0) for engine in engines)
-    wanted_gib = {
-        engine.name: engine.max_num_seqs * engine.gib_per_sequence for engine in engines if engine.set_cache_gib is None
-    }
-    share = min(1.0, left_gib / sum(wanted_gib.values())) if wanted_gib else 0.0
+    wanted_gib = sum(
+        engine.max_num_seqs * engine.gib_per_sequence for engine in engines if engine.set_cache_gib is None
+    )
+    share = min(1.0, max(0.0, left_gib) / wanted_gib) if wanted_gib else 0.0
     return [
         engine.with_cache(
-            share * wanted_gib[engine.name] if engine.set_cache_gib is None else engine.set_cache_gib,
+            max(1.0, share * engine.max_num_seqs) * engine.gib_per_sequence
+            if engine.set_cache_gib is None
+            else engine.set_cache_gib
         )
         for engine in engines
     ]

@@ -55,6 +55,7 @@ from common.config.recording import (
     Wandb,
 )
 from common.config.run import (
+    LAYOUTS,
     Layout,
     Placement,
     RunConfig,
@@ -70,6 +71,7 @@ from common.config.training import (
 
 __all__ = [
     "JSD",
+    "LAYOUTS",
     "OWN_GPU_SHARE",
     "SKD",
     "TVD",

@@ -14,6 +14,8 @@ from common.config.training import Sync, Trainer
 
 Layout = Literal["one_gpu", "shared_student", "spread"]
 """How a run lies on GPUs."""
+LAYOUTS: tuple[Layout, ...] = ("spread", "shared_student", "one_gpu")
+"""All of them, the one with the most GPUs first."""
 
 
 class Placement(Part):
@@ -56,8 +58,11 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _the_layout_is_possible(self) -> Self:
-        if self.placement.layout != "auto" and (conflict := self.layout_conflict(self.placement.layout)) is not None:
-            raise ValueError(conflict)
+        wanted = self.placement.layout
+        conflicts = [self.layout_conflict(layout) for layout in (LAYOUTS if wanted == "auto" else (wanted,))]
+        if all(conflict is not None for conflict in conflicts):
+            reason = "; ".join(map(str, conflicts))
+            raise ValueError(reason if len(conflicts) == 1 else f"placement.layout has none left for auto: {reason}")
         return self
 
     def layout_conflict(self, layout: Layout) -> str | None:
