@@ -176,7 +176,7 @@ def test_on_a_processor_prompts_are_read_whole_into_a_cache_of_the_size_that_was
         ({"quantization": "fp9"}, "Unknown quantization method: fp9"),
         ({"max_num_batched_tokens": 16}, "max_num_batched_tokens"),
         ({"attention_backend": "FLASHY"}, "FLASHY"),
-        ({"kv_cache_dtype": "fp9"}, "fp8"),
+        ({"kv_cache_dtype": "fp9"}, "cache_dtype: Input should be 'auto', "),
     ],
 )
 def test_what_vllm_refuses_is_one_line_that_names_the_engine(settings: dict[str, object], reason: str) -> None:
