@@ -24,17 +24,17 @@ from common.metrics import READ_POSITIONS, RUNNING_REQUESTS, SWITCH_POSITION, WA
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import within
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineFacts, EngineSpec
 from rollout_server.engines.imitated import ImitatedEngine
-from rollout_server.engines.messages import News, Orders
-from rollout_server.engines.multiplex import StreamMultiplexer
-from rollout_server.engines.remote import RemoteEngine
+from rollout_server.engines.protocol import EngineFacts, EngineSpec
+from rollout_server.engines.remote.client import RemoteEngine
+from rollout_server.engines.remote.messages import News, Orders
+from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.replicas import ReplicatedEngine
-from rollout_server.exported import Exported
-from rollout_server.live.records import LivePiece, LiveRefusal, LiveRequest
-from rollout_server.live.writer import LiveWriter
+from rollout_server.engines.selftest import check_engine
+from rollout_server.inspector.live_records import LivePiece, LiveRefusal, LiveRequest
+from rollout_server.live_writer import LiveWriter
+from rollout_server.ray_metrics import Exported
 from rollout_server.rollouts import Rollouts, RolloutSpec
-from rollout_server.selftest import check_engine
 
 if TYPE_CHECKING:
     from rollout_server.engines.vllm import VLLMEngine

@@ -16,9 +16,17 @@ import numpy.typing as npt
 
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineFacts, EngineSpec, GoOn, ScoreRequest, WriteRequest, Written, write_whole
 from rollout_server.engines.accelerator import Accelerator, DeviceCounters, Work
 from rollout_server.engines.imitation import EOS_TOKEN_ID, AcceleratorSpeeds, RowTable
+from rollout_server.engines.protocol import (
+    EngineFacts,
+    EngineSpec,
+    GoOn,
+    ScoreRequest,
+    WriteRequest,
+    Written,
+    write_whole,
+)
 from rollout_server.engines.scripted import Fault, ScriptedError
 
 _DEFAULT_MODEL_LEN = 32_768

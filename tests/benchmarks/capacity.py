@@ -29,9 +29,9 @@ from common.config import AdaSwitch, EngineSettings, Sampling, Trace
 from common.cores import move_to_cores
 from common.sequence import Prompt
 from rollout_server.actors import EngineAddress
-from rollout_server.engine import EngineSpec
 from rollout_server.engines.accelerator import DeviceCounters
 from rollout_server.engines.imitation import AcceleratorSpeeds, ImitatedText
+from rollout_server.engines.protocol import EngineSpec
 from rollout_server.rollouts import RolloutSpec
 from tests.benchmarks import report
 from tests.benchmarks.actors import Counted, CountingEngineActor, Finished, MeasuredRolloutActor, Messages

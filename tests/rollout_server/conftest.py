@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from common.config import EngineSettings
 from common.sequence import Ids, Prompt, TopLogprobs
-from rollout_server.engine import Engine, EngineSpec, GoOn, WriteRequest, Written, next_piece
+from rollout_server.engines.protocol import Engine, EngineSpec, GoOn, WriteRequest, Written, next_piece
 from rollout_server.engines.vllm import VLLMEngine
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"

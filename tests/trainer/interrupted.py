@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 
 from common.config import RunConfig
-from common.config_source import read_config
+from common.config.source import read_config
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightUpdate
-from deploy.copies import fetch_if_ahead
 from deploy.preflight import Inputs
-from deploy.progress import ProgressDisplay
-from deploy.resume import find_resumable, refuse_other_settings
-from deploy.run_folder import RunFolder
-from deploy.steps import Crew, run
+from deploy.reporting.progress import ProgressDisplay
+from deploy.run.copies import fetch_if_ahead
+from deploy.run.resume import find_resumable, refuse_other_settings
+from deploy.run.run import Crew, run
+from deploy.run.run_folder import RunFolder
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
