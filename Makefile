@@ -72,7 +72,7 @@ submit: $(READY)  ## Run CONFIG as a job on the Ray cluster at ADDRESS; ARGS="--
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 NETWORK ?= bridge
 COMPOSE_FILES = -f deploy/docker/docker-compose.yml -f deploy/docker/docker-compose.$(NETWORK:bridge=override).yml $(if $(GPU),-f deploy/docker/docker-compose.nvidia.yml)
-COMPOSE_UP = $(COMPOSE) --env-file deploy/.env $(COMPOSE_FILES) $(if $(PROFILE),--profile $(PROFILE))
+COMPOSE_UP = $(COMPOSE) -p adaswitch --env-file deploy/.env $(COMPOSE_FILES) $(if $(PROFILE),--profile $(PROFILE))
 
 deploy/.env:
 	@umask 077 && echo "ADASWITCH_INSPECTOR_TOKEN=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" > $@

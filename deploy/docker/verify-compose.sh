@@ -8,7 +8,7 @@
 #   ARGS='--set ...'   settings of the run (default: a short one)
 #   *_PORT             see docker-compose.override.yml and docker-compose.host.yml
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 project=adaswitch-verify-$$
 network=${NETWORK:-bridge}

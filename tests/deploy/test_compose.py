@@ -1,4 +1,4 @@
-"""What the container files promise, as far as a file can show it; ``deploy/docker/verify-compose.sh`` shows the rest."""
+"""What the container files promise, as far as a file can show it. ``verify-compose.sh`` shows the rest."""
 
 import os
 import subprocess

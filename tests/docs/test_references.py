@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from docs.reference_pages.columns import column_names
-from docs.reference_pages.commands import command_flags
-from docs.reference_pages.rest import rest_paths
-from docs.reference_pages.settings import config_keys
+from docs.generators.columns import column_names
+from docs.generators.commands import command_flags
+from docs.generators.rest import rest_paths
+from docs.generators.settings import config_keys
 from rollout_server.inspector.app import create_app
 
 ROOT = Path(__file__).parents[2]

@@ -10,6 +10,7 @@ import pytest
 
 from common.sequence import TopLogprobs
 from rollout_server.engines.protocol import GoOn, ScoreRequest, WriteRequest, Written, concatenate_written
+from rollout_server.engines.remote import server
 from rollout_server.engines.remote.messages import News, Orders, ReadBatch
 from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
@@ -187,7 +188,7 @@ async def test_a_stream_may_be_closed_before_it_began_or_after_it_ended() -> Non
 
 
 async def test_what_a_client_left_behind_that_died_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiplex, "_FORGET_S", 0.05)
+    monkeypatch.setattr(server, "_FORGET_S", 0.05)
     engine = ScriptedEngine(replace(SCRIPT, eos_probability=1e-9), top_logprobs=K, delay=lambda: 0.001)
     streams = NumberedStreams(engine)
     await streams.exchange("dead", orders({0: ENDLESS}), 1.0)

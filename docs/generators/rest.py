@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from docs.reference_pages.markdown import code, paragraphs, prose, table
+from docs.generators.markdown import code, paragraphs, prose, table
 from rollout_server.inspector.app import create_app
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from docs.reference_pages.markdown import code, prose, table
+from docs.generators.markdown import code, prose, table
 from rollout_server.traces.schema import SEQUENCES, SEQUENCES_FILE, TOKENS, TOKENS_FILE
 
 

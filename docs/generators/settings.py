@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from common.config import Part, RunConfig
 from common.config.schema import is_choice, parts_of, type_name
 from common.config.yaml_text import dump_scalar
-from docs.reference_pages.markdown import anchored, code, paragraphs, prose, table
+from docs.generators.markdown import anchored, code, paragraphs, prose, table
 
 _TYPES = {
     "integer": "whole number",

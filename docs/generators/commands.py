@@ -6,7 +6,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from deploy.cli import app
-from docs.reference_pages.markdown import anchored, code, paragraphs, prose, table
+from docs.generators.markdown import anchored, code, paragraphs, prose, table
 
 Command = TyperCommand | TyperGroup
 
