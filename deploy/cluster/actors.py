@@ -17,12 +17,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import RunConfig
 from common.errors import RunEnds, UserError
+from common.run_dir import RunDir
 from common.waiting import within
 from deploy.cluster.attach import NAMESPACE
 from deploy.cluster.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.cluster.reservation import connect, reserve, shortage_of, use_gpus
 from deploy.preflight import Inputs
-from deploy.run.run_folder import RunFolder
 from deploy.supervision.workers import Process, RunStaff
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
@@ -79,7 +79,7 @@ class Cluster:
         self._use_gpus = use_gpus
         self._actors: list[ActorHandle] = []
 
-    async def start_pair(self, inputs: Inputs, folder: RunFolder, *, name: str | None = None) -> Pair:
+    async def start_pair(self, inputs: Inputs, folder: RunDir, *, name: str | None = None) -> Pair:
         """Start all engines side by side and the rollouts over them, which others find under ``name``.
 
         Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
@@ -116,7 +116,7 @@ class Cluster:
         )
 
     def _spawn_engines(
-        self, role: Literal["student", "teacher"], seats: list[Seat], inputs: Inputs, folder: RunFolder
+        self, role: Literal["student", "teacher"], seats: list[Seat], inputs: Inputs, folder: RunDir
     ) -> list[Process]:
         """A process for each replica, still to be started."""
         spec, timeout_s = self._engine_spec(role, inputs, folder.path.name), self._config.engines.start_timeout_s

@@ -18,8 +18,8 @@ from typing import Self
 from common.config import RunConfig, Storage
 from common.errors import UserError
 from common.files import is_passing
+from common.run_dir import RunDir
 from common.storage import Store, Version
-from deploy.run.run_folder import RunFolder
 from rollout_server.traces.writer import drop_segments_after
 from trainer.checkpoint import RunState, find_last_good
 
@@ -143,14 +143,14 @@ def fetch_if_ahead(config: RunConfig) -> None:
     if not copies:
         return
     number, last_step = max(copies.items())
-    here = {_number(folder.path.name, wanted.name): folder for folder in RunFolder.all(config.run_dir)}
+    here = {_number(folder.path.name, wanted.name): folder for folder in RunDir.all(config.run_dir)}
     with_checkpoint = {number: step for number, folder in here.items() if (step := _last_step(folder)) is not None}
     if with_checkpoint and max(with_checkpoint.items()) >= (number, last_step):
         return
     folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
-    with RunFolder(folder).locked():
-        step = _last_step(RunFolder(folder)) or 0
+    with RunDir(folder).locked():
+        step = _last_step(RunDir(folder)) or 0
         if step >= last_step:  # by another process, meanwhile
             return
         logger.info("fetching %s from %s", folder, store.url)
@@ -200,7 +200,7 @@ def _number(name: str, run: str) -> int | None:
     return int(rest) if rest != name and rest.isdecimal() else None
 
 
-def _last_step(folder: RunFolder) -> int | None:
+def _last_step(folder: RunDir) -> int | None:
     checkpoint = find_last_good(folder.checkpoints)
     return None if checkpoint is None else RunState.read(checkpoint / "state.json").step
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from common.config import RunConfig
 from common.config.source import ResolvedConfig
 from common.errors import UserError
+from common.run_dir import RunDir
 from deploy.cluster.actors import Shells, joined
 from deploy.cluster.attach import live_name
 from deploy.cluster.sigterm import end_in_order_on_sigterm
@@ -21,7 +22,6 @@ from deploy.reporting.terminal import make_console, print_summary
 from deploy.run.copies import fetch_if_ahead
 from deploy.run.resume import find_resumable, refuse_other_settings
 from deploy.run.run import Crew, run
-from deploy.run.run_folder import RunFolder
 from deploy.supervision.fatal_errors import clear_end
 from deploy.supervision.health_monitor import Watch
 from deploy.supervision.quarantine import SetAside
@@ -62,7 +62,7 @@ def evaluate_student(resolved: ResolvedConfig) -> None:
 
 @asynccontextmanager
 async def hired(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, display: ProgressDisplay, *, shells: Shells | None = None
+    config: RunConfig, inputs: Inputs, folder: RunDir, display: ProgressDisplay, *, shells: Shells | None = None
 ) -> AsyncIterator[Crew]:
     """The run's actors, started and wired; ended when the run is."""
     display.note("starting the engines and the learner")
@@ -97,7 +97,7 @@ async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
     with ProgressDisplay(0) as display:
         display.note("starting the engines")
         async with joined(config) as cluster:
-            pair = await cluster.start_pair(inputs, RunFolder(Path(config.run_dir)))
+            pair = await cluster.start_pair(inputs, RunDir(Path(config.run_dir)))
             display.note(f"evaluating {config.models.student} on {len(prompts)} prompts")
             sequences = await pair.rollouts.evaluate(prompts)
     return evaluate(sequences, inputs.held_out.answer_pattern, inputs.held_out.decode)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from common.files import write_whole
+from common.run_dir import VERSIONS
 
 PACKAGES = (
     "adaswitch",
@@ -36,7 +37,7 @@ def write_versions(folder: Path, *, after_step: int = 0) -> int:
     """Add a leg to ``versions.json``: the step it begins after, Python, packages, hardware. Returns the number of legs,
     which is one more than the run has been resumed.
     """
-    path = folder / "versions.json"
+    path = folder / VERSIONS
     legs: list[dict[str, object]] = json.loads(path.read_text())["legs"] if path.exists() else []
     legs.append(
         {

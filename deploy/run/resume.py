@@ -8,8 +8,9 @@ from pathlib import Path
 from common.config import RunConfig
 from common.config.source import ResolvedConfig, config_leaves, read_config
 from common.errors import UserError
+from common.run_dir import RunDir
 from common.sequence import MixedSequence
-from deploy.run.run_folder import RunFolder
+from rollout_server.traces.writer import drop_segments_after
 from trainer.checkpoint import AHEAD, RunState, clear_after, find_last_good, is_last
 from trainer.loop import Start
 from trainer.reports import Batch, Collected
@@ -25,7 +26,7 @@ MAY_DIFFER = ("run_dir", "trainer.num_steps", "placement", "logging", "checkpoin
 class Resumable:
     """A run that can be gone on with, and from where."""
 
-    folder: RunFolder
+    folder: RunDir
     checkpoint: Path
     state: RunState
 
@@ -55,7 +56,7 @@ def find_resumable(config: RunConfig) -> Resumable:
 
     Raises UserError where there is none.
     """
-    folders = RunFolder.all(config.run_dir)
+    folders = RunDir.all(config.run_dir)
     for folder in reversed(folders):
         resumable = last_resumable(folder)
         if resumable is not None:
@@ -84,7 +85,7 @@ def found_again(found: Resumable, num_steps: int) -> Resumable:
     return now
 
 
-def refuse_other_settings(folder: RunFolder, resolved: ResolvedConfig) -> None:
+def refuse_other_settings(folder: RunDir, resolved: ResolvedConfig) -> None:
     """Raise UserError naming the first setting that differs from the run's own and is not free to."""
     try:
         stored = dict(config_leaves(read_config(folder.path / "config.yaml").config))
@@ -106,12 +107,13 @@ def rewind(resumable: Resumable, resolved: ResolvedConfig) -> None:
     """
     folder, state = resumable.folder, resumable.state
     folder.remove_summary()
-    folder.cut_after(state.step, last_collected=state.last_collected_step)
+    folder.drop_metrics_after(state.step)
+    drop_segments_after(folder.traces, state.last_collected_step)
     clear_after(folder.checkpoints, state.step)
     folder.write_config(resolved)
 
 
-def last_resumable(folder: RunFolder) -> Resumable | None:
+def last_resumable(folder: RunDir) -> Resumable | None:
     """The run at its last good checkpoint. None where it has none."""
     checkpoint = find_last_good(folder.checkpoints)
     if checkpoint is None:
@@ -119,9 +121,10 @@ def last_resumable(folder: RunFolder) -> Resumable | None:
     return Resumable(folder=folder, checkpoint=checkpoint, state=RunState.read(checkpoint / "state.json"))
 
 
-def rewind_to_beginning(folder: RunFolder) -> None:
+def rewind_to_beginning(folder: RunDir) -> None:
     """Take the run's folder back to where no step has been made."""
-    folder.cut_after(-1, last_collected=0)
+    folder.drop_metrics_after(-1)
+    drop_segments_after(folder.traces, 0)
     clear_after(folder.checkpoints, 0)
 
 

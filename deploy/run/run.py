@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.config import Checkpoints
 from common.config.source import ResolvedConfig
+from common.run_dir import RunDir
 from common.sequence import MixedSequence
 from common.weights import WeightVersion
 from deploy.preflight import Inputs, prepare
@@ -18,8 +19,8 @@ from deploy.reporting.progress import ProgressDisplay, StepLine
 from deploy.reporting.trackers import Trackers
 from deploy.run.copies import copied_names, kept_copied
 from deploy.run.provenance import hardware, write_versions
+from deploy.run.records import metrics_of, summarise_run
 from deploy.run.resume import Resumable, found_again, last_resumable, rewind, rewind_to_beginning
-from deploy.run.run_folder import RunFolder, metrics_of, summarise_run
 from deploy.supervision.supervised import LearnerLost, StoredLearner
 from trainer.checkpoint import AHEAD, LEARNER, STUDENT, RunState, prune, write_checkpoint
 from trainer.loop import BEGINNING, Rollouts, Start, distill
@@ -41,7 +42,7 @@ class Crew:
     bring_back: BringBack | None = None  # a learner that was lost
 
 
-Hire = Callable[[Inputs, RunFolder, ProgressDisplay], AbstractAsyncContextManager[Crew]]
+Hire = Callable[[Inputs, RunDir, ProgressDisplay], AbstractAsyncContextManager[Crew]]
 
 
 async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = None) -> dict[str, object]:
@@ -102,10 +103,10 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
     return summary
 
 
-def _new_folder(resolved: ResolvedConfig) -> RunFolder:
+def _new_folder(resolved: ResolvedConfig) -> RunDir:
     """Of a name that no run has, here or where runs are copied to."""
     config = resolved.config
-    return RunFolder.create(config.run_dir, resolved, taken=copied_names(config.storage))
+    return RunDir.create(config.run_dir, resolved, taken=copied_names(config.storage))
 
 
 async def _first_start(resumed: Resumable | None, crew: Crew, display: ProgressDisplay) -> Start:
@@ -122,7 +123,7 @@ async def _take_back(
     crew: Crew,
     resolved: ResolvedConfig,
     inputs: Inputs,
-    folder: RunFolder,
+    folder: RunDir,
     display: ProgressDisplay,
 ) -> Start:
     """Take the run back to its last good checkpoint, or its beginning, with a learner that is there again."""
@@ -149,7 +150,7 @@ async def _take_back(
 async def _follow(
     steps: AsyncIterator[Trained | Evaluated | StepDone],
     checkpoints: "CheckpointTaker",
-    folder: RunFolder,
+    folder: RunDir,
     trackers: Trackers,
     display: ProgressDisplay,
     changed: Callable[[], None],
@@ -171,7 +172,7 @@ class CheckpointTaker:
     """Takes a run's checkpoints when they are due, and removes the old ones."""
 
     def __init__(
-        self, config: Checkpoints, folder: RunFolder, learner: StoredLearner, *, num_steps: int, started_s: float
+        self, config: Checkpoints, folder: RunDir, learner: StoredLearner, *, num_steps: int, started_s: float
     ) -> None:
         """``started_s``: when an uninterrupted run would have begun, as ``time.perf_counter`` has it."""
         self._config = config

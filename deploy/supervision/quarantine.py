@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+from common.run_dir import RunDir
 from common.sequence import Prompt
-from deploy.run.run_folder import RunFolder
 from trainer.prompts import PromptStream
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ Data = Literal["data", "evaluation.data"]
 class SetAside:
     """Kept in the run's folder, so that a resumed run leaves them out too."""
 
-    def __init__(self, folder: RunFolder, prompts: PromptStream) -> None:
+    def __init__(self, folder: RunDir, prompts: PromptStream) -> None:
         self._folder = folder
         self._prompts = prompts
         self._held_out: set[str] = set()  # prompt ids

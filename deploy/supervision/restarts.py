@@ -11,8 +11,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 from common.config import Supervision
 from common.errors import RunEnds, one_line
 from common.metrics import FAULTS, PROMPTS_SET_ASIDE
+from common.run_dir import RunDir
 from common.waiting import WaitedTooLong
-from deploy.run.run_folder import RunFolder
 from deploy.supervision.fatal_errors import what_to_lower
 from deploy.supervision.health_monitor import Fault, Ill
 from rollout_server.ray_metrics import Exported
@@ -26,7 +26,7 @@ _CURABLE = (RayError, WaitedTooLong, LearnerRankDied, Ill)  # what may go well w
 class Repairs:
     """Those of one run."""
 
-    def __init__(self, config: Supervision, folder: RunFolder) -> None:
+    def __init__(self, config: Supervision, folder: RunDir) -> None:
         self._config = config
         self._folder = folder
         self._exported = Exported([FAULTS, PROMPTS_SET_ASIDE], {"run": folder.path.name})

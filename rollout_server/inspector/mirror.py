@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import Event, Thread
 
+from common import run_dir
 from common.errors import UserError
+from common.run_dir import TEXT_FILES
 from common.storage import Store
 from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE, parse_segment_name
 
@@ -19,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
 _TIMEOUT_S = 120.0  # for one file, or the list of all
-_SMALL_FILES = ("config.yaml", "metrics.jsonl", "faults.jsonl", "set_aside.jsonl", "summary.json", "versions.json")
 
 
 @contextmanager
@@ -82,9 +83,9 @@ class Mirror:
         segments: dict[str, dict[str, str]] = {}
         for name, version in self._store.versions().items():
             match PurePosixPath(name).parts:
-                case (_, file) if file in _SMALL_FILES:
+                case (_, file) if file in TEXT_FILES:
                     marks[name] = (version.mark,)
-                case (_, "traces", segment, file) if parse_segment_name(segment):
+                case (_, run_dir.TRACES, segment, file) if parse_segment_name(segment):
                     segments.setdefault(name.removesuffix(f"/{file}"), {})[file] = version.mark
         for name, files in segments.items():
             if files.keys() >= {SEQUENCES_FILE, TOKENS_FILE}:
@@ -93,7 +94,7 @@ class Mirror:
 
     def _fetch(self, name: str) -> None:
         place = self._folder / name
-        if place.name in _SMALL_FILES:
+        if place.name in TEXT_FILES:
             self._store.get(name, place)
             return
         unfinished = place.with_name(f".{place.name}.unfinished")

@@ -14,9 +14,9 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayTaskError
 from common.config import Supervision
 from common.errors import RunEnds
 from common.health import Health
+from common.run_dir import RunDir
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import WaitedTooLong
-from deploy.run.run_folder import RunFolder
 from deploy.supervision.fatal_errors import clear_end
 from deploy.supervision.health_monitor import Ill, Watch
 from deploy.supervision.quarantine import SetAside
@@ -156,7 +156,7 @@ class Supervised:
     house: House
     learner: SupervisedLearner
     rollouts: SupervisedRollouts
-    folder: RunFolder
+    folder: RunDir
     prompts: Prompts
 
     async def collect(self, number: int, step: int = 1) -> list[str]:
@@ -165,7 +165,7 @@ class Supervised:
 
 
 def supervise(house: House, folder: Path, config: Supervision = CONFIG) -> Supervised:
-    run_folder, prompts, watch = RunFolder(folder), Prompts(), Watch(config)
+    run_folder, prompts, watch = RunDir(folder), Prompts(), Watch(config)
     repairs = Repairs(config, run_folder)
     learner = SupervisedLearner(house, staff=house, watch=watch, repairs=repairs)
     rollouts = SupervisedRollouts(
