@@ -13,7 +13,6 @@ import numpy as np
 from common.config import EngineSettings
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate, WeightVersion
-from rollout_server.engines.imitation import AcceleratorSpeeds
 
 _SIGN_OF_LIFE = 256
 """Tokens after which a text that is wanted whole shows that it grows."""
@@ -106,7 +105,6 @@ class EngineSpec:
     top_logprobs: int
     trust_remote_code: bool = False
     weight_transfer_backend: str | None = None  # None for an engine whose weights never change
-    imitate: AcceleratorSpeeds | None = None  # no model, only the time it would take: for capacity planning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

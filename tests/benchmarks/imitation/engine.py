@@ -1,6 +1,6 @@
 """An engine that takes the time of an accelerator and computes nothing. For planning how much one controller serves.
 
-What it writes is drawn from a table (``imitation``); how long that takes is the virtual device's (``accelerator``). It
+What it writes is drawn from a table (``speeds``); how long that takes is the virtual device's (``accelerator``). It
 ends what is dropped, and fails or hangs where a Fault says so. Knows nothing of Ray, roles or policies.
 """
 
@@ -16,8 +16,6 @@ import numpy.typing as npt
 
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engines.accelerator import Accelerator, DeviceCounters, Work
-from rollout_server.engines.imitation import EOS_TOKEN_ID, AcceleratorSpeeds, RowTable
 from rollout_server.engines.protocol import (
     EngineFacts,
     EngineSpec,
@@ -28,6 +26,8 @@ from rollout_server.engines.protocol import (
     write_whole,
 )
 from rollout_server.engines.scripted import Fault, ScriptedError
+from tests.benchmarks.imitation.accelerator import Accelerator, DeviceCounters, Work
+from tests.benchmarks.imitation.speeds import EOS_TOKEN_ID, AcceleratorSpeeds, RowTable
 
 _DEFAULT_MODEL_LEN = 32_768
 
@@ -65,11 +65,10 @@ class ImitatedEngine:
         self.weight_version = 0
 
     @classmethod
-    def start(cls, spec: EngineSpec) -> Self:
-        """The engine that ``spec.imitate`` describes."""
-        assert spec.imitate is not None, f"{spec.name}: nothing to imitate"
+    def start(cls, spec: EngineSpec, speeds: AcceleratorSpeeds) -> Self:
+        """An engine of these speeds, in the settings of ``spec``."""
         return cls(
-            spec.imitate,
+            speeds,
             top_logprobs=spec.top_logprobs,
             max_num_seqs=spec.settings.max_num_seqs,
             max_model_len=spec.settings.max_model_len or _DEFAULT_MODEL_LEN,

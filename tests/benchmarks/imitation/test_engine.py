@@ -12,13 +12,13 @@ from common.config import AdaSwitch, Decay, Policy, Relay, Sampling
 from common.sequence import Prompt, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.controller import SwitchingController
-from rollout_server.engines.accelerator import DeviceCounters, PrefixCache
-from rollout_server.engines.imitated import ImitatedEngine
-from rollout_server.engines.imitation import EOS_TOKEN_ID, AcceleratorSpeeds, ImitatedText
 from rollout_server.engines.protocol import ScoreRequest, WriteRequest, Written, concatenate_written
 from rollout_server.engines.scripted import Fault, ScriptedError
 from rollout_server.engines.selftest import check_engine
 from rollout_server.verifier import compare
+from tests.benchmarks.imitation.accelerator import DeviceCounters, PrefixCache
+from tests.benchmarks.imitation.engine import ImitatedEngine
+from tests.benchmarks.imitation.speeds import EOS_TOKEN_ID, AcceleratorSpeeds, ImitatedText
 
 K = 8
 TEXT = ImitatedText(vocabulary_size=1000)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.sequence import Ids
-from rollout_server.engines.imitation import AcceleratorSpeeds
+from tests.benchmarks.imitation.speeds import AcceleratorSpeeds
 
 Hashes = npt.NDArray[np.uint64]
 
