@@ -1,9 +1,7 @@
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from rollout_server.verifier import compare
 from tests.benchmarks.imitation.accelerator import DeviceCounters, PrefixCache
 from tests.benchmarks.imitation.engine import ImitatedEngine
 from tests.benchmarks.imitation.speeds import EOS_TOKEN_ID, AcceleratorSpeeds, ImitatedText
+from tests.support.streams import pieces_of
 
 K = 8
 TEXT = ImitatedText(vocabulary_size=1000)
@@ -57,7 +56,7 @@ async def test_what_is_read_is_what_was_written() -> None:
 
 @pytest.mark.parametrize("turns", [[], [1, 6, 33]])
 async def test_the_same_request_gives_the_same_tokens_however_it_is_cut(
-    turns: list[int], pieces_of: Callable[..., Any]
+    turns: list[int],
 ) -> None:
     engine = start()
     whole = await engine.generate(replace(REQUEST, chunk_tokens=1000))
