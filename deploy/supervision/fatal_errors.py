@@ -8,7 +8,7 @@ from ray.exceptions import RayError, RayTaskError
 from common.errors import RunEnds, one_line
 from common.waiting import WaitedTooLong
 from deploy.supervision.health_monitor import cause_of
-from rollout_server.controller import RolloutError
+from rollout_server.pool import RolloutError
 from trainer.actors import LearnerRankDied
 from trainer.loop import StaleSequences
 from trainer.probe import WeightSyncError

@@ -16,8 +16,8 @@ from common.config import Supervision
 from common.errors import one_line
 from common.health import Health
 from common.waiting import WaitedTooLong, within
-from rollout_server.controller import RolloutError
 from rollout_server.engines.protocol import EngineCallError
+from rollout_server.pool import RolloutError
 from trainer.actors import LearnerRankDied
 
 T = TypeVar("T")

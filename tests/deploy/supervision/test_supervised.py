@@ -22,8 +22,8 @@ from deploy.supervision.health_monitor import Ill, Watch
 from deploy.supervision.quarantine import SetAside
 from deploy.supervision.restarts import Repairs
 from deploy.supervision.supervised import LearnerLost, SupervisedLearner, SupervisedRollouts
-from rollout_server.controller import RolloutError
 from rollout_server.engines.protocol import EngineCallError
+from rollout_server.pool import RolloutError
 from trainer.actors import LearnerRankDied
 from trainer.loop import StaleSequences
 from trainer.probe import WeightSyncError
