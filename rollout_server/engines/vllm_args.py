@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from common.errors import UserError, one_line
-from rollout_server.engine import EngineSpec
+from rollout_server.engines.protocol import EngineSpec
 from rollout_server.engines.vllm_memory import GIB, Scoring, batched_tokens
 from rollout_server.engines.vllm_options import checked_options
 

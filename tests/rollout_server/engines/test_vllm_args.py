@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from common.config import EngineSettings
 from common.config.vllm_options import owned_names
 from common.errors import UserError
-from rollout_server.engine import EngineSpec
+from rollout_server.engines.protocol import EngineSpec
 from rollout_server.engines.vllm_args import Hardware, engine_args, engine_config, engine_dtype, engine_environment
 from rollout_server.engines.vllm_memory import GIB
 

@@ -11,7 +11,7 @@ import pytest_asyncio
 import torch
 
 from common.sequence import Ids
-from rollout_server.engine import ScoreRequest, WriteRequest
+from rollout_server.engines.protocol import ScoreRequest, WriteRequest
 from rollout_server.engines.vllm import VLLMEngine
 from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
 
