@@ -10,7 +10,7 @@ from common.config.vllm_options import refusal, students_refusal
 Gib = Annotated[float, Field(gt=0.0)]
 
 OWN_GPU_SHARE = 0.9
-"""Of the memory of a GPU that an engine has for itself, what it uses."""
+"""What an engine uses of a GPU that it shares with no other actor."""
 
 
 class Models(Part):
@@ -34,9 +34,11 @@ class EngineSettings(Part):
     enable_expert_parallel: bool = False
     """Give each GPU whole experts of a mixture-of-experts model instead of a slice of every expert."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on GPUs and on processors with AVX512-BF16, else float32."""
+    """auto: bfloat16 on GPUs and on processors with AVX512-BF16; on GPUs without it float16, or float32 for models that
+    overflow in that; else float32."""
     quantization: str | None = None
-    """How the weights are quantized, in vLLM's terms (fp8, awq, gptq, ...). Default: what the model's config says."""
+    """How the weights are quantized, in vLLM's terms (fp8, awq, gptq, ...). Default: what the model's config says. The
+    student's can't be."""
     kv_cache_dtype: str = "auto"
     """What the key-value cache is stored in, in vLLM's terms (fp8, ...). auto: the engine's dtype."""
     max_model_len: Positive | None = None
@@ -44,10 +46,12 @@ class EngineSettings(Part):
     max_num_seqs: Positive = 64
     """Sequences one engine runs at once."""
     max_num_batched_tokens: Positive | None = None
-    """Tokens one engine step computes at most. More scores faster and takes more memory."""
+    """Tokens one engine step computes at most. More scores faster and takes more memory. Default: on GPUs 8192, from 70
+    GiB on 16384, less where scoring would take more than a tenth of the engine's memory; on processors the context,
+    8192 at least."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Share of a GPU's memory the engine may use. GPUs only. Default: 0.9 of a GPU of its own; of a shared one what the
-    learner leaves, divided by what the engines need."""
+    """Share of each GPU's memory that the engine may use, for scoring too. GPUs only. Default: 0.9 of a GPU of its own;
+    on a shared one what the memory plan gives it."""
     gpu_memory_gib: Gib | None = None
     """The same in GiB; it comes before the share. GPUs only."""
     kv_cache_gib: Gib | None = None

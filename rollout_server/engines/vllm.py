@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from common.cores import children_on_cores
 from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import (
+from rollout_server.engines.protocol import (
     EngineFacts,
     EngineSpec,
     GoOn,
@@ -40,7 +40,7 @@ from rollout_server.engine import (
 )
 from rollout_server.engines.room import CacheRoom
 from rollout_server.engines.vllm_args import Hardware, engine_config, engine_environment
-from rollout_server.weight_receiver import apply_update, init_transfer
+from rollout_server.engines.vllm_plugin.weight_transfer import apply_update, init_transfer
 
 _NEVER = -100.0  # the logit bias vLLM allows that comes closest to minus infinity
 

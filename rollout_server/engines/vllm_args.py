@@ -10,13 +10,14 @@ from typing import Self
 import torch
 import vllm.envs
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
 from common.config import OWN_GPU_SHARE
 from common.errors import UserError, one_line
-from rollout_server.engine import EngineSpec
+from rollout_server.engines.protocol import EngineSpec
 from rollout_server.engines.vllm_memory import GIB, Scoring, batched_tokens
 from rollout_server.engines.vllm_options import checked_options
 
@@ -35,8 +36,10 @@ class Hardware:
 
     @classmethod
     def detect(cls) -> Self:
-        """Of this process's machine, as vLLM sees it."""
+        """Of this process's machine, as vLLM sees it. UserError where it has nothing vLLM was built for."""
         dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in current_platform.supported_dtypes)
+        if current_platform.is_unspecified():
+            raise UserError("the installed vLLM is the build for GPUs and finds none on this machine")
         if current_platform.is_cpu():
             if not torch.cpu._is_avx512_bf16_supported():  # bfloat16 is emulated there, and far slower
                 dtypes = ("float32", *(dtype for dtype in dtypes if dtype != "float32"))
@@ -175,6 +178,10 @@ def _engine_bytes(spec: EngineSpec, gpu_bytes: int) -> int:
 
 def _reason(error: ValueError) -> str:
     """What is wrong, without the whole configuration that pydantic prints along."""
-    if isinstance(error, ValidationError):
-        return one_line("; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors()))
-    return one_line(error)
+    return one_line("; ".join(map(_problem, error.errors())) if isinstance(error, ValidationError) else error)
+
+
+def _problem(problem: ErrorDetails) -> str:
+    text = problem["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {text}, got {problem['input']!r}" if place else text

@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from common.config import EngineSettings
 from common.config.vllm_options import owned_names
 from common.errors import UserError
-from rollout_server.engine import EngineSpec
+from rollout_server.engines.protocol import EngineSpec
 from rollout_server.engines.vllm_args import Hardware, engine_args, engine_config, engine_dtype, engine_environment
 from rollout_server.engines.vllm_memory import GIB
 
@@ -176,7 +176,7 @@ def test_on_a_processor_prompts_are_read_whole_into_a_cache_of_the_size_that_was
         ({"quantization": "fp9"}, "Unknown quantization method: fp9"),
         ({"max_num_batched_tokens": 16}, "max_num_batched_tokens"),
         ({"attention_backend": "FLASHY"}, "FLASHY"),
-        ({"kv_cache_dtype": "fp9"}, "fp8"),
+        ({"kv_cache_dtype": "fp9"}, "cache_dtype: Input should be 'auto', "),
     ],
 )
 def test_what_vllm_refuses_is_one_line_that_names_the_engine(settings: dict[str, object], reason: str) -> None:

@@ -44,7 +44,6 @@ def test_values_arrive_as_vllm_takes_them() -> None:
     [
         ({"block_sise": 32}, "block_sise is not an argument of vLLM's engine; did you mean block_size?"),
         ({"zzz": 1}, "zzz is not an argument of vLLM's engine"),
-        ({"_api_process_count": 1}, "_api_process_count is not an argument of vLLM's engine"),
         ({"block_size": "32"}, "block_size must be a whole number or null, got '32'"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"async_scheduling": "no"}, "async_scheduling must be true or false or null, got 'no'"),
@@ -60,3 +59,8 @@ def test_values_arrive_as_vllm_takes_them() -> None:
 def test_what_vllm_would_refuse_is_refused_in_one_line(options: dict[str, JsonValue], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(f'{KEY}.{message}')}$"):
         checked_options(options, key=KEY)
+
+
+def test_what_vllm_keeps_to_itself_is_no_argument() -> None:
+    with pytest.raises(UserError, match=r"_api_process_count is not an argument of vLLM's engine"):
+        checked_options({"_api_process_count": 1}, key=KEY)
