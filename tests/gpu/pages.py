@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.gpu.catalogue import PARTS, Part
 from tests.gpu.records import CheckRecord, Figure, Results
 
-PAGES = ("README.md", "docs/gpu.md")
+PAGES = ("docs/gpu.md",)
 MARKED = re.compile(r"<!-- gpu: (\w+) -->\n.*?<!-- gpu: end -->", re.DOTALL)
 
 
