@@ -67,7 +67,7 @@ class Context:
     ) -> "VLLMEngine":
         """A started engine with these ``EngineSettings``; the one before is ended, unless it is the same."""
         from common.config import EngineSettings
-        from rollout_server.engine import EngineSpec
+        from rollout_server.engines.protocol import EngineSpec
         from rollout_server.engines.vllm import VLLMEngine
 
         wanted = {**self._defaults(), **settings, **self._engine_settings}

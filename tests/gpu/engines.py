@@ -1,7 +1,7 @@
 """Part (b): vLLM engines in this process, without Ray: what they read and write, beside Hugging Face and beside
 themselves.
 
-n = tokens of a text, k = length of a top list, V = vocabulary, as in ``rollout_server/engine.py``.
+n = tokens of a text, k = length of a top list, V = vocabulary, as in ``rollout_server/engines/protocol.py``.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from common.sequence import Floats, Ids, TopLogprobs
-from rollout_server.engine import GoOn, ScoreRequest, WriteRequest, next_piece
-from rollout_server.selftest import check_engine
+from rollout_server.engines.protocol import GoOn, ScoreRequest, WriteRequest, next_piece
+from rollout_server.engines.selftest import check_engine
 from tests.gpu.context import Context
 from tests.gpu.engines_costs import prompt_logprob_memory, top_k_cost
 from tests.gpu.models import MIDDLE, QWEN2_500M, random_text

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rollout_server.engine import ScoreRequest, WriteRequest
+from rollout_server.engines.protocol import ScoreRequest, WriteRequest
 from tests.gpu.context import GIB, Context
 from tests.gpu.models import MIDDLE, QWEN2_500M, random_text
 from tests.gpu.records import Figures

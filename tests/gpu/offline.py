@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as parquet
 
 from common.config import Sampling
-from rollout_server.engine import ScoreRequest, WriteRequest
+from rollout_server.engines.protocol import ScoreRequest, WriteRequest
 from tests.benchmarks.work import Batches, offline_batches
 from tests.gpu.context import Context
 from tests.gpu.models import random_sequences

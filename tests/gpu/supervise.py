@@ -172,7 +172,7 @@ def _plugin(folder: Path) -> Path:
     site = folder / "site"
     site.mkdir()
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][_PLUGINS]
-    if {it.name for it in entry_points(group=_PLUGINS)} >= declared.keys():
+    if {(it.name, it.value) for it in entry_points(group=_PLUGINS)} >= set(declared.items()):
         return site
     info = site / "adaswitch_verify-0.dist-info"
     info.mkdir()

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.sequence import Floats, TopLogprobs
-from rollout_server.engine import ScoreRequest, WriteRequest
+from rollout_server.engines.protocol import ScoreRequest, WriteRequest
 from tests.gpu.context import Context
 from tests.gpu.models import MIDDLE, QWEN2_500M, Shape, random_text
 from tests.gpu.readings import rows_at
