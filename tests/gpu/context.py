@@ -104,9 +104,10 @@ class Context:
             torch.cuda.empty_cache()
 
     def needs_gib(self, num_gib: float) -> None:
-        """NotRun unless so much of the GPU is free."""
+        """NotRun unless so much of the GPU is free, once the engine of the checks before has ended."""
         import torch
 
+        self.end_engine()
         self.free_memory()
         free_gib = torch.cuda.mem_get_info()[0] / GIB
         if free_gib < num_gib:

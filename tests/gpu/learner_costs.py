@@ -105,8 +105,8 @@ def throughput(context: Context, figures: Figures) -> None:
         shape, config = QWEN2_500M, Trainer(dtype="bfloat16")
         lengths = [(128 + 32 * (number % 5), 256 + 96 * (number % 9)) for number in range(32)]
         context.needs_gib(14.0)
-        is_small = torch.cuda.mem_get_info()[0] / GIB < 60.0
-        tokens = 4096 if is_small else 16384
+        is_small = torch.cuda.mem_get_info()[0] / GIB < 44.0
+        tokens = 4096 if is_small else 8192
         config = config.model_copy(update={"activation_checkpointing": is_small, "tokens_per_micro_batch": tokens})
     learner = Learner(str(context.model(shape, config.dtype)), config, seed=0)
     sequences = random_sequences(lengths, shape.vocabulary, k=64)
