@@ -12,7 +12,7 @@ import numpy as np
 
 from common.config import EngineSettings
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
-from common.weights import WeightUpdate, WeightVersion
+from common.weights import SyncBackend, WeightUpdate, WeightVersion
 from rollout_server.engines.imitation import AcceleratorSpeeds
 
 _SIGN_OF_LIFE = 256
@@ -105,7 +105,7 @@ class EngineSpec:
     settings: EngineSettings
     top_logprobs: int
     trust_remote_code: bool = False
-    weight_transfer_backend: str | None = None  # None for an engine whose weights never change
+    weight_transfer_backend: SyncBackend | None = None  # None for an engine whose weights never change
     imitate: AcceleratorSpeeds | None = None  # no model, only the time it would take: for capacity planning
 
 
