@@ -58,11 +58,8 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _the_layout_is_possible(self) -> Self:
-        wanted = self.placement.layout
-        conflicts = [self.layout_conflict(layout) for layout in (LAYOUTS if wanted == "auto" else (wanted,))]
-        if all(conflict is not None for conflict in conflicts):
-            reason = "; ".join(map(str, conflicts))
-            raise ValueError(reason if len(conflicts) == 1 else f"placement.layout has none left for auto: {reason}")
+        if self.placement.layout != "auto" and (conflict := self.layout_conflict(self.placement.layout)) is not None:
+            raise ValueError(conflict)
         return self
 
     def layout_conflict(self, layout: Layout) -> str | None:
@@ -79,10 +76,19 @@ class RunConfig(Part):
             if number > 1:
                 return f"{key} must be 1 where placement.layout is {layout}, got {number}"
         if self.sync.backend == "nccl":
-            return (
-                f"sync.backend must not be nccl where placement.layout is {layout}, whose GPU two would share, got nccl"
-            )
+            return f"sync.backend must not be nccl where placement.layout is {layout}, which shares a GPU, got nccl"
         return None
+
+    @model_validator(mode="after")
+    def _ipc_stays_on_one_gpu(self) -> Self:
+        student = self.engines.student
+        num_gpus = student.num_replicas * student.tensor_parallel_size * student.pipeline_parallel_size
+        if self.sync.backend == "ipc" and (num_gpus > 1 or self.trainer.num_ranks > 1):
+            raise ValueError(
+                "sync.backend must not be ipc unless one student engine on one GPU and one rank of the learner share "
+                f"that GPU, got {num_gpus} GPUs of engines.student and trainer.num_ranks {self.trainer.num_ranks}"
+            )
+        return self
 
     @property
     def takes_given_answers(self) -> bool:

@@ -92,6 +92,7 @@ class Sync(Part):
     machine). ipc: from process to process on a GPU that both share."""
     timeout_s: Seconds = 600.0
     probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
-    """Nats. The run stops when trainer and engine differ by more on the probe prompts after a sync. Default: 1e-3 when
-    both compute in float32, else 0.25."""
+    """Nats. The run stops when trainer and engine differ by more, in the root mean square over the probe's log-probs.
+    Default: 1e-3 for each of them when both compute in float32, else four times what they differ by before the first
+    step."""
     num_probe_prompts: Positive = 4

@@ -99,11 +99,3 @@ def test_settings_that_a_layout_can_t_have_are_refused(layout, parts, key) -> No
     make_config(**parts)  # under auto another layout has them
     with pytest.raises(ValidationError, match=rf"{re.escape(key)}.* where placement\.layout is {layout}.*, got "):
         make_config(placement={"layout": layout}, **parts)
-
-
-def test_settings_that_no_layout_can_have_are_refused_under_auto_too() -> None:
-    engines = {"student": {"num_replicas": 2}}
-    with pytest.raises(
-        ValidationError, match=r"placement\.layout has none left for auto: sync\.backend must not be ipc"
-    ):
-        make_config(engines=engines, sync={"backend": "ipc"})
