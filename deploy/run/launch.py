@@ -1,4 +1,4 @@
-"""A run on Ray, from the command to its summary: who is started_actors, and how the run ends."""
+"""A run on Ray, from the command to its summary: how its actors start, and how it ends."""
 
 import asyncio
 import logging
@@ -115,7 +115,7 @@ def _describe(engine: EngineFacts) -> str:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end. SIGTERM, as a job's stop sends it, ends the run as Ctrl-C does: actors are ended first."""
+    """Run to the end. SIGTERM, which stops a job, ends the run as Ctrl-C does: the actors are shut down first."""
 
     async def until_stopped() -> T:
         end_in_order_on_sigterm()
