@@ -19,6 +19,7 @@ CHECKS: tuple[Check, ...] = (
     hardware.check_dtype,
     software.check_flash_attention,
     software.check_compilers,
+    software.check_toolkit,
     room.check_shared_memory,
     room.check_run_folder,
     room.check_hub_cache,

@@ -79,6 +79,15 @@ class Compilers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Toolkit:
+    """The CUDA toolkit that FlashInfer would build kernels with."""
+
+    nvcc: str
+    cuda: tuple[int, int] | None
+    """None: nvcc does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
     """A folder's file system. The folder itself need not be there yet."""
 
@@ -164,6 +173,7 @@ class Facts:
     torch_error: str | None
     processor: Processor
     compilers: Compilers
+    toolkit: Toolkit | None
     shm: Space
     run_space: Space
     hub_space: Space

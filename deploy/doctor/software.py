@@ -2,6 +2,7 @@
 
 from deploy.doctor.facts import Build, Facts
 from deploy.doctor.finding import Finding, failure, ok, warning
+from deploy.lock.driver import CUDA
 
 
 def check_python(facts: Facts) -> Finding:
@@ -77,6 +78,23 @@ def check_compilers(facts: Facts) -> Finding:
     if missing:
         return failure("compiler", f"missing: {', '.join(missing)}; torch and Triton build kernels at run time")
     return ok("compiler", f"{facts.compilers.c}, {facts.compilers.cxx}, Python.h")
+
+
+def check_toolkit(facts: Facts) -> Finding | None:
+    """Only FlashInfer's kernels need one; vLLM does without FlashInfer where there is none."""
+    if facts.build != "cuda":
+        return None
+    wanted = f"{CUDA[0]}.{CUDA[1]}"
+    if facts.toolkit is None:
+        return ok("CUDA toolkit", f"none, so vLLM takes no FlashInfer kernels; for those install CUDA toolkit {wanted}")
+    if facts.toolkit.cuda is None or facts.toolkit.cuda[0] != CUDA[0]:
+        has = ".".join(map(str, facts.toolkit.cuda)) if facts.toolkit.cuda else "an unknown version"
+        return warning(
+            "CUDA toolkit",
+            f"{facts.toolkit.nvcc} is of CUDA {has}, torch of {wanted}, and FlashInfer would build kernels with it; "
+            f"set CUDA_HOME to a toolkit {wanted}, or to an empty folder to do without FlashInfer",
+        )
+    return ok("CUDA toolkit", f"{facts.toolkit.nvcc}, CUDA {facts.toolkit.cuda[0]}.{facts.toolkit.cuda[1]}")
 
 
 def check_settings(facts: Facts) -> Finding | None:

@@ -38,6 +38,7 @@ LAPTOP = Facts(
         model="A processor", architecture="x86_64", num_cores=8, memory_gib=32.0, flags=frozenset({"avx", "avx2"})
     ),
     compilers=Compilers(c="/usr/bin/gcc", cxx="/usr/bin/g++", has_python_header=True),
+    toolkit=None,
     shm=Space(path="/dev/shm", total_bytes=16 * GIB, free_bytes=16 * GIB),
     run_space=DISK,
     hub_space=DISK,

