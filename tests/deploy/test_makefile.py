@@ -110,4 +110,4 @@ def test_an_environment_is_refreshed_when_its_lock_changes(tmp_path: Path) -> No
 @pytest.mark.parametrize(("flag", "with_gpus"), [("GPU=1", True), ("GPU=0", False), (None, False)])
 def test_containers_get_gpus_when_told(flag: str | None, with_gpus: bool, tmp_path: Path) -> None:
     commands = Checkout(tmp_path, gpu=True).commands("image", *([flag] if flag else []))
-    assert any("-f deploy/docker-compose.nvidia.yml" in line for line in commands) == with_gpus
+    assert any("-f deploy/docker/docker-compose.nvidia.yml" in line for line in commands) == with_gpus

@@ -55,7 +55,7 @@ def nvidia_smi(tmp_path: Path) -> Path:
 def doctor(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "HF_", "CUDA_"))}
     return subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "doctor", *arguments],
+        [sys.executable, "-m", "deploy", "doctor", *arguments],
         cwd=ROOT,
         env=kept | {"HF_HOME": str(home)} | environment,
         capture_output=True,
