@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 CONFIG ?= deploy/configs/demo.yaml
 ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: help setup check format test docs audit bench bench-rollouts bench-rollouts-full bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
+.PHONY: help setup check format test docs audit verify-gpu bench bench-rollouts bench-rollouts-full bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -71,6 +71,9 @@ bench-staleness: $(READY)  ## Measure what collecting one step ahead buys and co
 
 bench-trainer: $(READY)  ## Measure loss, weight sync and a whole step beside TRL's (under 10 minutes)
 	$(BIN)/python -m tests.benchmarks.trainer $(ARGS)
+
+verify-gpu: $(READY)  ## Try the GPU paths on this machine's GPUs and write docs/benchmarks/gpu.json (up to 10 minutes a part)
+	$(BIN)/python -m tests.gpu $(ARGS)
 
 chaos: $(READY)  ## Kill, stop and starve the demo's processes and see that each run ends right (about 40 minutes)
 	$(BIN)/python -m tests.chaos $(ARGS)
