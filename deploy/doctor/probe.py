@@ -24,7 +24,7 @@ def _torch() -> Answer:
     if torch.cuda.is_available():
         return {"num_gpus": torch.cuda.device_count()}
     try:
-        torch.cuda.init()  # says why
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # says why
     except (RuntimeError, AssertionError) as error:
         return {"num_gpus": 0, "error": _line(error)}
     return {"num_gpus": 0}

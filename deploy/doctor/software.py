@@ -104,7 +104,7 @@ def check_settings(facts: Facts) -> Finding | None:
         return failure("settings", facts.wanted.error)
     if absent := [f"{source.key} ({source.name})" for source in facts.wanted.sources if source.place == "nowhere"]:
         return failure("settings", f"{facts.wanted.file}: no such file or folder: {', '.join(absent)}")
-    return ok("settings", f"{facts.wanted.file} can be read")
+    return ok("settings", f"{facts.wanted.file} is valid")
 
 
 def name(build: Build) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("lock_files", type=Path, nargs="+")
     parser.add_argument("--required", action="store_true", help="fail where the service can't be asked")
     options = parser.parse_args(arguments)
-    packages, reason = _ask_about(new_pins([file.read_text() for file in options.lock_files]))
+    packages, reason = _ask_about(pins_to_ask_about([file.read_text() for file in options.lock_files]))
     verdict = judge(packages, read_permissions(ALLOWED_FILE), date.today())
     if not verdict.was_possible:
         print(f"audit: NOTHING WAS CHECKED, the advisory service can't be asked: {reason}")
@@ -98,17 +98,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(verdict.problems))
 
 
-def new_pins(lock_texts: Sequence[str]) -> Iterator[list[str]]:
-    """Each file's pins but for those of the files before it. pip-audit takes one version of a package at a time."""
-    seen: set[str] = set()
-    for text in lock_texts:
-        pins = [line for line in text.splitlines() if "==" in line and not line.startswith("#") and line not in seen]
-        seen.update(pins)
-        if pins:
-            yield pins
+def pins_to_ask_about(lock_texts: Sequence[str]) -> list[list[str]]:
+    """All pins, each once, in as few lists as there are versions of one package: pip-audit takes one at a time."""
+    lists: list[dict[str, str]] = []
+    for line in dict.fromkeys(line for text in lock_texts for line in text.splitlines()):
+        if "==" in line and not line.startswith("#"):
+            name = line.partition("==")[0].lower()
+            free = next((pins for pins in lists if name not in pins), None)
+            if free is None:
+                lists.append(free := {})
+            free[name] = line
+    return [list(pins.values()) for pins in lists]
 
 
-def _ask_about(lists_of_pins: Iterator[list[str]]) -> tuple[list[dict[str, Any]], str]:
+def _ask_about(lists_of_pins: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], str]:
     """All answers, and why one is missing."""
     packages: list[dict[str, Any]] = []
     reason = "it knows none of the packages"

