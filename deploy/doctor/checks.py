@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from deploy.doctor import hardware, room, software
 from deploy.doctor.facts import Facts
-from deploy.doctor.finding import Finding
+from deploy.doctor.finding import Finding, failure, ok
 
 Check = Callable[[Facts], Finding | None]
 CHECKS: tuple[Check, ...] = (
@@ -31,4 +31,17 @@ CHECKS: tuple[Check, ...] = (
 
 def check(facts: Facts) -> tuple[Finding, ...]:
     """Every check that has something to say of this machine, in the order in which they are shown."""
-    return tuple(finding for one in CHECKS if (finding := one(facts)))
+    return (*(finding for one in CHECKS if (finding := one(facts))), *seats_of_actors(facts))
+
+
+def seats_of_actors(facts: Facts) -> tuple[Finding, ...]:
+    """The plan of the configuration's run: a line for the whole, and one for each bundle of GPUs."""
+    seats = facts.seats
+    if seats is None:
+        return ()
+    whole = (
+        ok("placement", seats.summary)
+        if seats.missing is None
+        else failure("placement", f"{seats.missing}; adaswitch config FILE --plan shows what holds how much")
+    )
+    return (whole, *(ok(f"bundle {number}", text) for number, text in enumerate(seats.bundles)))

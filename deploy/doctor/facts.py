@@ -156,6 +156,24 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Seats:
+    """Where the configuration's actors would sit, and what its run needs beside GPUs, by ``deploy``'s plan of it."""
+
+    summary: str = ""
+    """Layout, why, and how the weights go."""
+    bundles: tuple[str, ...] = ()
+    """Who sits in each bundle of GPUs, and what they hold of one."""
+    missing: str | None = None
+    """Why it can't be had. None where it fits."""
+    shm_bytes: int = 0
+    """Of shared memory, for the weights on their way."""
+    checkpoints_bytes: int = 0
+    """Of disk, for all that are kept at once."""
+    download_bytes: int = 0
+    """Of disk, for the models that are still at the hub, 2 bytes a parameter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """One machine, and one configuration where it was given."""
 
@@ -180,6 +198,8 @@ class Facts:
     ray: RayState
     hub: Hub
     wanted: Wanted | None
+    seats: Seats | None = None
+    """None without a configuration that can be read, and without torch and transformers, which count parameters."""
 
     def package(self, name: str) -> Package:
         return next(package for package in self.packages if package.name == name)

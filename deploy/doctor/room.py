@@ -1,48 +1,53 @@
 """Checks of memory and disk, and of what is reached over the network: the hub and Ray. Pure."""
 
-from deploy.doctor.facts import GIB, Facts, needs_hub
+import math
+
+from deploy.doctor.facts import GIB, Facts, Space, needs_hub
 from deploy.doctor.finding import Finding, failure, ok, warning
 
-_SMALL_SHM_BYTES = GIB  # a container's default is 64 MiB
-_SMALL_DISK_BYTES = 20 * GIB
+_SHM_BYTES = GIB  # Ray's objects and vLLM's queues; a container's default is 64 MiB in all
+_MODEL_BYTES = 20 * GIB  # where no configuration says which
+_WORTH_TELLING_BYTES = GIB
 
 
 def check_shared_memory(facts: Facts) -> Finding:
+    """Ray's objects, vLLM's processes and, without NCCL, the weights of two versions go through it."""
     shm = facts.shm
+    weights = facts.seats.shm_bytes if facts.seats else 0
+    needed = _SHM_BYTES + weights
     found = f"{gib(shm.free_bytes)} of {gib(shm.total_bytes)} free at {shm.path}"
-    if shm.total_bytes < _SMALL_SHM_BYTES:
-        return failure(
-            "shared memory", f"{found}; give the container more: --shm-size 8g, or --ipc=host (compose: SHM_SIZE)"
-        )
-    if shm.free_bytes < _SMALL_SHM_BYTES:
+    if weights:
+        found += f", {gib(needed)} needed, {gib(weights)} of it for the weights"
+    if shm.total_bytes < needed:
+        say = failure if shm.total_bytes < weights else warning
+        size = math.ceil(needed / GIB)
+        return say("shared memory", f"{found}; in a container --shm-size {size}g or --ipc=host (compose: SHM_SIZE)")
+    if shm.free_bytes < needed:
         return warning("shared memory", f"{found}; ls {shm.path} shows who left files there")
     return ok("shared memory", found)
 
 
 def check_run_folder(facts: Facts) -> Finding:
-    space = facts.run_space
-    if not space.is_writable:
-        return failure("run_dir", f"{space.path} can't be written; choose another with --set run_dir=FOLDER")
-    if space.free_bytes < _SMALL_DISK_BYTES:
-        return warning(
-            "run_dir",
-            f"{gib(space.free_bytes)} free at {space.path}; a checkpoint takes 16 bytes a parameter of the student, "
-            "and up to four are there at once",
-        )
-    return ok("run_dir", f"{gib(space.free_bytes)} free at {space.path}")
+    needed = facts.seats.checkpoints_bytes if facts.seats else 0
+    return _disk(
+        "run_dir", facts.run_space, needed=needed, for_what="checkpoints", advice="--set run_dir=FOLDER moves them"
+    )
 
 
 def check_hub_cache(facts: Facts) -> Finding | None:
     if not needs_hub(facts.wanted):
         return None
-    space = facts.hub_space
+    needed = facts.seats.download_bytes if facts.seats else _MODEL_BYTES
+    return _disk("HF_HOME", facts.hub_space, needed=needed, for_what="models", advice="HF_HOME names another folder")
+
+
+def _disk(topic: str, space: Space, *, needed: int, for_what: str, advice: str) -> Finding:
     if not space.is_writable:
-        return failure("HF_HOME", f"{space.path} can't be written; let HF_HOME name a folder that can")
-    if space.free_bytes < _SMALL_DISK_BYTES:
-        return warning(
-            "HF_HOME", f"{gib(space.free_bytes)} free at {space.path}; models are fetched to there: HF_HOME moves it"
-        )
-    return ok("HF_HOME", f"{gib(space.free_bytes)} free at {space.path}")
+        return failure(topic, f"{space.path} can't be written; {advice}")
+    found = f"{gib(space.free_bytes)} free at {space.path}"
+    if space.free_bytes < needed:
+        return warning(topic, f"{found}, {gib(needed)} needed for {for_what}; {advice}")
+    return ok(topic, found + (f", {gib(needed)} needed for {for_what}" if needed >= _WORTH_TELLING_BYTES else ""))
 
 
 def check_hub(facts: Facts) -> Finding:
