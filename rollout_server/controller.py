@@ -21,10 +21,8 @@ from common.config import Policy, Sampling
 from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TopLogprobs
 from common.waiting import both
-from rollout_server.draft import Draft, Judged
-from rollout_server.drawing import can_draw, draw_place
-from rollout_server.engine import Engine, GoOn, WriteRequest, Written, next_piece
-from rollout_server.given import read_answer
+from rollout_server.dataset_answers import read_answer
+from rollout_server.engines.protocol import Engine, GoOn, WriteRequest, Written, next_piece
 from rollout_server.policies import ScoredPositions, divergence_of, make_policy
 from rollout_server.reading import TeacherReading
 from rollout_server.schedule import (
@@ -33,6 +31,8 @@ from rollout_server.schedule import (
     until_pause_before_the_switch,
     until_pause_between_switches,
 )
+from rollout_server.sequence_builder import Draft, Judged
+from rollout_server.teacher_token import can_draw, draw_place
 from rollout_server.verdicts import Verdicts
 
 logger = logging.getLogger(__name__)

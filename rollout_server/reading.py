@@ -9,7 +9,7 @@ import asyncio
 import numpy as np
 
 from common.sequence import Ids, TopLogprobs
-from rollout_server.engine import Engine, ScoreRequest, Written
+from rollout_server.engines.protocol import Engine, ScoreRequest, Written
 
 
 class TeacherReading:

@@ -13,7 +13,7 @@ from typing import Protocol
 from common.config import OnPolicy, Policy, Sampling, Trace
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from rollout_server.controller import SwitchingController
-from rollout_server.engine import Engine, ScoreRequest
+from rollout_server.engines.protocol import Engine, ScoreRequest
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.traces.writer import TraceWriter
 

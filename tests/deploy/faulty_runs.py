@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from common.config_source import read_config
+from common.config.source import read_config
 from common.sequence import Ids, TopLogprobs
-from deploy.cluster import Shells
-from deploy.launch import hired
-from deploy.steps import run
+from deploy.cluster.actors import Shells
+from deploy.run.launch import hired
+from deploy.run.run import run
 from rollout_server.actors import EngineActor
-from rollout_server.engine import EngineFacts, EngineSpec, GoOn, WriteRequest, Written
+from rollout_server.engines.protocol import EngineFacts, EngineSpec, GoOn, WriteRequest, Written
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.traces.reader import TraceReader
 from tests.trainer.unprobed import Unprobed

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import ray
 
-from common.config_source import read_config
+from common.config.source import read_config
 from common.errors import RunEnds, UserError
 from deploy.preflight import prepare
 from tests.deploy.faulty_runs import (

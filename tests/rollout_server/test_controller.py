@@ -32,7 +32,7 @@ from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TokenSource, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.controller import RolloutError, SwitchingController
-from rollout_server.engine import GoOn, ScoreRequest, WriteRequest, Written
+from rollout_server.engines.protocol import GoOn, ScoreRequest, WriteRequest, Written
 from rollout_server.engines.scripted import Fault, HashedScript, Script, ScriptedEngine
 from rollout_server.policies import ScoredPositions, make_policy
 

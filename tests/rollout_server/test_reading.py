@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.sequence import FinishReason, Ids, TopLogprobs
-from rollout_server.engine import ScoreRequest, Written
+from rollout_server.engines.protocol import ScoreRequest, Written
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine, ScriptedError
 from rollout_server.reading import TeacherReading
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.config_source import read_config
-from deploy.resume import find_resumable
-from deploy.steps import Crew, run
-from deploy.supervision import LearnerLost
-from deploy.watch import Fault
+from common.config.source import read_config
+from deploy.run.resume import find_resumable
+from deploy.run.run import Crew, run
+from deploy.supervision.health_monitor import Fault
+from deploy.supervision.supervised import LearnerLost
 from rollout_server.traces.reader import TraceReader
 from tests.trainer.interrupted import hired
 

@@ -7,7 +7,7 @@ import pytest
 from common.config import AdaSwitch, Sampling
 from common.sequence import MixedSequence, Prompt
 from rollout_server.controller import SwitchingController
-from rollout_server.engine import EngineCallError, ScoreRequest, WriteRequest, concatenate_written
+from rollout_server.engines.protocol import EngineCallError, ScoreRequest, WriteRequest, concatenate_written
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 

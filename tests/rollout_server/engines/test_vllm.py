@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from common.config import AdaSwitch, OnPolicy, Policy, Sampling, Trainer
 from common.sequence import Ids, MixedSequence, TopLogprobs
 from rollout_server.controller import SwitchingController
-from rollout_server.engine import EngineSpec, ScoreRequest, WriteRequest, Written, concatenate_written
+from rollout_server.engines.protocol import EngineSpec, ScoreRequest, WriteRequest, Written, concatenate_written
 from rollout_server.engines.vllm import VLLMEngine
 from trainer.learner import Learner
 from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
