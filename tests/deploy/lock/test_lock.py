@@ -75,6 +75,11 @@ def test_what_is_left_out_is_not_locked(name: str) -> None:
 
 
 @each_lock
+def test_wheels_of_data_are_locked(name: str) -> None:
+    assert LOCKS[name].data.items() <= read_lock(FOLDER / name).items()
+
+
+@each_lock
 def test_a_package_is_locked_once_and_in_order(name: str) -> None:
     names = [line.partition("==")[0] for line in (FOLDER / name).read_text().splitlines() if "==" in line]
     assert names == sorted(set(names))
