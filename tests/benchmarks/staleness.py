@@ -32,7 +32,7 @@ from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.trainer_report import machine, rounded
-from tests.trainer.unprobed import Unprobed
+from tests.support.unprobed import Unprobed
 from trainer.learner import StepReport
 from trainer.loop import distill
 from trainer.prompts import PromptCursor

@@ -14,8 +14,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from tests.deploy.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
-from tests.deploy.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
+from tests.support.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
+from tests.support.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
 
 RUN_TIMEOUT_S = 400.0
 SEATS = ["EngineActor", "EngineActor", "LearnerActor", "RolloutActor"]

@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 
 from deploy.submit import entrypoint
-from tests.deploy.ray_heads import DEMO, SHORT, Head, free_ports, started_head, wait_for
+from tests.support.ray_heads import DEMO, SHORT, Head, free_ports, started_head, wait_for
 
 RUN_TIMEOUT_S, STOP_TIMEOUT_S = 400.0, 20.0
 

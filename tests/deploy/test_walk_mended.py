@@ -9,7 +9,7 @@ import psutil
 import pytest
 import ray
 
-from tests.deploy.faulty_runs import faults_of, going_on, processes_of_run, summary_of, trained, until_step
+from tests.support.faulty_runs import faults_of, going_on, processes_of_run, summary_of, trained, until_step
 
 DEMO_CONFIG = Path(__file__).parents[2] / "deploy" / "configs" / "demo.yaml"
 NUM_STEPS, PROMPTS_PER_STEP = 8, 16

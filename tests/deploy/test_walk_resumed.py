@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rollout_server.traces.reader import TraceReader
-from tests.deploy.marked import processes_with
+from tests.support.marked import processes_with
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, PROMPTS_PER_STEP = 80, 64

@@ -25,7 +25,7 @@ from deploy.steps import Crew, run
 from deploy.supervision import LearnerLost
 from deploy.watch import Fault
 from rollout_server.traces.reader import TraceReader
-from tests.trainer.interrupted import hired
+from tests.support.killable_run import hired
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS, PROMPTS_PER_STEP, NUM_STEPS, NUM_KILLS = 10, 4, 10, 3  # steps 3, 5, 8 and 10 reach over or end an epoch
@@ -83,7 +83,7 @@ def started(config: Path, *options: str, max_file_bytes: int | None = None) -> "
 
     with log_of(config).open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer.interrupted", str(config), *options],
+            [sys.executable, "-m", "tests.support.killable_run", str(config), *options],
             cwd=REPOSITORY,
             stderr=log,
             preexec_fn=limit,

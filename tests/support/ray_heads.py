@@ -16,7 +16,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+import ray
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -36,24 +39,30 @@ class Head:
     folder: Path  # Ray's own, and everything's logs; named in the environment of all the cluster's processes
 
     @contextlib.contextmanager
-    def node(self, options: str) -> Iterator[subprocess.Popen[str]]:
-        """One node of the cluster, ``options`` being ``ray start``'s."""
+    def node(self, options: str, *, num_cpus: int = 2) -> Iterator[Callable[[], bool]]:
+        """One node of the cluster, ``options`` being ``ray start``'s. Yields what says whether it has started."""
         ports = free_ports(4)
         command = (
-            f"ray start --block --num-cpus 2 --object-store-memory 200000000 {options} "
+            f"ray start --block --num-cpus {num_cpus} --object-store-memory 200000000 {options} "
             f"--dashboard-agent-listen-port {ports[0]} --dashboard-agent-grpc-port {ports[1]} "
-            f"--runtime-env-agent-port {ports[2]} --metrics-export-port {ports[3]}"
+            f"--runtime-env-agent-port {ports[2]} --metrics-export-port {ports[3]} "
+            f"--min-worker-port 0 --max-worker-port 0"  # any that are free, or nodes would take each other's
         )
-        with (self.folder / f"node-{ports[0]}.log").open("w") as log:
+        path = self.folder / f"node-{ports[0]}.log"
+        with path.open("w") as log:
             process = subprocess.Popen(
                 shlex.split(command),
                 env=self.environment | {MARK: self.folder.name},
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                text=True,
             )
+
+        def has_started() -> bool:
+            assert process.poll() is None, path.read_text()
+            return "Ray runtime started" in path.read_text()
+
         try:
-            yield process
+            yield has_started
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -104,36 +113,70 @@ class Head:
 @contextlib.contextmanager
 def started_head() -> Iterator[Head]:
     """A cluster on free ports that asks for a token of its own; ended with all its processes."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
-    (folder / "token").write_text(uuid4().hex)
-    gcs_port, dashboard_port = free_ports(2)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {
-        "PATH": f"{BIN}:{environment['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-    }
-    head = Head(
-        address=f"http://127.0.0.1:{dashboard_port}",
-        gcs_address=f"127.0.0.1:{gcs_port}",
-        environment=environment,
-        folder=folder,
-    )
-    options = (
-        f"--head --node-ip-address 127.0.0.1 --port {gcs_port} --temp-dir {folder} "
-        f"--dashboard-host 127.0.0.1 --dashboard-port {dashboard_port}"
-    )
-    try:
-        with head.node(options):
+    (dashboard_port,) = free_ports(1)
+    with _folder() as folder:
+        (folder / "token").write_text(uuid4().hex)
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+        head = _head(folder, token, address=f"http://127.0.0.1:{dashboard_port}")
+        with head.node(_head_options(head, f"--dashboard-host 127.0.0.1 --dashboard-port {dashboard_port}")):
             wait_for(
                 lambda: _answers(f"{head.address}/api/version"), f"the cluster; see {folder}/*.log", START_TIMEOUT_S
             )
             yield head
+
+
+@contextlib.contextmanager
+def started_ray() -> Iterator[str]:
+    """A cluster without dashboard and token, for drivers in this process that join it one after the other.
+
+    Yields its address. A driver's actors end when it leaves, so that the next one finds the cluster empty.
+    """
+    with _folder() as folder:
+        head = _head(folder, {"RAY_AUTH_MODE": "disabled"}, address="")
+        options = _head_options(head, "--include-dashboard=false")
+        with head.node(options, num_cpus=8) as has_started:
+            wait_for(has_started, f"Ray; see {folder}/*.log", START_TIMEOUT_S)
+            yield head.gcs_address
+
+
+@contextlib.contextmanager
+def joined(address: str, **options: Any) -> Iterator[None]:
+    """This process as a driver in a cluster; ``options`` are ``ray.init``'s."""
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _head(folder: Path, authentication: dict[str, str], *, address: str) -> Head:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= authentication | {
+        "PATH": f"{BIN}:{environment['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }
+    (port,) = free_ports(1)
+    return Head(address=address, gcs_address=f"127.0.0.1:{port}", environment=environment, folder=folder)
+
+
+def _head_options(head: Head, more: str) -> str:
+    host, _, port = head.gcs_address.partition(":")
+    (client_port,) = free_ports(1)
+    return (
+        f"--head --node-ip-address {host} --port {port} --ray-client-server-port {client_port} "
+        f"--temp-dir {head.folder} {more}"
+    )
 
 
 def free_ports(num_ports: int) -> list[int]:
