@@ -66,13 +66,13 @@ demo: $(READY)  ## Distil the demo student and print the table (a few minutes)
 	$(BIN)/adaswitch train deploy/configs/demo.yaml $(ARGS)
 
 submit: $(READY)  ## Run CONFIG as a job on the Ray cluster at ADDRESS; ARGS="--set a.b=c"
-	$(BIN)/python -m deploy.submit $(CONFIG) --address $(ADDRESS) $(ARGS)
+	$(BIN)/python -m deploy.cluster.submit $(CONFIG) --address $(ADDRESS) $(ARGS)
 
 # Containers. NETWORK=host where the engine has no bridge; GPU=1 with NVIDIA's container toolkit.
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 NETWORK ?= bridge
-COMPOSE_FILES = -f deploy/docker-compose.yml -f deploy/docker-compose.$(NETWORK:bridge=override).yml $(if $(GPU),-f deploy/docker-compose.nvidia.yml)
-COMPOSE_UP = $(COMPOSE) --env-file deploy/.env $(COMPOSE_FILES) $(if $(PROFILE),--profile $(PROFILE))
+COMPOSE_FILES = -f deploy/docker/docker-compose.yml -f deploy/docker/docker-compose.$(NETWORK:bridge=override).yml $(if $(GPU),-f deploy/docker/docker-compose.nvidia.yml)
+COMPOSE_UP = $(COMPOSE) -p adaswitch --env-file deploy/.env $(COMPOSE_FILES) $(if $(PROFILE),--profile $(PROFILE))
 
 deploy/.env:
 	@umask 077 && echo "ADASWITCH_INSPECTOR_TOKEN=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" > $@
@@ -89,7 +89,7 @@ down: deploy/.env  ## Stop and remove the containers; runs stay (ARGS=--volumes 
 	$(COMPOSE_UP) down $(ARGS)
 
 verify-compose:  ## Build, start, run, look, stop: everything about the containers, for real
-	deploy/verify-compose.sh
+	deploy/docker/verify-compose.sh
 
 demo-models: $(READY)  ## Make the demo's models again (about 5 minutes)
 	$(BIN)/python -m deploy.demo.make_models --out deploy/demo/models
@@ -105,7 +105,7 @@ browser: $(READY)  ## A browser for the page's tests: Debian's where apt-get wor
 	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || $(BIN)/playwright install --with-deps chromium
 
 UPLOT := 1.6.32
-UPLOT_DIR := rollout_server/api/page/vendor/uplot
+UPLOT_DIR := rollout_server/inspector/page/vendor/uplot
 page-vendor:  ## Fetch the page's charting library anew and hold it against its checksums (needs npm)
 	folder=$$(mktemp -d) && (cd $$folder && npm pack --silent uplot@$(UPLOT) && tar xzf uplot-$(UPLOT).tgz) && \
 	cp $$folder/package/dist/uPlot.esm.js $$folder/package/dist/uPlot.min.css $$folder/package/LICENSE $(UPLOT_DIR) && rm -r $$folder

@@ -74,7 +74,7 @@ def _options(
 @app.command()
 def config(file: ConfigFile, overrides: Overrides = None) -> None:
     """Print every setting of a run and where its value came from: default, file or --set."""
-    from common.config_source import dump_config, read_config
+    from common.config.source import dump_config, read_config
 
     typer.echo(dump_config(read_config(file, overrides or [])), nl=False)
 
@@ -88,15 +88,15 @@ def train(
     ] = False,
 ) -> None:
     """Distil the teacher into the student and print what came of it."""
-    from common.config_source import read_config
+    from common.config.source import read_config
     from common.logs import set_up_logging
-    from deploy.loopback import keep_ray_on_loopback
+    from deploy.cluster.loopback import keep_ray_on_loopback
 
     resolved = read_config(file, overrides or [])  # before the imports below, which take seconds
     set_up_logging()
     keep_ray_on_loopback(resolved.config.placement)
 
-    from deploy.launch import train
+    from deploy.run.launch import train
 
     train(resolved, resume=resume)
 
@@ -107,15 +107,15 @@ def evaluate(file: ConfigFile, overrides: Overrides = None) -> None:
 
     To measure a trained student: --set models.student=RUN/student
     """
-    from common.config_source import read_config
+    from common.config.source import read_config
     from common.logs import set_up_logging
-    from deploy.loopback import keep_ray_on_loopback
+    from deploy.cluster.loopback import keep_ray_on_loopback
 
     resolved = read_config(file, overrides or [])
     set_up_logging()
     keep_ray_on_loopback(resolved.config.placement)
 
-    from deploy.launch import evaluate_student
+    from deploy.run.launch import evaluate_student
 
     evaluate_student(resolved)
 
@@ -131,7 +131,7 @@ def traces(
     ] = None,
 ) -> None:
     """List the sequences of a run, or show one: who wrote each token, and why."""
-    from deploy.terminal import print_sequence, print_sequences
+    from deploy.reporting.terminal import print_sequence, print_sequences
     from rollout_server.traces.reader import TraceReader
     from rollout_server.traces.records import SequenceFilter
 
@@ -173,12 +173,12 @@ def serve(
     """Serve the runs' traces over REST and as a page: the inspector."""
     from contextlib import nullcontext
 
-    from rollout_server.api.mirror import mirrored
-    from rollout_server.api.server import serve as serve_runs
+    from rollout_server.inspector.mirror import mirrored
+    from rollout_server.inspector.server import serve as serve_runs
 
     join = None
     if attach:
-        from deploy.attach import attach as join_cluster
+        from deploy.cluster.attach import attach as join_cluster
 
         join = partial(join_cluster, address)
     with mirrored(runs) if "://" in runs else nullcontext(Path(runs)) as folder:

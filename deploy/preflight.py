@@ -11,8 +11,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from common.config import EngineSettings, RunConfig
 from common.errors import UserError, one_line
 from common.sequence import Ids
-from deploy.trackers import refuse_missing_packages
-from rollout_server.selftest import check_tokenizers
+from deploy.reporting.trackers import refuse_missing_packages
+from rollout_server.engines.selftest import check_tokenizers
 from trainer.answers import AnswerReader
 from trainer.evaluate import compile_answer_pattern
 from trainer.loop import HeldOut

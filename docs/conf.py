@@ -9,10 +9,10 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from deploy.reference.columns import column_reference  # noqa: E402
-from deploy.reference.commands import command_reference  # noqa: E402
-from deploy.reference.rest import rest_reference  # noqa: E402
-from deploy.reference.settings import config_reference  # noqa: E402
+from docs.generators.columns import column_reference  # noqa: E402
+from docs.generators.commands import command_reference  # noqa: E402
+from docs.generators.rest import rest_reference  # noqa: E402
+from docs.generators.settings import config_reference  # noqa: E402
 
 project = "adaswitch"
 author = "the adaswitch authors"

@@ -24,17 +24,16 @@ from common.metrics import READ_POSITIONS, RUNNING_REQUESTS, SWITCH_POSITION, WA
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import within
 from common.weights import WeightUpdate
-from rollout_server.engine import EngineFacts, EngineSpec
-from rollout_server.engines.imitated import ImitatedEngine
-from rollout_server.engines.messages import News, Orders
-from rollout_server.engines.multiplex import StreamMultiplexer
-from rollout_server.engines.remote import RemoteEngine
+from rollout_server.engines.protocol import EngineFacts, EngineSpec
+from rollout_server.engines.remote.client import RemoteEngine
+from rollout_server.engines.remote.messages import News, Orders
+from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.replicas import ReplicatedEngine
-from rollout_server.exported import Exported
-from rollout_server.live.records import LivePiece, LiveRefusal, LiveRequest
-from rollout_server.live.writer import LiveWriter
+from rollout_server.engines.selftest import check_engine
+from rollout_server.inspector.live_records import LivePiece, LiveRefusal, LiveRequest
+from rollout_server.live_writer import LiveWriter
+from rollout_server.ray_metrics import Exported
 from rollout_server.rollouts import Rollouts, RolloutSpec
-from rollout_server.selftest import check_engine
 
 if TYPE_CHECKING:
     from rollout_server.engines.vllm import VLLMEngine
@@ -47,12 +46,12 @@ _ENGINE_METRICS = (RUNNING_REQUESTS, WAITING_REQUESTS, WRITTEN_TOKENS, READ_POSI
 
 
 class EngineActor:
-    """One engine in a process of its own: vLLM's, or an imitated one. ``start`` comes first.
+    """One engine in a process of its own. ``start`` comes first.
 
     Where Ray puts a new process in a dead one's place, ``start`` comes first again.
     """
 
-    _engine: "VLLMEngine | ImitatedEngine"
+    _engine: "VLLMEngine"
     _streams: StreamMultiplexer
     _loading_since_s: float | None = None  # weights, where that is under way
 
@@ -67,9 +66,7 @@ class EngineActor:
         freeze_heap()
         return facts
 
-    def _start_engine(self, spec: EngineSpec) -> "VLLMEngine | ImitatedEngine":
-        if spec.imitate is not None:
-            return ImitatedEngine.start(spec)
+    def _start_engine(self, spec: EngineSpec) -> "VLLMEngine":
         from rollout_server.engines.vllm import VLLMEngine
 
         return VLLMEngine.start(spec)

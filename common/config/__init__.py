@@ -2,7 +2,7 @@
 
 Each part is passed on its own to the code that owns it; nothing reads the whole tree but ``deploy/``. Frozen, unknown
 keys refused, choices as unions on ``type``, so that a setting which means nothing for the chosen type can't be written.
-Reading YAML and ``--set`` is ``common/config_source.py``.
+Reading YAML and ``--set`` is ``common/config/source.py``.
 """
 
 from common.config.data import (

@@ -17,7 +17,7 @@ import numpy as np
 
 from common.sequence import TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import (
+from rollout_server.engines.protocol import (
     Engine,
     EngineCallError,
     GoOn,

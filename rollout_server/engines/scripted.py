@@ -21,7 +21,7 @@ import numpy.typing as npt
 from common.seeds import derive_seed
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import (
+from rollout_server.engines.protocol import (
     EngineCallError,
     GoOn,
     ScoreRequest,

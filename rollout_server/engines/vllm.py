@@ -30,7 +30,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from common.cores import children_on_cores
 from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engine import (
+from rollout_server.engines.protocol import (
     EngineFacts,
     EngineSpec,
     GoOn,
@@ -42,7 +42,7 @@ from rollout_server.engine import (
     write_whole,
 )
 from rollout_server.engines.room import CacheRoom
-from rollout_server.weight_receiver import apply_update, init_transfer
+from rollout_server.engines.vllm_plugin.weight_transfer import apply_update, init_transfer
 
 _CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
 _CPU_CACHE_GIB = 1.0

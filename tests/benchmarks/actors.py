@@ -13,8 +13,8 @@ import psutil  # type: ignore[import-untyped]
 
 from common.sequence import Ids, MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RolloutActor
-from rollout_server.engine import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
-from rollout_server.engines.messages import News, Orders
+from rollout_server.engines.protocol import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
+from rollout_server.engines.remote.messages import News, Orders
 from rollout_server.rollouts import RolloutSpec
 
 

@@ -27,7 +27,7 @@ from common.config import AdaSwitch, Dataset, EngineSettings, OnPolicy, Policy, 
 from common.cores import on_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineAddress, RemoteRollouts
-from rollout_server.engine import EngineSpec
+from rollout_server.engines.protocol import EngineSpec
 from rollout_server.rollouts import RolloutSpec
 from tests.benchmarks import report
 from tests.benchmarks.actors import CPUSeconds, EngineCounters, MeasuredEngineActor, MeasuredRolloutActor, Messages

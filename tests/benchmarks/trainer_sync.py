@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common.config import EngineSettings, Trainer
 from common.sequence import Ids, TopLogprobs
 from rollout_server.actors import EngineActor
-from rollout_server.engine import EngineSpec, ScoreRequest
-from rollout_server.engines.remote import RemoteEngine
+from rollout_server.engines.protocol import EngineSpec, ScoreRequest
+from rollout_server.engines.remote.client import RemoteEngine
 from tests.benchmarks.pairs import REPOSITORY, synthetic_pair
 from tests.benchmarks.trainer_report import Figure, machine
 from trainer.probe import WeightSyncError, compare_probe, read_probe

@@ -11,7 +11,7 @@ import numpy as np
 from common.config import Sampling
 from common.seeds import derive_seed
 from common.sequence import MixedSequence, TokenSource
-from rollout_server.engine import ScoreRequest, WriteRequest
+from rollout_server.engines.protocol import ScoreRequest, WriteRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the container files promise, as far as a file can show it; ``deploy/verify-compose.sh`` shows the rest."""
+"""What the container files promise, as far as a file can show it. ``verify-compose.sh`` shows the rest."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.submit import STOP_WAIT_S
+from deploy.cluster.submit import STOP_WAIT_S
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy" / "docker"
 BASE = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]
 ORDINARY = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
 HOST = yaml.safe_load((DEPLOY / "docker-compose.host.yml").read_text())["services"]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from deploy.reference.columns import column_names
-from deploy.reference.commands import command_flags
-from deploy.reference.rest import rest_paths
-from deploy.reference.settings import config_keys
-from rollout_server.api.app import create_app
+from docs.generators.columns import column_names
+from docs.generators.commands import command_flags
+from docs.generators.rest import rest_paths
+from docs.generators.settings import config_keys
+from rollout_server.inspector.app import create_app
 
 ROOT = Path(__file__).parents[2]
 BUILD_TIMEOUT_S = 300.0
@@ -77,7 +77,7 @@ def test_every_trace_column_is_there(built: Path) -> None:
 
 
 def test_every_metric_of_a_run_is_there(built: Path) -> None:
-    """Their source page is held against the code by tests/deploy/test_run_folder.py."""
+    """Their source page is held against the code by tests/deploy/run/test_run_folder.py."""
     source = (ROOT / "docs" / "metrics.md").read_text()
     names = set(re.findall(r"^\| `(\w+/\w+)`", source, re.MULTILINE))
     assert "train/loss_nats" in names

@@ -26,7 +26,7 @@ import yaml
 from sybil.document import Document
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
 
-from common.config_source import read_config
+from common.config.source import read_config
 from common.errors import UserError
 from deploy.cli import app
 

@@ -8,7 +8,7 @@ import pytest
 
 from common.sequence import Floats, Ids
 from common.weights import WeightUpdate
-from rollout_server.engine import ScoreRequest, WriteRequest, Written, concatenate_written
+from rollout_server.engines.protocol import ScoreRequest, WriteRequest, Written, concatenate_written
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine, ScriptedError
 
 TEACHER = HashedScript(vocabulary_size=32, seed=1)

@@ -1,0 +1,1 @@
+"""A run on Ray: placement, reservation, actors, and jobs on a cluster."""

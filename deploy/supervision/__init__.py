@@ -1,0 +1,1 @@
+"""What a run does when a worker dies, hangs or fails."""

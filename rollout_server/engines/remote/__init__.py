@@ -1,0 +1,1 @@
+"""An engine behind a Ray actor: the client beside the controller, the server beside the engine."""

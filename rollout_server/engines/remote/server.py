@@ -1,0 +1,184 @@
+"""All calls of one engine's clients over one exchange of messages. The half that lives beside the engine; ``remote`` is
+the other. Knows nothing of Ray.
+"""
+
+import asyncio
+import logging
+import time
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+
+from common.sequence import TopLogprobs
+from common.waiting import within
+from rollout_server.engines.protocol import Engine, GoOn, ScoreRequest, WriteRequest, Written, next_piece
+from rollout_server.engines.remote.messages import News, Orders, RowsBatch, WrittenBatch
+
+logger = logging.getLogger(__name__)
+
+_FORGET_S = 120.0
+"""A client that waits for something asks every few seconds; one that has not for so long is gone."""
+
+
+@dataclass(slots=True)
+class _Client:
+    """One reader of this engine: its calls under way and what they came to since it was last told."""
+
+    calls: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    paused: dict[int, asyncio.Future[GoOn]] = field(default_factory=dict)  # set when the reader comes back
+    written: list[tuple[int, Written]] = field(default_factory=list)
+    rows: list[tuple[int, TopLogprobs]] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+    waiting: asyncio.Event | None = None  # of the last exchange, while it is under way
+    num_exchanges: int = 0
+    overtaking: dict[int, asyncio.Event] = field(default_factory=dict)  # set when its turn has come
+    heard_s: float = 0.0  # on the event loop's clock
+
+    def ring(self) -> None:
+        """There is news, or somebody else to tell it to."""
+        if self.waiting is not None:
+            self.waiting.set()
+
+    def take_news(self) -> News:
+        written, self.written = self.written, []
+        rows, self.rows = self.rows, []
+        failures, self.failures = self.failures, {}
+        return News(written=WrittenBatch.pack(written), rows=RowsBatch.pack(rows), failures=failures)
+
+    def close(self, call_id: int) -> None:
+        self.paused.pop(call_id, None)
+        if (task := self.calls.pop(call_id, None)) is not None:
+            task.cancel()
+
+    def close_all(self) -> list[int]:
+        """The calls that were under way."""
+        call_ids = list(self.calls)
+        for call_id in call_ids:
+            self.close(call_id)
+        return call_ids
+
+
+class StreamMultiplexer:
+    """Runs the calls of all clients of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.num_written_tokens = 0
+        self.num_read_positions = 0
+        self._clients: dict[str, _Client] = {}
+        self._moved_s = time.monotonic()
+
+    @property
+    def num_busy(self) -> int:
+        """Calls under way, but for those that wait for their reader."""
+        return sum(len(client.calls) - len(client.paused) for client in self._clients.values())
+
+    @property
+    def still_s(self) -> float:
+        """Since one of them last wrote or read something, or since the first of them came; 0 while there is none."""
+        return time.monotonic() - self._moved_s if self.num_busy else 0.0
+
+    def drop_calls(self) -> None:
+        """End every call. Who made it is gone, or has given it up, or hears that it failed."""
+        for client in self._clients.values():
+            dropped = client.close_all()
+            client.failures |= dict.fromkeys(dropped, "dropped: another worker of the run is being restarted")
+            client.ring()
+
+    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
+        """Take orders; return all news since the client's last exchange, or wait for some for ``wait_s``.
+
+        An exchange ends the wait of the client's one before, which then returns empty-handed: so orders need not wait
+        for news, and news keep their order. Exchanges are taken in the order of their numbers, whatever Ray does.
+        """
+        client = self._clients.setdefault(client_id, _Client())
+        client.heard_s = asyncio.get_running_loop().time()
+        if orders.number != client.num_exchanges:
+            turn = client.overtaking[orders.number] = asyncio.Event()
+            await within(_FORGET_S, turn.wait(), f"exchange {client.num_exchanges} of a client")
+        client.num_exchanges += 1
+        self._take(client, orders)
+        client.ring()
+        waiting = client.waiting = asyncio.Event()
+        if (turn_of_next := client.overtaking.pop(client.num_exchanges, None)) is not None:
+            turn_of_next.set()
+        self._forget_the_silent(client.heard_s)
+        if not (client.written or client.rows or client.failures):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(waiting.wait(), wait_s)
+        if client.waiting is not waiting:
+            return News.nothing()
+        client.waiting = None
+        return client.take_news()
+
+    def _take(self, client: _Client, orders: Orders) -> None:
+        if orders.instead_of is not None:
+            self._forget(orders.instead_of)
+        if not self.num_busy:
+            self._moved_s = time.monotonic()
+        for call_id, request in orders.opens.items():
+            client.calls[call_id] = asyncio.create_task(self._write(client, call_id, request))
+        for call_id, read in orders.reads.unpack():
+            client.calls[call_id] = asyncio.create_task(self._read(client, call_id, read))
+        for call_id, go_on in orders.resumes.items():
+            if (paused := client.paused.pop(call_id, None)) is not None:
+                paused.set_result(go_on)
+        for call_id in orders.closes:
+            client.close(call_id)
+        if orders.closes:
+            dropped = set(orders.closes)
+            client.written = [piece for piece in client.written if piece[0] not in dropped]
+
+    def _forget_the_silent(self, now_s: float) -> None:
+        """End what clients left behind that died without a word."""
+        for client_id, client in list(self._clients.items()):
+            if client.calls and now_s - client.heard_s > _FORGET_S:
+                logger.warning("a client was silent for %.0f s: ending its %d calls", _FORGET_S, len(client.calls))
+                self._forget(client_id)
+
+    def _forget(self, client_id: str) -> None:
+        """End what a client left under way, if it is known."""
+        if (client := self._clients.pop(client_id, None)) is not None:
+            client.close_all()
+            client.ring()
+
+    async def _write(self, client: _Client, call_id: int, request: WriteRequest) -> None:
+        """Consumes one stream of the engine; produces into the client's news; waits for the client at pauses; stops
+        when the stream ends or is closed.
+        """
+        num_written, pause_after, go_on = 0, request.pause_after, None
+        try:
+            async with aclosing(self._engine.stream(request)) as pieces:
+                while (piece := await next_piece(pieces, go_on)) is not None:
+                    num_written, go_on = num_written + len(piece), None
+                    paused: asyncio.Future[GoOn] | None = None
+                    if piece.finish_reason is None and num_written == pause_after:
+                        paused = client.paused[call_id] = asyncio.get_running_loop().create_future()
+                    client.written.append((call_id, piece))
+                    self.num_written_tokens += len(piece)
+                    self._moved_s = time.monotonic()
+                    client.ring()
+                    if paused is not None:
+                        go_on = await paused
+                        pause_after = go_on.pause_after(num_written)
+        except Exception as error:
+            self._fail(client, call_id, error)
+        finally:
+            client.paused.pop(call_id, None)
+            client.calls.pop(call_id, None)
+
+    async def _read(self, client: _Client, call_id: int, request: ScoreRequest) -> None:
+        try:
+            rows = await self._engine.score(request)
+            client.rows.append((call_id, rows))
+            self.num_read_positions += request.num_rows
+            self._moved_s = time.monotonic()
+            client.ring()
+        except Exception as error:
+            self._fail(client, call_id, error)
+        finally:
+            client.calls.pop(call_id, None)
+
+    def _fail(self, client: _Client, call_id: int, error: Exception) -> None:
+        logger.error("call %d failed", call_id, exc_info=error)
+        client.failures[call_id] = f"{type(error).__name__}: {error}"
+        client.ring()

@@ -1,0 +1,117 @@
+"""Runs in a store, mirrored into a folder of this machine that the inspector can read.
+
+Only what it shows: a run's small files and its trace. A segment appears at once and whole, as a run writes it.
+"""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from threading import Event, Thread
+
+from common import run_dir
+from common.errors import UserError
+from common.run_dir import TEXT_FILES
+from common.storage import Store
+from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE, parse_segment_name
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 5.0
+_TIMEOUT_S = 120.0  # for one file, or the list of all
+
+
+@contextmanager
+def mirrored(url: str) -> Iterator[Path]:
+    """A folder with the store's runs, as they are now and as they go on. Gone with the context.
+
+    Raises UserError where the store can't be listed.
+    """
+    store = Store(url, timeout_s=_TIMEOUT_S, key="RUNS_DIR")
+    try:
+        store.versions()
+    except Exception as error:  # the store's, of whatever kind
+        raise UserError(f"RUNS_DIR: can't list {url}: {type(error).__name__}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="adaswitch-runs-") as name:
+        mirror, ended = Mirror(store, Path(name)), Event()
+        thread = Thread(target=_keep_up, args=(mirror, ended), daemon=True, name="mirror")
+        thread.start()
+        try:
+            yield Path(name)
+        finally:
+            ended.set()
+            thread.join(_EVERY_S)
+
+
+def _keep_up(mirror: "Mirror", ended: Event) -> None:
+    """Consumes the store's listings; produces files; waits some seconds between looks; stops when ``ended`` is set."""
+    while not ended.is_set():
+        try:
+            mirror.refresh()
+        except Exception as error:  # what is here is served until the store can be read again
+            logger.warning("the runs of %s can't be brought up to date: %s", mirror.url, error)
+        ended.wait(_EVERY_S)
+
+
+class Mirror:
+    """What of a store is in a folder. Not for several threads."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
+        self._folder = folder
+        self._here: dict[str, tuple[str, ...]] = {}  # marks of what was fetched, by file or segment
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def refresh(self) -> None:
+        """Fetch what is new or another one; drop what is gone."""
+        wanted = self._wanted()
+        for name in [name for name in self._here if name not in wanted]:
+            self._drop(name)
+        for name, marks in sorted(wanted.items()):
+            if self._here.get(name) != marks:
+                self._fetch(name)
+                self._here[name] = marks
+
+    def _wanted(self) -> dict[str, tuple[str, ...]]:
+        """The store's small files and whole segments, with their marks."""
+        marks: dict[str, tuple[str, ...]] = {}
+        segments: dict[str, dict[str, str]] = {}
+        for name, version in self._store.versions().items():
+            match PurePosixPath(name).parts:
+                case (_, file) if file in TEXT_FILES:
+                    marks[name] = (version.mark,)
+                case (_, run_dir.TRACES, segment, file) if parse_segment_name(segment):
+                    segments.setdefault(name.removesuffix(f"/{file}"), {})[file] = version.mark
+        for name, files in segments.items():
+            if files.keys() >= {SEQUENCES_FILE, TOKENS_FILE}:
+                marks[name] = (files[SEQUENCES_FILE], files[TOKENS_FILE])
+        return marks
+
+    def _fetch(self, name: str) -> None:
+        place = self._folder / name
+        if place.name in TEXT_FILES:
+            self._store.get(name, place)
+            return
+        unfinished = place.with_name(f".{place.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for file in (SEQUENCES_FILE, TOKENS_FILE):
+            self._store.get(f"{name}/{file}", unfinished / file)
+        if name in self._here:
+            self._drop(name)
+        unfinished.rename(place)
+
+    def _drop(self, name: str) -> None:
+        """Out of sight at once."""
+        place = self._folder / name
+        if place.is_dir():
+            dropped = place.with_name(f".{place.name}.dropped")
+            place.rename(dropped)
+            shutil.rmtree(dropped)
+        else:
+            place.unlink(missing_ok=True)
+        del self._here[name]
