@@ -52,8 +52,8 @@ def train_command(*settings: str, options: Sequence[str] = ()) -> list[str]:
 
 
 def run_environment(folder: Path, **variables: str) -> dict[str, str]:
-    """This process's environment without a cluster to join, and with the caches in ``folder``."""
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    """This process's, without a cluster to join and the tests' number of threads; caches are in ``folder``."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "OMP_NUM_THREADS")}
     return kept | {"HF_DATASETS_CACHE": str(folder / "datasets")} | variables
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from uuid import uuid4
 
 import ray
 
+from tests.support.marked import processes_with
+
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DEMO = "deploy/configs/demo.yaml"
 SHORT = ["trainer.num_steps=2", "trainer.prompts_per_step=8", "trainer.warmup_steps=0", "evaluation.data.max_prompts=8"]
 MARK = "ADASWITCH_HEAD"
 START_TIMEOUT_S = 120.0
+_OF_RUNS = r"EngineActor|LearnerActor|RolloutActor|::EngineCore|::Worker|deploy\.cli|scripted_run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,33 +85,17 @@ class Head:
         )
 
     def listed(self, what: str, state: str) -> list[dict[str, str]]:
-        """Ray's own list of actors, nodes or placement groups in a state."""
-        command = [str(BIN / "ray"), "list", what, "--address", self.address, "--filter", f"state={state}"]
-        answer = subprocess.run(
-            [*command, "--format", "json"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=START_TIMEOUT_S,
-            check=True,
-        )
-        if answer.stdout.startswith("No resource"):  # whatever the format
-            return []
-        found: list[dict[str, str]] = json.loads(answer.stdout)
+        """What ``ray list`` shows of actors, nodes or placement_groups in a state, without its seconds of imports."""
+        query = {"filter_keys": "state", "filter_predicates": "=", "filter_values": state}
+        request = urllib.request.Request(f"{self.address}/api/v0/{what}?{urllib.parse.urlencode(query)}")
+        request.add_header("Authorization", f"Bearer {Path(self.environment['RAY_AUTH_TOKEN_PATH']).read_text()}")
+        with urllib.request.urlopen(request, timeout=START_TIMEOUT_S) as answer:
+            found: list[dict[str, str]] = json.loads(answer.read())["data"]["result"]["result"]
         return found
 
     def processes(self) -> list[str]:
-        """Titles of the processes of runs: actors and what vLLM starts."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"{MARK}={self.folder.name}".encode() in (process / "environ").read_bytes():
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
-        return [
-            title
-            for title in found
-            if re.search(r"EngineActor|LearnerActor|RolloutActor|::EngineCore|::Worker|deploy\.cli", title)
-        ]
+        """Titles of the processes of runs: actors, what vLLM starts, and drivers."""
+        return [title for title in processes_with(MARK, self.folder.name) if re.search(_OF_RUNS, title)]
 
 
 @contextlib.contextmanager

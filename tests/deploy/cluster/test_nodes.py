@@ -50,7 +50,7 @@ def test_student_teacher_rollouts_and_learner_work_together_from_four_nodes(four
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["max_probe_nats"] < 1e-3
-    assert not four_nodes.listed("placement-groups", "CREATED")
+    assert not four_nodes.listed("placement_groups", "CREATED")
 
 
 def has_nodes(head: Head, num_nodes: int) -> bool:
