@@ -17,8 +17,10 @@ from ray.util.placement_group import placement_group_table
 from tests.support.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
 from tests.support.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
 
-RUN_TIMEOUT_S = 400.0
+RUN_TIMEOUT_S = 240.0
 SEATS = ["EngineActor", "EngineActor", "LearnerActor", "RolloutActor"]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
