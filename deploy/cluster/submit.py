@@ -34,6 +34,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 # Between asking a stopped job to end and killing it. Ray's default of 3 s is less than engines need.
 STOP_WAIT_S = 15
+TRAIN = ("python", "-m", "deploy.cli", "train")
+"""What the job runs."""
 # A run needs none of these. Ray leaves out what .gitignore names, .git, .venv and __pycache__ by itself.
 _LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
 
@@ -77,6 +79,7 @@ def submit(
     resume: bool = False,
     upload: bool = True,
     stop_with_me: bool = False,
+    program: Sequence[str] = TRAIN,
 ) -> int:
     """Wait for the run and return its exit code. Raises UserError where the job can't be submitted."""
     config = read_config(file, list(overrides)).config
@@ -85,6 +88,7 @@ def submit(
         overrides,
         run_dir=Path(config.run_dir).absolute(),
         resume=resume,
+        program=program,
     )
     use_token_where_there_is_one()
 
@@ -165,12 +169,14 @@ def _ray_job(address: str) -> str:
     return f"{token}RAY_API_SERVER_ADDRESS={address} {ray} job"
 
 
-def entrypoint(file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False) -> str:
+def entrypoint(
+    file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False, program: Sequence[str] = TRAIN
+) -> str:
     """The job's shell command. Where the cluster is on this machine, or shares its disk, this environment's programs
     come first; elsewhere this folder does not exist, and the cluster's programs are used.
     """
     settings = [*overrides, f"run_dir={run_dir}"]
-    words = ["python", "-m", "deploy.cli", "train", str(file), *(["--resume"] if resume else [])]
+    words = [*program, str(file), *(["--resume"] if resume else [])]
     for setting in settings:
         words += ["--set", setting]
     return f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"; exec {shlex.join(words)}'

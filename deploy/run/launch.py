@@ -36,7 +36,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
+def train(resolved: ResolvedConfig, *, resume: bool = False, actor_classes: ActorClasses | None = None) -> None:
     """Run the whole distillation, or the rest of one that was interrupted, and print its summary."""
     resumed = None
     if resume:
@@ -51,7 +51,8 @@ def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
             print_summary(summary)
             return
 
-    print_summary(_run(run(resolved, partial(started_actors, resolved.config), resumed)))
+    start = partial(started_actors, resolved.config, actor_classes=actor_classes)
+    print_summary(_run(run(resolved, start, resumed)))
 
 
 def evaluate_student(resolved: ResolvedConfig) -> None:
