@@ -11,7 +11,7 @@ _PACKAGES = ("common", "rollout_server", "trainer")
 
 
 def shadowed_package(names: tuple[str, ...] = _PACKAGES) -> str | None:
-def shadowed_package(names: tuple[str, ...] = _PACKAGES) -> str | None:
+    """One line naming the first package that Python would import from another folder than ours, or None."""
     root = Path(__file__).resolve().parents[1]
     for name in names:
         spec = find_spec(name)

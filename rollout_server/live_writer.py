@@ -31,7 +31,7 @@ from rollout_server.inspector.live_records import (
 )
 from rollout_server.policies import make_policy
 from rollout_server.rollouts import LiveContext, RolloutSpec
-from rollout_server.sequence_builder import Draft
+from rollout_server.sequence_builder import SequenceBuilder
 from rollout_server.traces.columns import TokenColumns
 
 MAX_AT_ONCE = 4
@@ -67,9 +67,10 @@ class LiveWriter:
         sampling = self._sampling(request, token_ids.size)
         prompt = _prompt(token_ids, request, policy)
         self._num_running += 1
-        draft = Draft(prompt, self._spec.top_logprobs)
+        controller = self._controller(policy, sampling)
+        builder = controller.new_builder(prompt)
         started_s = time.perf_counter()
-        writing = asyncio.create_task(self._controller(policy, sampling).write(draft))
+        writing = asyncio.create_task(controller.write(builder))
         try:
             yield _start(prompt, request, policy, sampling, self._decode(prompt.token_ids))
             known_texts: set[int] = set()
@@ -78,19 +79,19 @@ class LiveWriter:
                 left_s = started_s + TIMEOUT_S - time.perf_counter()
                 await asyncio.wait({writing}, timeout=min(_LOOK_EVERY_S, max(left_s, 0.0)))
                 is_done = writing.done()
-                if draft.num_parts > num_shown:
-                    piece = self._piece(draft, policy, num_shown, known_texts)
-                    num_shown = draft.num_parts
+                if builder.num_parts > num_shown:
+                    piece = self._piece(builder, policy, num_shown, known_texts)
+                    num_shown = builder.num_parts
                     yield piece
                 if is_done:
                     break
                 if left_s <= 0:
                     raise LiveFailure(
-                        f"waited {TIMEOUT_S:g} s for the sequence's end; {len(draft)} tokens were written"
+                        f"waited {TIMEOUT_S:g} s for the sequence's end; {len(builder)} tokens were written"
                     )
             if error := writing.exception():
                 raise LiveFailure(f"{type(error).__name__}: {one_line(error)}") from error
-            yield self._end(draft.seal(policy.type), seconds=time.perf_counter() - started_s)
+            yield self._end(builder.seal(policy.type), seconds=time.perf_counter() - started_s)
         finally:
             self._num_running -= 1
             writing.cancel()
@@ -104,7 +105,7 @@ class LiveWriter:
             sampling=sampling,
             top_logprobs=self._spec.top_logprobs,
             stop_token_ids=self._spec.stop_token_ids,
-            guidance_in_pieces=True,
+            stream_guidance=True,
         )
 
     def _token_ids(self, request: LiveRequest) -> Ids:
@@ -143,9 +144,9 @@ class LiveWriter:
         }
         return self._spec.sampling.model_copy(update={k: v for k, v in wanted.items() if v is not None})
 
-    def _piece(self, draft: Draft, policy: Policy, first_part: int, known_texts: set[int]) -> LiveTokens:
-        excerpt = draft.excerpt(policy.type, first_part)
-        first_position = len(draft) - len(excerpt)
+    def _piece(self, builder: SequenceBuilder, policy: Policy, first_part: int, known_texts: set[int]) -> LiveTokens:
+        excerpt = builder.excerpt(policy.type, first_part)
+        first_position = len(builder) - len(excerpt)
         tokens = [replace(t, position=first_position + t.position) for t in self._columns.records(excerpt)]
         alternatives = {i for t in tokens for ids in (t.student_top_ids, t.teacher_top_ids) for i in ids or ()}
         texts = self._columns.texts_of(sorted(alternatives - known_texts))

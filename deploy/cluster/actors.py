@@ -23,7 +23,7 @@ from deploy.cluster.attach import NAMESPACE
 from deploy.cluster.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.cluster.reservation import connect, reserve, shortage_of, use_gpus
 from deploy.preflight import Inputs
-from deploy.supervision.workers import Process, RunStaff
+from deploy.supervision.workers import Process, RunWorkers
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
@@ -59,7 +59,7 @@ class SpawnedLearner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shells:
+class ActorClasses:
     """Whose processes are started; others than the run's own stand for engines that compute nothing."""
 
     engine: type = EngineActor
@@ -70,12 +70,18 @@ class Cluster:
     """The actors of one run. Made by ``joined``."""
 
     def __init__(
-        self, config: RunConfig, plan: SeatingPlan, group: PlacementGroup, shells: Shells, *, use_gpus: bool
+        self,
+        config: RunConfig,
+        plan: SeatingPlan,
+        group: PlacementGroup,
+        actor_classes: ActorClasses,
+        *,
+        use_gpus: bool,
     ) -> None:
         self._config = config
         self._plan = plan
         self._group = group
-        self._shells = shells
+        self._actor_classes = actor_classes
         self._use_gpus = use_gpus
         self._actors: list[ActorHandle] = []
 
@@ -123,7 +129,7 @@ class Cluster:
         prefix = inputs.self_test_prefix
 
         def process(name: str, place: Seat) -> Process:
-            engine = self._spawn(self._shells.engine, place)
+            engine = self._spawn(self._actor_classes.engine, place)
             return Process(
                 name=name,
                 handle=engine,
@@ -147,7 +153,7 @@ class Cluster:
             trust_remote_code=self._config.engines.trust_remote_code,
         )
         ranks = [
-            self._spawn(self._shells.learner, place, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
+            self._spawn(self._actor_classes.learner, place, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
             for rank, place in enumerate(self._plan.learner)
         ]
         return SpawnedLearner(ranks=ranks, started=_start_ranks(ranks))
@@ -181,14 +187,14 @@ class Cluster:
                 "machines share"
             )
 
-    def staff(self, learner: SpawnedLearner, pair: Pair) -> RunStaff:
+    def workers(self, learner: SpawnedLearner, pair: Pair) -> RunWorkers:
         """The run's processes, as they are looked after."""
 
         async def start_learner() -> None:
             timeout_s = self._config.engines.start_timeout_s
             await _unwrapped(every_rank(_start_ranks(learner.ranks), "the learner to start", timeout_s=timeout_s))
 
-        return RunStaff(
+        return RunWorkers(
             students=pair.students,
             teachers=pair.teachers,
             controller=pair.controller,
@@ -198,8 +204,8 @@ class Cluster:
             ],
             start_learner=start_learner,
             connect=lambda: self._connect(learner.ranks, pair),
-            students_are_one=self._backend == "nccl",
-            seat_timeout_s=self._config.placement.timeout_s,
+            students_share_a_group=self._backend == "nccl",
+            placement_timeout_s=self._config.placement.timeout_s,
             call_timeout_s=self._config.engines.call_timeout_s,
             shortage=lambda: shortage_of(self._group, self._plan, self._config.placement.strategy),
         )
@@ -312,7 +318,7 @@ def _start_ranks(ranks: list[ActorHandle]) -> list[Any]:
 
 
 @asynccontextmanager
-async def joined(config: RunConfig, shells: Shells | None = None) -> AsyncIterator[Cluster]:
+async def joined(config: RunConfig, actor_classes: ActorClasses | None = None) -> AsyncIterator[Cluster]:
     """Connect to Ray and reserve a run's resources; end all its actors and give everything back in the end.
 
     Raises UserError when the resources never come.
@@ -321,7 +327,7 @@ async def joined(config: RunConfig, shells: Shells | None = None) -> AsyncIterat
     gpus = use_gpus(config.placement.use_gpus)
     plan = seat(config, use_gpus=gpus)
     group = await reserve(plan, strategy=config.placement.strategy, timeout_s=config.placement.timeout_s)
-    cluster = Cluster(config, plan, group, shells or Shells(), use_gpus=gpus)
+    cluster = Cluster(config, plan, group, actor_classes or ActorClasses(), use_gpus=gpus)
     try:
         yield cluster
     finally:

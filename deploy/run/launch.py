@@ -1,4 +1,4 @@
-"""A run on Ray, from the command to its summary: who is hired, and how the run ends."""
+"""A run on Ray, from the command to its summary: who is started_actors, and how the run ends."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from common.config import RunConfig
 from common.config.source import ResolvedConfig
 from common.errors import UserError
 from common.run_dir import RunDir
-from deploy.cluster.actors import Shells, joined
+from deploy.cluster.actors import ActorClasses, joined
 from deploy.cluster.attach import live_name
 from deploy.cluster.sigterm import end_in_order_on_sigterm
 from deploy.preflight import Inputs, prepare
@@ -21,11 +21,11 @@ from deploy.reporting.progress import ProgressDisplay
 from deploy.reporting.terminal import make_console, print_summary
 from deploy.run.copies import fetch_if_ahead
 from deploy.run.resume import find_resumable, refuse_other_settings
-from deploy.run.run import Crew, run
+from deploy.run.run import RunActors, run
 from deploy.supervision.fatal_errors import clear_end
-from deploy.supervision.health_monitor import Watch
-from deploy.supervision.quarantine import SetAside
-from deploy.supervision.restarts import Repairs
+from deploy.supervision.health_monitor import HealthMonitor
+from deploy.supervision.quarantine import Quarantine
+from deploy.supervision.restarts import RestartPolicy
 from deploy.supervision.supervised import SupervisedLearner, SupervisedRollouts
 from rollout_server.actors import Collected
 from rollout_server.engines.protocol import EngineFacts
@@ -51,7 +51,7 @@ def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
             print_summary(summary)
             return
 
-    print_summary(_run(run(resolved, partial(hired, resolved.config), resumed)))
+    print_summary(_run(run(resolved, partial(started_actors, resolved.config), resumed)))
 
 
 def evaluate_student(resolved: ResolvedConfig) -> None:
@@ -61,31 +61,38 @@ def evaluate_student(resolved: ResolvedConfig) -> None:
 
 
 @asynccontextmanager
-async def hired(
-    config: RunConfig, inputs: Inputs, folder: RunDir, display: ProgressDisplay, *, shells: Shells | None = None
-) -> AsyncIterator[Crew]:
-    """The run's actors, started and wired; ended when the run is."""
+async def started_actors(
+    config: RunConfig,
+    inputs: Inputs,
+    folder: RunDir,
+    display: ProgressDisplay,
+    *,
+    actor_classes: ActorClasses | None = None,
+) -> AsyncIterator[RunActors]:
+    """The run's actors, started and connected. They are shut down when the block is left."""
     display.note("starting the engines and the learner")
-    async with joined(config, shells) as cluster:
+    async with joined(config, actor_classes) as cluster:
         learner_actor = cluster.spawn_learner()
         pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
         await cluster.refuse_unshared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
-        watch, repairs = Watch(config.supervision), Repairs(config.supervision, folder)
-        staff = cluster.staff(learner_actor, pair)
-        logger.info("process ids: %s", await staff.register())
-        supervised = SupervisedLearner(learner, staff=staff, watch=watch, repairs=repairs)
+        monitor, restarts = HealthMonitor(config.supervision), RestartPolicy(config.supervision, folder)
+        workers = cluster.workers(learner_actor, pair)
+        logger.info("process ids: %s", await workers.register())
+        supervised = SupervisedLearner(learner, workers=workers, monitor=monitor, restarts=restarts)
         rollouts = SupervisedRollouts(
             pair.rollouts,
             learner=supervised,
-            staff=staff,
-            watch=watch,
-            repairs=repairs,
-            set_aside=SetAside(folder, inputs.prompts),
+            workers=workers,
+            monitor=monitor,
+            restarts=restarts,
+            quarantine=Quarantine(folder, inputs.prompts),
             config=config.supervision,
         )
-        yield Crew(rollouts=rollouts, learner=supervised, put=Collected.put, bring_back=supervised.bring_back)
+        yield RunActors(
+            rollouts=rollouts, learner=supervised, put=Collected.put, recover_learner=supervised.recover_learner
+        )
 
 
 async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
@@ -110,12 +117,12 @@ def _describe(engine: EngineFacts) -> str:
 def _run(work: Coroutine[Any, Any, T]) -> T:
     """Run to the end. SIGTERM, as a job's stop sends it, ends the run as Ctrl-C does: actors are ended first."""
 
-    async def until_told_to_stop() -> T:
+    async def until_stopped() -> T:
         end_in_order_on_sigterm()
         return await work
 
     try:
-        return asyncio.run(until_told_to_stop())
+        return asyncio.run(until_stopped())
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
     except Exception as error:

@@ -19,8 +19,8 @@ import pytest
 
 from common.config.source import read_config
 from common.sequence import Ids, TopLogprobs
-from deploy.cluster.actors import Shells
-from deploy.run.launch import hired
+from deploy.cluster.actors import ActorClasses
+from deploy.run.launch import started_actors
 from deploy.run.run import run
 from rollout_server.actors import EngineActor
 from rollout_server.engines.protocol import EngineFacts, EngineSpec, GoOn, WriteRequest, Written
@@ -116,9 +116,9 @@ class FarLearnerActor(UnprobedLearnerActor):
         return False
 
 
-PLAYED = Shells(engine=PlayedEngineActor, learner=UnprobedLearnerActor)
-FAR = Shells(engine=PlayedEngineActor, learner=FarLearnerActor)
-STILLBORN = Shells(engine=StillbornEngineActor, learner=UnprobedLearnerActor)
+PLAYED = ActorClasses(engine=PlayedEngineActor, learner=UnprobedLearnerActor)
+FAR = ActorClasses(engine=PlayedEngineActor, learner=FarLearnerActor)
+STILLBORN = ActorClasses(engine=StillbornEngineActor, learner=UnprobedLearnerActor)
 
 
 def write_config(
@@ -139,10 +139,10 @@ def write_config(
 
 
 @asynccontextmanager
-async def going_on(path: Path, *settings: str, shells: Shells | None = None) -> AsyncIterator[Run]:
+async def going_on(path: Path, *settings: str, actor_classes: ActorClasses | None = None) -> AsyncIterator[Run]:
     """A run beside this task; ended, with all its actors, when the block is left before it has finished."""
     resolved = read_config(path, settings)
-    running = asyncio.create_task(run(resolved, partial(hired, resolved.config, shells=shells)))
+    running = asyncio.create_task(run(resolved, partial(started_actors, resolved.config, actor_classes=actor_classes)))
     try:
         yield running
     finally:

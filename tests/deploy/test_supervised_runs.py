@@ -61,7 +61,7 @@ async def test_the_run_goes_on_whoever_is_lost(
     everyone, num_steps = ["student engine", "teacher engine", "controller", "learner"], 9
     folder = tmp_path / "run"
     config = write_config(folder, num_steps=num_steps, prompts_per_step=PROMPTS_PER_STEP)
-    async with going_on(config, shells=PLAYED) as running:
+    async with going_on(config, actor_classes=PLAYED) as running:
         for number, who in enumerate(everyone):
             await until_step(folder, 1 + 2 * number, running)
             os.kill(processes_of_run(caplog)[who], kind)
@@ -82,7 +82,7 @@ async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
     config = write_config(
         tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP, checkpoint_every=NUM_STEPS
     )
-    async with going_on(config, shells=PLAYED) as running:
+    async with going_on(config, actor_classes=PLAYED) as running:
         await until_step(tmp_path / "run", 2, running)
         os.kill(processes_of_run(caplog)["learner"], signal.SIGKILL)
         summary = await summary_of(running)
@@ -99,7 +99,7 @@ async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_othe
     poison = prepare(read_config(config).config).prompts.take(8)[5]
     cluster.write_text(" ".join(map(str, poison.token_ids.tolist())))
     try:
-        async with going_on(config, shells=PLAYED) as running:
+        async with going_on(config, actor_classes=PLAYED) as running:
             summary = await summary_of(running)
     finally:
         cluster.write_text("")
@@ -113,7 +113,7 @@ async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_othe
 
 
 async def test_an_engine_that_dies_while_it_starts_ends_the_run_with_its_name(cluster: Path, tmp_path: Path) -> None:
-    async with going_on(write_config(tmp_path / "run"), shells=STILLBORN) as running:
+    async with going_on(write_config(tmp_path / "run"), actor_classes=STILLBORN) as running:
         with pytest.raises(RunEnds, match=r"^(student|teacher) engine: its process ended while it started; its log is"):
             await summary_of(running)
 
@@ -121,7 +121,7 @@ async def test_an_engine_that_dies_while_it_starts_ends_the_run_with_its_name(cl
 async def test_a_folder_that_the_learner_s_machine_does_not_share_is_refused_at_the_start(
     cluster: Path, tmp_path: Path
 ) -> None:
-    async with going_on(write_config(tmp_path / "run"), shells=FAR) as running:
+    async with going_on(write_config(tmp_path / "run"), actor_classes=FAR) as running:
         with pytest.raises(
             UserError, match=r"^run_dir: \S+/run on the machine of the learner is not the run's; expected"
         ):

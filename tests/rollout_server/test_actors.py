@@ -19,10 +19,12 @@ from ray.actor import ActorHandle
 from common.config import AdaSwitch, Sampling, Trace
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
-from rollout_server.controller import RolloutError, SwitchingController
+from rollout_server.controller import SwitchingController
+from rollout_server.pool import RolloutError
 from rollout_server.rollouts import LiveContext, RolloutSpec
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
+from tests.support.streams import sequences_of
 
 EOS_ID = 2
 VOCABULARY_SIZE = 32
@@ -115,7 +117,7 @@ async def test_the_way_through_the_actors_gives_what_the_controller_gives_withou
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    local = [sequence async for finished in controller.collect(prompts) for sequence in finished]
+    local = await sequences_of(controller, prompts)
     assert remote.keys() == {sequence.sequence_id for sequence in local}
     for sequence in local:
         other = remote[sequence.sequence_id]

@@ -24,7 +24,7 @@ from deploy.preflight import Inputs
 from deploy.reporting.progress import ProgressDisplay
 from deploy.run.copies import fetch_if_ahead
 from deploy.run.resume import find_resumable, refuse_other_settings
-from deploy.run.run import Crew, run
+from deploy.run.run import RunActors, run
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
@@ -94,7 +94,9 @@ class LocalLearner(Unprobed):
 
 
 @asynccontextmanager
-async def hired(config: RunConfig, inputs: Inputs, folder: RunDir, display: ProgressDisplay) -> AsyncIterator[Crew]:
+async def started_actors(
+    config: RunConfig, inputs: Inputs, folder: RunDir, display: ProgressDisplay
+) -> AsyncIterator[RunActors]:
     """Scripted engines, which take their time so that a kill finds a batch half collected, and a real learner."""
     teacher_script = HashedScript(vocabulary_size=len(inputs.tokenizer), seed=1, eos_token_id=EOS_TOKEN_ID)
     delays = random.Random(os.getpid())  # another timing in every process; the sequences must not depend on it
@@ -120,7 +122,7 @@ async def hired(config: RunConfig, inputs: Inputs, folder: RunDir, display: Prog
         spec, student=ReplicatedEngine([student]), teacher=engine(teacher_script), decoder=inputs.tokenizer
     )
     learner = Learner(config.models.student, config.trainer, seed=config.seed)
-    yield Crew(rollouts=LocalRollouts(rollouts), learner=LocalLearner(learner, student), put=Collected.put)
+    yield RunActors(rollouts=LocalRollouts(rollouts), learner=LocalLearner(learner, student), put=Collected.put)
 
 
 def main(path: str, *, resume: bool) -> None:
@@ -130,7 +132,7 @@ def main(path: str, *, resume: bool) -> None:
     resumed = find_resumable(resolved.config) if resume else None
     if resumed is not None:
         refuse_other_settings(resumed.folder, resolved)
-    asyncio.run(run(resolved, partial(hired, resolved.config), resumed))
+    asyncio.run(run(resolved, partial(started_actors, resolved.config), resumed))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from common.config.source import read_config
 from deploy.run.resume import find_resumable
-from deploy.run.run import Crew, run
+from deploy.run.run import RunActors, run
 from deploy.supervision.health_monitor import Fault
 from deploy.supervision.supervised import LearnerLost
 from rollout_server.traces.reader import TraceReader
-from tests.trainer.interrupted import hired
+from tests.trainer.interrupted import started_actors
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS, PROMPTS_PER_STEP, NUM_STEPS, NUM_KILLS = 10, 4, 10, 3  # steps 3, 5, 8 and 10 reach over or end an epoch
@@ -253,24 +253,24 @@ def metrics(run: Path) -> list[dict[str, float]]:
 async def test_a_learner_that_is_lost_while_it_loads_its_state_is_brought_back(models: Path, tmp_path: Path) -> None:
     config = write_config(models, tmp_path / "run", max_staleness=0)
     first, rest = (read_config(config, [f"trainer.num_steps={number}"]) for number in (2, 4))
-    await run(first, partial(hired, first.config))
+    await run(first, partial(started_actors, first.config))
     losses = [LearnerLost([Fault(kind="died", who="learner", reason="gone", detected_s=None)])]
 
     @asynccontextmanager
-    async def hired_and_lost(*arguments: Any) -> AsyncIterator[Crew]:
-        async with hired(rest.config, *arguments) as crew:
-            load_state = crew.learner.load_state
+    async def hired_and_lost(*arguments: Any) -> AsyncIterator[RunActors]:
+        async with started_actors(rest.config, *arguments) as actors:
+            load_state = actors.learner.load_state
 
             async def lose(folder: Path) -> None:
                 if losses:
                     raise losses.pop()
                 await load_state(folder)
 
-            async def bring_back(lost: LearnerLost, load: Callable[[], Awaitable[int]]) -> None:
-                await crew.learner.sync(await load())
+            async def recover_learner(lost: LearnerLost, load: Callable[[], Awaitable[int]]) -> None:
+                await actors.learner.sync(await load())
 
-            crew.learner.load_state = lose  # type: ignore[method-assign]
-            yield replace(crew, bring_back=bring_back)
+            actors.learner.load_state = lose  # type: ignore[method-assign]
+            yield replace(actors, recover_learner=recover_learner)
 
     summary = await run(rest, hired_and_lost, find_resumable(rest.config))
     assert (summary["steps"], summary["resumed"], losses) == (4, 1, [])

@@ -17,7 +17,7 @@ from rollout_server.verifier import compare
 from tests.benchmarks.imitation.accelerator import DeviceCounters, PrefixCache
 from tests.benchmarks.imitation.engine import ImitatedEngine
 from tests.benchmarks.imitation.speeds import EOS_TOKEN_ID, AcceleratorSpeeds, ImitatedText
-from tests.support.streams import pieces_of
+from tests.support.streams import pieces_of, sequences_of
 
 K = 8
 TEXT = ImitatedText(vocabulary_size=1000)
@@ -320,7 +320,7 @@ async def test_the_controller_writes_mixed_sequences_with_it() -> None:
     prompts = [
         Prompt(prompt_id=str(n), token_ids=rng.integers(1, 30_000, 20).astype(np.int32), seed=n) for n in range(200)
     ]
-    sequences = [sequence async for finished in controller.collect(prompts) for sequence in finished]
+    sequences = await sequences_of(controller, prompts, max_in_flight=64)
     switched = np.mean([sequence.first_switch is not None for sequence in sequences])
     assert switched == pytest.approx(1 - 0.99**118, abs=0.12)
     assert student.num_running == teacher.num_running == 0
@@ -344,6 +344,6 @@ async def test_a_controller_ends_where_more_sequences_wait_than_both_engines_hav
         for number in range(40)
     ]
     async with asyncio.timeout(30.0):
-        sequences = [sequence async for finished in controller.collect(prompts) for sequence in finished]
+        sequences = await sequences_of(controller, prompts, max_in_flight=20)
     assert len(sequences) == 40
     assert sum(sequence.switches.size for sequence in sequences) > 40 or isinstance(policy, AdaSwitch)

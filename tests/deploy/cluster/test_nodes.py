@@ -84,7 +84,7 @@ def three_nodes() -> Iterator[Cluster]:
 async def test_a_run_that_loses_the_teacher_s_node_finishes_on_the_others(three_nodes: Cluster, tmp_path: Path) -> None:
     settings = ["placement.strategy=SPREAD", f"placement.address={three_nodes.address}"]
     config = write_config(tmp_path / "run", num_steps=8)
-    async with going_on(config, *settings, shells=PLAYED) as running:
+    async with going_on(config, *settings, actor_classes=PLAYED) as running:
         await until_step(tmp_path / "run", 3, running)
         lost = node_of_teacher()
         (node,) = [node for node in three_nodes.worker_nodes if node.node_id == lost]

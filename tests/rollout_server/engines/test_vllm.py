@@ -22,6 +22,7 @@ from common.sequence import Ids, MixedSequence, TopLogprobs
 from rollout_server.controller import SwitchingController
 from rollout_server.engines.protocol import EngineSpec, ScoreRequest, WriteRequest, Written, concatenate_written
 from rollout_server.engines.vllm import VLLMEngine
+from tests.support.streams import sequences_of
 from trainer.learner import Learner
 from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
 
@@ -391,7 +392,7 @@ async def write_with_itself(engine: VLLMEngine, prompts, policy: Policy, *, temp
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    return [sequence async for finished in controller.collect(prompts) for sequence in finished]
+    return await sequences_of(controller, prompts)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

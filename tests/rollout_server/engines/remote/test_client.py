@@ -22,6 +22,7 @@ from rollout_server.engines.remote.client import EngineCallError, RemoteEngine, 
 from rollout_server.engines.remote.messages import News, Orders
 from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
+from rollout_server.pool import generate_all
 
 SCRIPT = HashedScript(vocabulary_size=32, seed=1, eos_probability=0.01)
 K = 4
@@ -133,7 +134,7 @@ async def test_the_controller_writes_the_same_sequences_over_remote_engines(remo
             top_logprobs=K,
             stop_token_ids=(SCRIPT.eos_token_id,),
         )
-        async with aclosing(controller.collect(prompts)) as batches:
+        async with aclosing(generate_all(controller, prompts, max_in_flight=256)) as batches:
             sequences = [sequence async for finished in batches for sequence in finished]
         return {seq.prompt.prompt_id: [*seq.token_ids.tolist(), -1, *seq.switches] for seq in sequences}
 

@@ -6,7 +6,7 @@ import pytest
 from common.sequence import FinishReason, Ids, TopLogprobs
 from rollout_server.engines.protocol import ScoreRequest, Written
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine, ScriptedError
-from rollout_server.reading import TeacherReading
+from rollout_server.verifier import TeacherScores
 
 SCRIPT = HashedScript(vocabulary_size=32, seed=1)
 TEXT = np.array([5, 6, 7], np.int32)
@@ -26,10 +26,10 @@ def proposal(token_ids: Ids, finish_reason: FinishReason | None = None) -> Writt
 
 async def read(teacher: ScriptedEngine, lengths: list[int], finish_reason: FinishReason = "length") -> TopLogprobs:
     """The rows of PROPOSED, asked for in pieces of these lengths."""
-    reading = TeacherReading(teacher, TEXT)
+    reading = TeacherScores(teacher, TEXT)
     ends = np.cumsum(lengths).tolist()
     rows = [
-        await reading.scores(
+        await reading.of(
             proposal(PROPOSED[end - length : end], finish_reason if end == ends[-1] else None), is_last=end == ends[-1]
         )
         for length, end in zip(lengths, ends, strict=True)
@@ -58,7 +58,7 @@ async def test_no_row_past_the_last_token_is_asked_for(lengths: list[int], finis
 
 async def test_the_text_is_read_while_the_student_writes_its_first_tokens() -> None:
     teacher = ScriptedEngine(SCRIPT, top_logprobs=K)
-    reading = TeacherReading(teacher, TEXT)
+    reading = TeacherScores(teacher, TEXT)
     while teacher.num_running or not teacher.num_calls["score"]:
         await asyncio.sleep(0)
     assert teacher.num_scored_rows == 1
@@ -67,7 +67,7 @@ async def test_the_text_is_read_while_the_student_writes_its_first_tokens() -> N
 
 async def test_closing_ends_a_read_that_is_under_way() -> None:
     teacher = ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=1, hangs=True))
-    reading = TeacherReading(teacher, TEXT)
+    reading = TeacherScores(teacher, TEXT)
     while not teacher.num_running:
         await asyncio.sleep(0)
     await reading.close()
@@ -77,14 +77,14 @@ async def test_closing_ends_a_read_that_is_under_way() -> None:
 @pytest.mark.parametrize("number", [1, 2])
 async def test_a_read_that_fails_fails_where_its_rows_are_needed(number: int) -> None:
     teacher = ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=number))
-    reading = TeacherReading(teacher, TEXT)
+    reading = TeacherScores(teacher, TEXT)
     with pytest.raises(ScriptedError, match=f"score {number} fails"):
-        await reading.scores(proposal(PROPOSED), is_last=True)
+        await reading.of(proposal(PROPOSED), is_last=True)
     await reading.close()
 
 
 async def test_a_failed_read_that_nobody_needed_is_no_failure() -> None:
     teacher = ScriptedEngine(SCRIPT, top_logprobs=K, fault=Fault(call="score", number=1))
-    reading = TeacherReading(teacher, TEXT)
+    reading = TeacherScores(teacher, TEXT)
     await asyncio.sleep(0.01)
     await reading.close()
