@@ -216,7 +216,7 @@ class Cluster:
         transfer = TransferSpec(
             students=[student.handle for student in pair.students],
             backend=self._backend,
-            workers_per_engine=config.engines.student.tensor_parallel_size,
+            workers_per_engine=config.engines.student.num_gpus,
             engine_dtype=pair.student_facts.dtype,
             timeout_s=config.sync.timeout_s,
             probe_tolerance=self._probe_tolerance(pair.student_facts),

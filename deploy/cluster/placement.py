@@ -48,7 +48,7 @@ def seat(config: RunConfig, *, use_gpus: bool) -> SeatingPlan:
     shares_gpu = config.placement.learner == "student_gpu"
 
     def engine_seats(settings: EngineSettings, share: float = 1.0) -> list[Seat]:
-        return [new_seat(settings.tensor_parallel_size, share) for _ in range(settings.num_replicas)]
+        return [new_seat(settings.num_gpus, share) for _ in range(settings.num_replicas)]
 
     students = engine_seats(engines.student, share=0.5 if shares_gpu else 1.0)
     teachers = engine_seats(engines.teacher)

@@ -1,13 +1,12 @@
 """The real engine: vLLM's AsyncLLM behind the Engine protocol. The only module that runs vLLM.
 
-Owns what vLLM must be started with so that its answers mean what the protocol says (raw log-probs, enough of them, no
-detokenization), and which of its calls answer the protocol's. How its log-probs become arrays is ``rows``'s. Knows
-nothing of Ray, roles or policies.
+Owns its requests and which of them answer the protocol's. What vLLM is started with is ``vllm_args``'s, how its
+log-probs become arrays is ``rows``'s. Knows nothing of Ray, roles or policies.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from itertools import count
@@ -16,12 +15,9 @@ from typing import Self
 import numpy as np
 import torch
 from vllm import SamplingParams
-from vllm.config import WeightTransferConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
 from vllm.inputs import TokensPrompt
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineGenerateError
@@ -43,10 +39,9 @@ from rollout_server.engines.protocol import (
 )
 from rollout_server.engines.room import CacheRoom
 from rollout_server.engines.rows import own_logprobs, prompt_rows, top_rows
+from rollout_server.engines.vllm_args import Hardware, engine_config, engine_environment
 from rollout_server.engines.vllm_plugin.weight_transfer import WeightsLost, apply_update, init_transfer
 
-_CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
-_CPU_CACHE_GIB = 1.0
 _SESSION, _INTERRUPTIBLE = 0, 1
 """Priorities. Where the cache is full, vLLM takes blocks from a request of the highest number. Not from a session: its
 asynchronous scheduler drops one, and its text, that it interrupts while the last step of a turn is in flight."""
@@ -70,11 +65,14 @@ class VLLMEngine:
     def start(cls, spec: EngineSpec) -> Self:
         """Load the model and start vLLM's processes. Must run inside a running event loop.
 
-        Raises what vLLM raises when the model can't be loaded or the memory does not suffice.
+        Raises UserError for settings that vLLM refuses, and what vLLM raises when the model can't be loaded or the
+        memory does not suffice.
         """
-        args = _engine_args(spec)
-        with _process_environment(spec):
-            llm = AsyncLLM.from_engine_args(args)
+        hardware = Hardware.detect()
+        config = engine_config(spec, hardware)
+        environment = engine_environment(spec, hardware, dtype=_name_of(config.model_config.dtype))
+        with _processes_with(environment, spec.settings.cpu_cores or os.sched_getaffinity(0)):
+            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         vocabulary = llm.model_config.get_vocab_size()
         assert llm.model_config.logprobs_mode == "raw_logprobs", llm.model_config.logprobs_mode
         return cls(llm, min(spec.top_logprobs, vocabulary))
@@ -84,7 +82,7 @@ class VLLMEngine:
         """What was chosen where the settings left a choice."""
         model = self._llm.model_config
         return EngineFacts(
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=_name_of(model.dtype),
             max_model_len=int(model.max_model_len),
             top_logprobs=self._top_logprobs,
         )
@@ -284,61 +282,21 @@ class VLLMEngine:
         )
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _prompt(token_ids: Ids) -> TokensPrompt:
     return TokensPrompt(prompt_token_ids=token_ids.tolist())
 
 
-def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
-    settings = spec.settings
-    args = AsyncEngineArgs(
-        model=spec.model,
-        trust_remote_code=spec.trust_remote_code,
-        load_format="safetensors",  # by itself vLLM takes pickled weights where there are no others
-        dtype=settings.dtype if settings.dtype != "auto" else _best_dtype(),
-        tensor_parallel_size=settings.tensor_parallel_size,
-        # Its own processes on the actor's GPUs. Left to itself vLLM sees Ray's placement group and asks it for more.
-        distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else None,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=settings.enforce_eager,
-        enable_prefix_caching=True,
-        scheduling_policy="priority",  # see ``_SESSION``
-        max_logprobs=-1,  # no limit: k is ours to choose
-        logprobs_mode="raw_logprobs",
-        disable_log_stats=True,
-    )
-    if spec.weight_transfer_backend is not None:
-        args.weight_transfer_config = WeightTransferConfig(backend=spec.weight_transfer_backend)
-    if current_platform.is_cpu():
-        args.kv_cache_memory_bytes = int((settings.kv_cache_gib or _CPU_CACHE_GIB) * 2**30)
-        args.block_size = _CPU_BLOCK_TOKENS
-        # A seeded request whose prompt is prefilled in pieces ends the CPU engine, so prompts go in whole.
-        args.enable_chunked_prefill = False
-        args.max_num_batched_tokens = max(8192, args.create_model_config().max_model_len)
-    return args
-
-
-def _best_dtype() -> str:
-    """bfloat16 wherever the hardware computes in it, else float32, which is far faster there."""
-    if current_platform.is_cpu() and not torch.cpu._is_avx512_bf16_supported():
-        return "float32"
-    return "bfloat16"
-
-
 @contextmanager
-def _process_environment(spec: EngineSpec) -> Iterator[None]:
+def _processes_with(environment: Mapping[str, str], cores: Iterable[int]) -> Iterator[None]:
     """What vLLM's own processes take over at their start: the environment, and the cores they may run on. Put back
     afterwards.
-
-    Their titles tell whose they are: ``student::EngineCore``, ``teacher::Worker``.
     """
-    wanted = {"VLLM_PROCESS_NAME_PREFIX": spec.name}
-    if current_platform.is_cpu():
-        wanted |= {"OMP_NUM_THREADS": str(spec.settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    cores = spec.settings.cpu_cores or os.sched_getaffinity(0)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         with children_on_cores(cores):
             yield

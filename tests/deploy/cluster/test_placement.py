@@ -18,6 +18,13 @@ def test_on_gpus_every_engine_has_its_own_and_so_has_the_learner() -> None:
     assert (plan.rollouts, plan.learner) == (Seat(bundle=2), [Seat(bundle=3, num_gpus=1)])
 
 
+def test_pipeline_stages_have_gpus_of_their_own_beside_those_of_a_stage() -> None:
+    engines = {"teacher": {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}}
+    plan = seat(make_config(engines=engines), use_gpus=True)
+    assert [bundle.get("GPU", 0) for bundle in plan.bundles] == [1, 6, 0, 1]
+    assert plan.teachers == [Seat(bundle=1, num_gpus=6)]
+
+
 def test_each_replica_has_a_bundle_of_its_own() -> None:
     engines = {"student": {"num_replicas": 3}, "teacher": {"num_replicas": 2, "tensor_parallel_size": 2}}
     plan = seat(make_config(engines=engines), use_gpus=True)

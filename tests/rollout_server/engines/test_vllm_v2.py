@@ -4,10 +4,9 @@ prompts in pieces. Held against Hugging Face as ``test_vllm`` does with V1.
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from common.sequence import Ids
-from rollout_server.engines.protocol import ScoreRequest, WriteRequest, concatenate_written
+from rollout_server.engines.protocol import EngineSpec, ScoreRequest, WriteRequest, concatenate_written
 from rollout_server.engines.selftest import check_engine
 from rollout_server.engines.vllm import VLLMEngine
 from tests.support.streams import pieces_of
@@ -36,15 +35,15 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(demo_folder: Path) -> AsyncIterator[VLLMEngine]:
+async def engine(make_spec: Callable[[str], EngineSpec]) -> AsyncIterator[VLLMEngine]:
     """The demo's teacher, with a cache of some 700 tokens."""
-    engine = start_v2_engine(
-        demo_folder / "models" / "teacher",
-        top_logprobs=VOCABULARY_SIZE,
-        max_num_batched_tokens=PIECE,
-        kv_cache_bytes=2**21,
+    spec = make_spec("teacher")
+    spec = replace(
+        spec,
+        settings=spec.settings.model_copy(update={"kv_cache_gib": 0.002, "max_model_len": CONTEXT, "max_num_seqs": 32}),
         weight_transfer_backend="host_memory",
     )
+    engine = start_v2_engine(spec, max_num_batched_tokens=PIECE)
     yield engine
     engine.shutdown()
 
