@@ -80,7 +80,7 @@ async def started_actors(
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
         monitor, restarts = HealthMonitor(config.supervision), RestartPolicy(config.supervision, folder)
         workers = cluster.workers(learner_actor, pair)
-        logger.info("process ids: %s", await workers.register())
+        logger.info("process ids: %s", await workers.process_ids())
         supervised = SupervisedLearner(learner, workers=workers, monitor=monitor, restarts=restarts)
         rollouts = SupervisedRollouts(
             pair.rollouts,
