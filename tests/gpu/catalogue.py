@@ -35,6 +35,7 @@ PARTS = (
             "loss_cost": "memory and time of the chunked loss beside a plain one",
             "loss_beside_liger": "cross-entropy beside Liger's fused one: value, memory, time",
             "throughput": "tokens/s of a training step and its share of the GPU's peak",
+            "ranks_nccl": "two ranks on two GPUs have the gradient, the weights and the checkpoint of one",
         },
     ),
     Part(

@@ -95,6 +95,13 @@ class Context:
             self._engine[1].shutdown()
             self._engine = None
 
+    def wait_for_device(self) -> None:
+        """Return when it has done all that it was given."""
+        import torch
+
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
     def free_memory(self) -> None:
         """Give back what torch keeps of the GPU for later."""
         import torch

@@ -17,6 +17,7 @@ from common.sequence import MixedSequence
 from tests.gpu.context import Context
 from tests.gpu.learner_costs import activation_memory, loss_beside_liger, loss_cost, throughput
 from tests.gpu.models import TINY, random_sequences
+from tests.gpu.ranks import ranks_nccl
 from tests.gpu.records import Figures, NotRun
 from trainer.batch import collate
 from trainer.learner import Learner
@@ -141,6 +142,7 @@ CHECKS: dict[str, Callable[[Context, Figures], None]] = {
     "loss_cost": loss_cost,
     "loss_beside_liger": loss_beside_liger,
     "throughput": throughput,
+    "ranks_nccl": ranks_nccl,
 }
 
 

@@ -93,7 +93,7 @@ def test_such_a_sentence_is_recognised(text: str, is_claim: bool) -> None:
 
 def test_the_sentence_names_parts_that_were_run_and_parts_that_were_not() -> None:
     text = status(results(loss_float64="passed", step_float64="failed", packing_flash="not run"))
-    assert text.startswith("Run on GPUs: learner on CUDA: 2 of 9 checks on NVIDIA L4 on 2026-01-02, of which 1 failed")
+    assert text.startswith("Run on GPUs: learner on CUDA: 2 of 10 checks on NVIDIA L4 on 2026-01-02, of which 1 failed")
     assert "**Never run on a GPU: engines without Ray, weight sync, whole runs.**" in text
 
 

@@ -14,7 +14,7 @@ from tests.gpu.records import read
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_GPU = {
-    "learner": {"packing_flash", "loss_beside_liger"},
+    "learner": {"packing_flash", "loss_beside_liger", "ranks_nccl"},
     "engines": {"chunked_prefill", "score_rows_bfloat16", "prompt_logprob_memory"},
     "sync": {"ipc", "nccl"},
 }
