@@ -72,11 +72,32 @@ def _options(
 
 
 @app.command()
-def config(file: ConfigFile, overrides: Overrides = None) -> None:
+def config(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print instead how the run would lie on GPUs, and what each of them holds.")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="With --plan: GPUs of a machine. Default: those of this one.")
+    ] = None,
+    gpu_gib: Annotated[float | None, typer.Option(min=1.0, help="With --gpus: memory of each, GiB.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --gpus: machines that have so many.")] = 1,
+) -> None:
     """Print every setting of a run and where its value came from: default, file or --set."""
     from common.config.source import dump_config, read_config
 
-    typer.echo(dump_config(read_config(file, overrides or [])), nl=False)
+    if (gpus is None) != (gpu_gib is None):
+        raise UserError("--gpus and --gpu-gib go together, such as --gpus 2 --gpu-gib 24")
+    if gpus is not None and not plan:
+        raise UserError("--gpus belongs to --plan")
+    resolved = read_config(file, overrides or [])
+    if not plan:
+        typer.echo(dump_config(resolved), nl=False)
+        return
+    from deploy.reporting.plan_table import print_plan
+
+    print_plan(resolved.config, file, num_nodes=nodes, gpus=gpus, gpu_gib=gpu_gib)
 
 
 @app.command()

@@ -9,6 +9,9 @@ from common.config.vllm_options import refusal, students_refusal
 
 Gib = Annotated[float, Field(gt=0.0)]
 
+OWN_GPU_SHARE = 0.9
+"""What an engine uses of a GPU that it shares with no other actor."""
+
 
 class Models(Part):
     """Which models. Each is a folder in Hugging Face format or a hub name."""
@@ -46,8 +49,9 @@ class EngineSettings(Part):
     """Tokens one engine step computes at most. More scores faster and takes more memory. Default: on GPUs 8192, from 70
     GiB on 16384, less where scoring would take more than a tenth of the engine's memory; on processors the context,
     8192 at least."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    """Share of each GPU's memory that the engine may use, for scoring too. GPUs only."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of each GPU's memory that the engine may use, for scoring too. GPUs only. Default: 0.9 of a GPU of its own;
+    on a shared one what the memory plan gives it."""
     gpu_memory_gib: Gib | None = None
     """The same in GiB; it comes before the share. GPUs only."""
     kv_cache_gib: Gib | None = None

@@ -20,6 +20,7 @@ from deploy.preflight import Inputs, prepare
 from deploy.reporting.progress import ProgressDisplay
 from deploy.reporting.terminal import make_console, print_summary
 from deploy.run.copies import fetch_if_ahead
+from deploy.run.provenance import write_placement
 from deploy.run.resume import find_resumable, refuse_other_settings
 from deploy.run.run import RunActors, run
 from deploy.supervision.fatal_errors import clear_end
@@ -72,8 +73,9 @@ async def started_actors(
     """The run's actors, started and connected. They are shut down when the block is left."""
     display.note("starting the engines and the learner")
     async with joined(config, actor_classes) as cluster:
-        learner_actor = cluster.spawn_learner()
-        pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
+        display.note(f"placement: {cluster.plan}")
+        write_placement(folder.path, str(cluster.plan))
+        pair, learner_actor = await cluster.start(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
         await cluster.refuse_unshared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
@@ -103,7 +105,7 @@ async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
     prompts = inputs.held_out.prompts
     with ProgressDisplay(0) as display:
         display.note("starting the engines")
-        async with joined(config) as cluster:
+        async with joined(config, with_learner=False) as cluster:
             pair = await cluster.start_pair(inputs, RunDir(Path(config.run_dir)))
             display.note(f"evaluating {config.models.student} on {len(prompts)} prompts")
             sequences = await pair.rollouts.evaluate(prompts)

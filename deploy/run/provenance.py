@@ -51,6 +51,14 @@ def write_versions(folder: Path, *, after_step: int = 0) -> int:
     return len(legs)
 
 
+def write_placement(folder: Path, placement: str) -> None:
+    """Add to the leg under way how its actors lie on the cluster, and why."""
+    path = folder / VERSIONS
+    legs: list[dict[str, object]] = json.loads(path.read_text())["legs"]
+    legs[-1]["placement"] = placement
+    write_whole(path, json.dumps({"legs": legs}, indent=2) + "\n")
+
+
 def package_versions() -> dict[str, str]:
     """Those of PACKAGES that are installed."""
     found = {}

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
+from common.config import OWN_GPU_SHARE
 from common.errors import UserError, one_line
 from rollout_server.engines.protocol import EngineSpec
 from rollout_server.engines.vllm_memory import GIB, Scoring, batched_tokens
@@ -168,7 +169,7 @@ def _fit_gpu(args: AsyncEngineArgs, spec: EngineSpec, hardware: Hardware, gpu_by
 def _engine_bytes(spec: EngineSpec, gpu_bytes: int) -> int:
     """The engine's share of a GPU."""
     if spec.settings.gpu_memory_gib is None:
-        return int(spec.settings.gpu_memory_utilization * gpu_bytes)
+        return int((spec.settings.gpu_memory_utilization or OWN_GPU_SHARE) * gpu_bytes)
     if spec.settings.gpu_memory_gib * GIB > gpu_bytes:
         raise UserError(
             f"engines.{spec.name}.gpu_memory_gib must be <= {gpu_bytes / GIB:.1f}, the GPU's memory, "
