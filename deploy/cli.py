@@ -101,6 +101,31 @@ def config(
 
 
 @app.command()
+def doctor(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="YAML file with a run's settings, to be looked at as well.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings and the facts as JSON.")] = False,
+) -> None:
+    """Say whether this machine can do runs: versions, GPUs, driver, memory, disk, hub, Ray. Starts none.
+
+    Each line is ok, a warning or a failure and says what to do. Exit code 1 where there is a failure.
+    """
+    from deploy.doctor.examine import examine
+    from deploy.doctor.report import as_json as to_json
+    from deploy.doctor.report import print_findings
+
+    facts, findings = examine(file, overrides or [])
+    if as_json:
+        typer.echo(to_json(facts, findings))
+    else:
+        print_findings(findings)
+    if any(finding.level == "failure" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     file: ConfigFile,
     overrides: Overrides = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.gpu.catalogue import PARTS, Part
 from tests.gpu.records import CheckRecord, Figure, Results
 
-PAGES = ("docs/gpu.md",)
+PAGES = ("docs/gpu.md", "docs/install.md")
 MARKED = re.compile(r"<!-- gpu: (\w+) -->\n.*?<!-- gpu: end -->", re.DOTALL)
 
 
