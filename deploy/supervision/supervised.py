@@ -24,7 +24,7 @@ from deploy.supervision.quarantine import Data, SetAside
 from deploy.supervision.restarts import Repairs
 from trainer.learner import StepReport
 from trainer.loop import Learner, Rollouts
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeReport
 from trainer.reports import Collected
 
 T = TypeVar("T")
@@ -100,8 +100,11 @@ class SupervisedLearner:
             await self.mend_rollouts(ill)
         self._repairs.step_finished(version)
 
-    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
-        return await self._guarded(self._learner.check_probe(texts, rows))
+    async def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
+        await self._guarded(self._learner.read_probe(texts, rows_of_engines))
+
+    async def check_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeReport:
+        return await self._guarded(self._learner.check_probe(texts, rows_of_engines))
 
     async def save(self, folder: Path) -> None:
         await self._guarded(self._learner.save(folder))
