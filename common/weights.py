@@ -34,7 +34,7 @@ class WeightUpdate:
 
 
 def nccl_buffer_bytes(largest_tensor_bytes: int) -> int:
-    """The most that learner and engine each hold while ``nccl`` sends, besides the model: one buffer more than there are,
-    for a new one is made while the old ones exist. A buffer is exceeded by at most one tensor.
+    """The most that learner and engine each hold while ``nccl`` sends, besides the model: one buffer more than there
+    are, for a new one is made while the old ones exist. A buffer is exceeded by at most one tensor.
     """
     return (NCCL_NUM_BUFFERS + 1) * (NCCL_BUFFER_BYTES + largest_tensor_bytes)
