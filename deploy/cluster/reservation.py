@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import UserError, one_line
-from deploy.cluster.gpus import Gpu, gpus_of_this_machine
+from deploy.cluster.gpus import Gpu, gpus_of_this_machine, smallest_gib
 from deploy.cluster.placement import SeatingPlan
 from deploy.cluster.plan import Node
 from deploy.cluster.shortage import describe_shortage
@@ -76,10 +76,7 @@ def gpu_nodes() -> tuple[Node, ...]:
         for node, number in counts.items()
         if number
     }
-    return tuple(
-        Node(num_gpus=counts[node], gpu_gib=min((gpu.gib for gpu in _answer(gpus)), default=None))
-        for node, gpus in asked.items()
-    )
+    return tuple(Node(num_gpus=counts[node], gpu_gib=smallest_gib(_answer(gpus))) for node, gpus in asked.items())
 
 
 def _answer(gpus: "ray.ObjectRef[list[Gpu]]") -> list[Gpu]:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from deploy.cluster.gpus import Gpu
 from deploy.lock.driver import Driver
 
 Build = Literal["cpu", "cuda", "other"]
@@ -24,21 +25,6 @@ class Package:
     """Of torch and vLLM."""
     wanted: str | None = None
     """What adaswitch asks for, such as ==2.13.0, where the version is another one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One NVIDIA GPU, as nvidia-smi lists it."""
-
-    index: int
-    name: str
-    memory_gib: float | None
-    """None: nvidia-smi does not say, as for memory that is shared with the processor."""
-    used_gib: float = 0.0
-    """By whoever runs on it now."""
-    compute_capability: tuple[int, int] | None = None
-    is_mig: bool = False
-    """Divided into Multi-Instance GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +87,9 @@ class Space:
 class Node:
     """One node of a Ray cluster."""
 
-    name: str
     num_gpus: int
+    gpu_gib: float | None = None
+    """Of its smallest. None where it does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,28 +200,6 @@ class Facts:
 def needs_hub(wanted: Wanted | None) -> bool:
     """Unknown without a configuration, and then taken to be."""
     return wanted is None or any(source.place in ("cache", "hub") for source in wanted.sources)
-
-
-def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """From ``nvidia-smi --query-gpu=index,name,memory.total,memory.used,compute_cap,mig.mode.current
-    --format=csv,noheader,nounits``. Memory is in MiB there.
-    """
-    gpus = []
-    for line in text.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) == 6 and fields[0].isdecimal():
-            capability = re.fullmatch(r"(\d+)\.(\d+)", fields[4])
-            gpus.append(
-                Gpu(
-                    index=int(fields[0]),
-                    name=fields[1],
-                    memory_gib=int(fields[2]) / 1024 if fields[2].isdecimal() else None,
-                    used_gib=int(fields[3]) / 1024 if fields[3].isdecimal() else 0.0,
-                    compute_capability=(int(capability[1]), int(capability[2])) if capability else None,
-                    is_mig=fields[5] == "Enabled",
-                )
-            )
-    return tuple(gpus)
 
 
 def parse_links(text: str) -> tuple[Link, ...]:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from common.config import RunConfig
+from deploy.cluster.gpus import gpus_of_this_machine
 from deploy.doctor.facts import (
     Facts,
-    Gpu,
     Hub,
     Link,
     Node,
     RayState,
     Wanted,
     needs_hub,
-    parse_gpus,
     parse_links,
 )
 from deploy.doctor.installed import flash_attention, installed_packages
@@ -30,7 +29,6 @@ from deploy.lock.driver import read_driver
 _HUB_TIMEOUT_S = 8.0  # it gives up after 5; looking up its name may hang
 _TORCH_TIMEOUT_S = 60.0
 _RAY_TIMEOUT_S = 20.0
-_GPU_FIELDS = "index,name,memory.total,memory.used,compute_cap,mig.mode.current"
 
 
 def gather(wanted: Wanted | None, config: RunConfig | None) -> Facts:
@@ -40,7 +38,7 @@ def gather(wanted: Wanted | None, config: RunConfig | None) -> Facts:
     address = (config.placement.address if config else None) or os.environ.get("RAY_ADDRESS")
     with ThreadPoolExecutor() as threads:
         driver = threads.submit(read_driver)
-        gpus = threads.submit(_gpus)
+        gpus = threads.submit(gpus_of_this_machine)
         links = threads.submit(_links)
         torch = threads.submit(_probe, ["torch"], _TORCH_TIMEOUT_S) if torch_build == "cuda" else None
         ray = threads.submit(_probe, ["ray", address or "-"], _RAY_TIMEOUT_S)
@@ -52,7 +50,7 @@ def gather(wanted: Wanted | None, config: RunConfig | None) -> Facts:
         packages=packages,
         flash_attention=flash_attention(),
         driver=driver.result(),
-        gpus=gpus.result(),
+        gpus=tuple(gpus.result()),
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         links=links.result(),
         torch_gpus=torch_answer.get("num_gpus"),
@@ -82,10 +80,6 @@ def _probe(arguments: Sequence[str], timeout_s: float) -> dict[str, Any]:
     return answer
 
 
-def _gpus() -> tuple[Gpu, ...]:
-    return parse_gpus(printed("nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits"))
-
-
 def _links() -> tuple[Link, ...]:
     return parse_links(printed("nvidia-smi", "topo", "-m"))
 
@@ -96,7 +90,7 @@ def _ray_state(address: str | None, answer: Future[dict[str, Any]]) -> RayState:
     cluster_file = Path("/tmp/ray/ray_current_cluster")
     return RayState(
         address=address,
-        nodes=tuple(Node(name=name, num_gpus=num_gpus) for name, num_gpus in found.get("nodes", [])),
+        nodes=tuple(Node(num_gpus=num_gpus, gpu_gib=gpu_gib) for num_gpus, gpu_gib in found.get("nodes", [])),
         error=found.get("error"),
         local_cluster=cluster_file.read_text().strip() if cluster_file.exists() else None,
         asks_for_token=os.environ.get("RAY_AUTH_MODE") == "token",

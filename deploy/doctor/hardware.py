@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from deploy.doctor.facts import Facts, Gpu
+from deploy.cluster.gpus import Gpu
+from deploy.doctor.facts import Facts
 from deploy.doctor.finding import Finding, failure, ok, warning
 from deploy.lock.driver import NEEDED
 
@@ -104,5 +105,5 @@ def names(gpus: Sequence[Gpu]) -> str:
 
 
 def describe(gpu: Gpu) -> str:
-    memory = f" with {gpu.memory_gib:.0f} GiB" if gpu.memory_gib is not None else ""
+    memory = f" with {gpu.gib:.0f} GiB" if gpu.gib is not None else ""
     return f"{gpu.name}{memory}"

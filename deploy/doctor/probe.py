@@ -39,10 +39,12 @@ def _ray(address: str) -> Answer:
         # Where nobody listens, Ray would go on trying.
         socket.create_connection((named[1], int(named[2])), timeout=_ANSWERS_WITHIN_S).close()
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [[node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0))] for node in alive]
+    from deploy.cluster.reservation import gpu_nodes
+
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    with_gpus = [[node.num_gpus, node.gpu_gib] for node in gpu_nodes()]
     ray.shutdown()
-    return {"nodes": nodes}
+    return {"nodes": [*with_gpus, *[[0, None]] * (num_nodes - len(with_gpus))]}
 
 
 def _hub() -> Answer:

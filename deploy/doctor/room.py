@@ -16,7 +16,7 @@ def check_shared_memory(facts: Facts) -> Finding:
     weights = facts.seats.shm_bytes if facts.seats else 0
     needed = _SHM_BYTES + weights
     found = f"{gib(shm.free_bytes)} of {gib(shm.total_bytes)} free at {shm.path}"
-    if weights:
+    if weights >= _WORTH_TELLING_BYTES or shm.total_bytes < needed:
         found += f", {gib(needed)} needed, {gib(weights)} of it for the weights"
     if shm.total_bytes < needed:
         say = failure if shm.total_bytes < weights else warning

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from common.config import RunConfig
 from common.errors import UserError
-from deploy.cluster.gpus import gpus_of_this_machine
+from deploy.cluster.gpus import gpus_of_this_machine, smallest_gib
 from deploy.cluster.model_shape import ModelShape, Shapes, read_shapes
 from deploy.cluster.plan import Node, Plan, make_plan, refuse_unfit
 from deploy.cluster.plan_memory import ActorMemory, context_tokens
@@ -24,7 +24,7 @@ def print_plan(config: RunConfig, file: Path, *, num_nodes: int, gpus: int | Non
     if gpus is not None:
         nodes = [Node(num_gpus=gpus, gpu_gib=gpu_gib)] * num_nodes
     elif found := gpus_of_this_machine():
-        nodes = [Node(num_gpus=len(found), gpu_gib=min(gpu.gib for gpu in found))]
+        nodes = [Node(num_gpus=len(found), gpu_gib=smallest_gib(found))]
     else:
         raise UserError("--plan: nvidia-smi finds no GPU here; say what the run would have: --gpus 2 --gpu-gib 24")
     shapes = read_shapes(config, beside=file)

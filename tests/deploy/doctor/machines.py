@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from deploy.doctor.facts import GIB, Compilers, Facts, Gpu, Hub, Link, Package, Processor, RayState, Space
+from deploy.cluster.gpus import Gpu
+from deploy.doctor.facts import GIB, Compilers, Facts, Hub, Link, Package, Processor, RayState, Space
 from deploy.lock.driver import Driver
 
-H100 = Gpu(index=0, name="NVIDIA H100 80GB HBM3", memory_gib=79.6, compute_capability=(9, 0))
-T4 = Gpu(index=0, name="Tesla T4", memory_gib=15.0, compute_capability=(7, 5))
-V100 = Gpu(index=0, name="Tesla V100-SXM2-16GB", memory_gib=16.0, compute_capability=(7, 0))
+H100 = Gpu(index=0, name="NVIDIA H100 80GB HBM3", gib=79.6, compute_capability=(9, 0))
+T4 = Gpu(index=0, name="Tesla T4", gib=15.0, compute_capability=(7, 5))
+V100 = Gpu(index=0, name="Tesla V100-SXM2-16GB", gib=16.0, compute_capability=(7, 0))
 NEW_DRIVER = Driver(version="580.95.05", cuda=(13, 0))
 OLD_DRIVER = Driver(version="550.90.12", cuda=(12, 4))
 

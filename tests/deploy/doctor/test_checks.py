@@ -90,7 +90,7 @@ def test_a_cuda_build_without_a_driver_is_a_failure_unless_a_cluster_has_the_gpu
     alone = replace(GPU_SERVER, driver=None, gpus=(), links=(), torch_gpus=None)
     assert finding(alone, "builds").level == "failure"
     assert "make setup GPU=0" in finding(alone, "builds").text
-    cluster = RayState(address="10.0.0.1:6379", nodes=(Node(name="a", num_gpus=8),), asks_for_token=True)
+    cluster = RayState(address="10.0.0.1:6379", nodes=(Node(num_gpus=8),), asks_for_token=True)
     assert finding(replace(alone, ray=cluster), "builds").level == "ok"
 
 
@@ -298,7 +298,7 @@ def test_the_hub_matters_as_far_as_something_must_come_from_it(hub: Hub, wanted:
 
 
 def test_a_cluster_without_a_token_is_a_warning() -> None:
-    cluster = RayState(address="10.0.0.1:6379", nodes=(Node(name="a", num_gpus=8), Node(name="b", num_gpus=4)))
+    cluster = RayState(address="10.0.0.1:6379", nodes=(Node(num_gpus=8), Node(num_gpus=4)))
     found = finding(replace(GPU_SERVER, ray=cluster), "Ray")
     assert (found.level, "RAY_AUTH_MODE=token" in found.text) == ("warning", True)
     found = finding(replace(GPU_SERVER, ray=replace(cluster, asks_for_token=True)), "Ray")

