@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 CONFIG ?= deploy/configs/demo.yaml
 ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: help setup check format test docs audit verify-gpu bench bench-rollouts bench-rollouts-full bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
+.PHONY: help setup check format test test-all docs audit verify-gpu bench bench-rollouts bench-rollouts-full bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -52,8 +52,17 @@ format: $(READY)  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: $(READY)  ## All tests, on real engines
-	$(BIN)/pytest $(ARGS)
+# Two processes. What only one of them may have, such as engines, and what takes longest is sorted in tests/conftest.py.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -rs
+
+test: $(READY)  ## The tests but for the slow ones, on real engines (under 10 minutes on two cores)
+	@$(MAKE) --no-print-directory browser || echo "no browser: the page's tests are skipped" >&2
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## All tests: several nodes, killed processes and whole runs too; properties with more examples
+	@$(MAKE) --no-print-directory browser || echo "no browser: the page's tests are skipped" >&2
+	$(PYTEST) --hypothesis-profile thorough $(ARGS)
 
 bench: bench-rollouts bench-capacity bench-trainer bench-staleness  ## Measure everything; writes docs/benchmarks (under 30 minutes on a quiet machine)
 
@@ -123,7 +132,7 @@ lock: $(READY)  ## Resolve pyproject.toml anew into all files of deploy/lock (AR
 	$(BIN)/python -m deploy.lock.resolve $(ARGS)
 
 browser: $(READY)  ## A browser for the page's tests: Debian's where apt-get works, else Playwright's
-	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || $(BIN)/playwright install --with-deps chromium
+	@$(BIN)/python -m tests.support.browser || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || timeout 300 $(BIN)/playwright install --with-deps chromium
 
 UPLOT := 1.6.32
 UPLOT_DIR := rollout_server/inspector/page/vendor/uplot

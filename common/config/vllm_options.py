@@ -61,6 +61,7 @@ _REASONS = {
     "nnodes": _ONE_PLACE,
     "node_rank": _ONE_PLACE,
     "revision": _ONE_MODEL,
+    "scheduling_policy": "streams that pause must keep their blocks of the cache",
     "skip_tokenizer_init": "tokens go in and come out, and both tokenizers are checked against each other at the start",
     "spec_method": _SPECULATION,
     "spec_model": _SPECULATION,

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import RunConfig
 from common.errors import RunEnds, UserError
 from common.run_dir import RunDir
+from common.sequence import Prompt
 from common.waiting import within
 from deploy.cluster.attach import NAMESPACE
 from deploy.cluster.builds import Builds, choose_device
@@ -31,6 +32,8 @@ from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, Ro
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
 from trainer.actors import HEALTH_GROUP, LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
+from trainer.loop import probe_texts_of
+from trainer.probe_statistics import ProbeNoise
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,7 @@ class Cluster:
         self._actor_classes = actor_classes
         self._hides_gpus = hides_gpus
         self._actors: list[ActorHandle] = []
+        self._probe_noise: ProbeNoise | None = None  # until it has been measured
 
     async def start(self, inputs: Inputs, folder: RunDir, *, name: str) -> tuple[Pair, SpawnedLearner]:
         """Engines, rollouts and learner, side by side. On a GPU that they share they start one after the other, the
@@ -168,6 +172,8 @@ class Cluster:
         spec = LearnerSpec(
             student=self._config.models.student,
             trainer=self._config.trainer,
+            device="cpu" if self.plan.layout is None else "cuda",
+            sync_backend=self.plan.sync_backend,
             seed=self._config.seed,
             trust_remote_code=self._config.engines.trust_remote_code,
         )
@@ -185,6 +191,15 @@ class Cluster:
         return RemoteLearner(
             learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
         )
+
+    async def measure_probe_noise(self, learner: RemoteLearner, pair: Pair, prompts: Sequence[Prompt]) -> ProbeNoise:
+        """What the probe finds now, while engines and learner hold what they loaded, whatever step the run goes on
+        from. Learners that are started again are told. Raises WeightSyncError where they are not the same model.
+        """
+        texts = probe_texts_of(prompts)
+        rows = await pair.rollouts.probe(texts)
+        self._probe_noise = await _unwrapped(learner.measure_probe_noise(texts, rows))
+        return self._probe_noise
 
     async def refuse_unshared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
         """Raise UserError where a machine that writes into the run's folder has another one of that name."""
@@ -238,7 +253,8 @@ class Cluster:
             workers_per_engine=config.engines.student.num_gpus,
             engine_dtype=pair.student_facts.dtype,
             timeout_s=config.sync.timeout_s,
-            probe_tolerance=self._probe_tolerance(pair.student_facts),
+            probe_tolerance=config.sync.probe_tolerance,
+            probe_noise=self._probe_noise,
         )
         calls = [rank.connect.remote(transfer) for rank in ranks]
         what, timeout_s = "the weight transfer to open", config.engines.start_timeout_s
@@ -297,11 +313,6 @@ class Cluster:
             trust_remote_code=engines.trust_remote_code,
             weight_transfer_backend=self.plan.sync_backend if role == "student" else None,
         )
-
-    def _probe_tolerance(self, student: EngineFacts) -> float:
-        if self._config.sync.probe_tolerance is not None:
-            return self._config.sync.probe_tolerance
-        return 1e-3 if student.dtype == self._config.trainer.dtype == "float32" else 0.25
 
 
 def _numbered(name: str, number: int) -> list[str]:

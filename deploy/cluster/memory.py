@@ -7,9 +7,9 @@ held against the bytes that torch allocates on a processor in ``tests/deploy/tes
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from common.config import EngineSettings, Trainer
+from common.weights import SyncBackend, nccl_buffer_bytes
 from deploy.cluster.model_shape import ModelShape
 from rollout_server.engines.vllm_memory import GIB, Scoring
 
@@ -116,7 +116,9 @@ def engine_parts(
     number = dtype_bytes(settings)
     layer_bytes = num_batched_tokens * (4 * shape.hidden_size + 3 * shape.inner_size / tensor) * number
     rows_bytes = settings.max_num_seqs * shape.vocab_size * _SAMPLER_BYTES
-    num_groups = (tensor * stages > 1) + joins_nccl
+    nccl_gib = COMMUNICATOR_GIB if tensor * stages > 1 else 0.0
+    if joins_nccl:
+        nccl_gib += _transfer_gib(shape, number)
     return tuple(
         part
         for part in (
@@ -124,31 +126,37 @@ def engine_parts(
             Part(name="activations", gib=max(layer_bytes, rows_bytes) / GIB, is_estimate=True),
             Part(name="prompt log-probs", gib=scoring.bytes_for(num_batched_tokens) / GIB),
             Part(name="CUDA graphs", gib=0.0 if settings.enforce_eager else GRAPHS_GIB, is_estimate=True),
-            Part(name="NCCL", gib=num_groups * COMMUNICATOR_GIB, is_estimate=True),
+            Part(name="NCCL", gib=nccl_gib, is_estimate=True),
             Part(name="CUDA context", gib=CONTEXT_GIB, is_estimate=True),
         )
         if part.gib
     )
 
 
+def _transfer_gib(shape: ModelShape, number_bytes: int) -> float:
+    """The group of the weight transfer and its buffers, on each side; the largest tensor is the output layer."""
+    return COMMUNICATOR_GIB + nccl_buffer_bytes(shape.vocab_size * shape.hidden_size * number_bytes) / GIB
+
+
 # -------------------------------------------------------------------------------------------------------------- learner
 
 
 def learner_parts(
-    shape: ModelShape, trainer: Trainer, *, sync_backend: Literal["host_memory", "ipc", "nccl"], engine_bytes: int
+    shape: ModelShape, trainer: Trainer, *, sync_backend: SyncBackend, engine_bytes: int
 ) -> tuple[Part, ...]:
     """All that one rank of the learner holds on its GPU at the peak of a step. ``engine_bytes``: of a weight there.
 
     The peak is in the loss, or in the backward pass through a layer; what is sent to the engines comes after both and
     counts where it is more.
     """
-    ranks, number = trainer.num_ranks, engine_bytes
-    num_groups = (ranks > 1) + (sync_backend == "nccl")
+    nccl_gib = COMMUNICATOR_GIB if trainer.num_ranks > 1 else 0.0
+    if sync_backend == "nccl":
+        nccl_gib += _transfer_gib(shape, engine_bytes)
     kept, one_layer = _activation_bytes(shape, trainer)
     loss = _loss_bytes(shape, trainer)
     ends = 0 if trainer.lora is not None else 2 * _FLOAT32 * shape.vocab_size * shape.hidden_size
     backward = one_layer + ends  # embedding's and output layer's gradients, not yet added to the others
-    passing = max(loss, backward, _sent_bytes(shape, sync_backend, number) - kept)
+    passing = max(loss, backward, _sent_bytes(shape, sync_backend, engine_bytes) - kept)
     return tuple(
         part
         for part in (
@@ -157,7 +165,7 @@ def learner_parts(
             Part(name="gathered layers", gib=_gathered_bytes(shape, trainer) / GIB),
             Part(name="activations", gib=kept / GIB, is_estimate=True),
             Part(name="loss or backward pass", gib=passing / GIB, is_estimate=True),
-            Part(name="NCCL", gib=num_groups * COMMUNICATOR_GIB, is_estimate=True),
+            Part(name="NCCL", gib=nccl_gib, is_estimate=True),
             Part(name="CUDA context", gib=CONTEXT_GIB, is_estimate=True),
         )
         if part.gib
@@ -233,7 +241,7 @@ def _loss_bytes(shape: ModelShape, trainer: Trainer) -> float:
     return layer + trainer.positions_per_chunk * shape.vocab_size * 2 * _FLOAT32
 
 
-def _sent_bytes(shape: ModelShape, sync_backend: str, engine_bytes: int) -> float:
+def _sent_bytes(shape: ModelShape, sync_backend: SyncBackend, engine_bytes: int) -> float:
     """IPC shows the engine a copy of all weights. Through host memory and NCCL one tensor at a time is cast."""
     if sync_backend == "ipc":
         return float(engine_bytes * sent_parameters(shape))

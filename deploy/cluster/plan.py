@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from common.config import LAYOUTS, Layout, RunConfig
 from common.errors import UserError
+from common.weights import SyncBackend
 from deploy.cluster.memory import dtype_bytes, shared_memory_gib
 from deploy.cluster.model_shape import Shapes
 from deploy.cluster.placement import SeatingPlan, seat
-from deploy.cluster.plan_memory import Budget, BundleMemory, Role, SyncBackend, plan_memory
+from deploy.cluster.plan_memory import Budget, BundleMemory, Role, plan_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

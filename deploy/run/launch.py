@@ -1,4 +1,4 @@
-"""A run on Ray, from the command to its summary: who is started_actors, and how the run ends."""
+"""A run on Ray, from the command to its summary: how its actors start, and how it ends."""
 
 import asyncio
 import logging
@@ -37,7 +37,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
+def train(resolved: ResolvedConfig, *, resume: bool = False, actor_classes: ActorClasses | None = None) -> None:
     """Run the whole distillation, or the rest of one that was interrupted, and print its summary."""
     resumed = None
     if resume:
@@ -52,7 +52,8 @@ def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
             print_summary(summary)
             return
 
-    print_summary(_run(run(resolved, partial(started_actors, resolved.config), resumed)))
+    start = partial(started_actors, resolved.config, actor_classes=actor_classes)
+    print_summary(_run(run(resolved, start, resumed)))
 
 
 def evaluate_student(resolved: ResolvedConfig) -> None:
@@ -79,9 +80,12 @@ async def started_actors(
         learner = await cluster.connect_learner(learner_actor, pair)
         await cluster.refuse_unshared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
+        probe_prompts = inputs.prompts.peek(config.sync.num_probe_prompts)
+        noise = await cluster.measure_probe_noise(learner, pair, probe_prompts)
+        display.note(f"student engine and learner differ by {noise.rms:.2g} nats (rms) with the same weights")
         monitor, restarts = HealthMonitor(config.supervision), RestartPolicy(config.supervision, folder)
         workers = cluster.workers(learner_actor, pair)
-        logger.info("process ids: %s", await workers.register())
+        logger.info("process ids: %s", await workers.process_ids())
         supervised = SupervisedLearner(learner, workers=workers, monitor=monitor, restarts=restarts)
         rollouts = SupervisedRollouts(
             pair.rollouts,
@@ -117,7 +121,7 @@ def _describe(engine: EngineFacts) -> str:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end. SIGTERM, as a job's stop sends it, ends the run as Ctrl-C does: actors are ended first."""
+    """Run to the end. SIGTERM, which stops a job, ends the run as Ctrl-C does: the actors are shut down first."""
 
     async def until_stopped() -> T:
         end_in_order_on_sigterm()

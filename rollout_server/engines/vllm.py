@@ -1,7 +1,7 @@
 """The real engine: vLLM's AsyncLLM behind the Engine protocol. The only module that runs vLLM.
 
-Owns the requests: which of vLLM's calls answer the protocol's. What vLLM is started with is ``vllm_args``'s, how its
-log-probs become arrays ``rows``'s. Knows nothing of Ray, roles or policies.
+Owns the requests; ``vllm_args`` decides what vLLM is started with, and ``rows`` turns its log-probs into arrays. Knows
+nothing of Ray, roles or policies.
 """
 
 import asyncio
@@ -45,6 +45,7 @@ from rollout_server.engines.vllm_plugin.weight_transfer import WeightsLost, appl
 _SESSION, _INTERRUPTIBLE = 0, 1
 """Priorities. Where the cache is full, vLLM takes blocks from a request of the highest number. Not from a session: its
 asynchronous scheduler drops one, and its text, that it interrupts while the last step of a turn is in flight."""
+
 _NEVER = -100.0  # the logit bias vLLM allows that comes closest to minus infinity
 
 

@@ -67,9 +67,10 @@ def _table(part: Part, results: Results) -> str:
 
 
 def _outcome(record: CheckRecord | None, results: Results) -> str:
-    if record is None or not record.was_run:
-        reason = "" if record is None or record.reason is None else f": {record.reason}"
-        return f"never run on a GPU{_cell(reason)}"
+    if record is None or record.measured is None:
+        return "never run on a GPU"
+    if not record.was_run:
+        return _cell(f"never run on a GPU; {_cards([record], results)}: {record.reason}")
     figures = ", ".join(_figure(figure) for figure in record.figures)
     said = [record.reason or ""] if record.outcome == "failed" else []
     return _cell(

@@ -4,10 +4,12 @@ same work as offline batches of vLLM.
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,9 +48,9 @@ def shaped(context: Context, figures: Figures, *, layout: str) -> None:
     """Random models that no token ends, so that every text has its full length."""
     _needs(context, layout)
     shape, dtype = (QWEN2_500M, "bfloat16") if context.is_cuda else (MIDDLE, "float32")
-    student, teacher = make_pair(shape, context.folder / "pair", device=context.device, dtype=dtype)
-    context.free_memory()
-    config = _shaped_config(context, shape, dtype, student, teacher)
+    # On the processor: this process must not hold any of the GPUs' memory while the run lies on them.
+    student, teacher = make_pair(shape, context.folder / "pair", device=torch.device("cpu"), dtype=dtype)
+    config = shaped_config(context, shape, dtype, student, teacher)
     config_file = context.folder / "shaped.yaml"
     config_file.write_text(yaml.safe_dump(config))
     folder = _train(context, config_file, layout, {})
@@ -60,6 +62,33 @@ def shaped(context: Context, figures: Figures, *, layout: str) -> None:
     seconds = statistics.median(step["rollout/seconds"] for step in steps[NUM_WARMUP_STEPS:])
     figures.add("offline, one after the other, over the rollout", times.serial_s / seconds, "")
     figures.add("offline, the busier engine, over the rollout", times.parallel_s / seconds, "")
+
+
+def shaped_config(context: Context, shape: Shape, dtype: str, student: Path, teacher: Path) -> dict[str, Any]:
+    """The run's file: no text ends early, so that a step's work is known."""
+    num_sequences, num_new, num_steps = (64, 256, 6) if context.is_cuda else (4, 16, 3)
+    prompts = context.folder / "prompts.jsonl"
+    rows = [" ".join(f"w{token_id}" for token_id in random_text(64, shape.vocabulary, seed=n)) for n in range(512)]
+    prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    engine = {"dtype": dtype, "max_num_seqs": 128, "max_model_len": 512, "enforce_eager": not context.is_cuda}
+    engine["kv_cache_gib"] = 1.0 if context.is_cuda else 0.25
+    return {
+        "run_dir": "",
+        "models": {"student": str(student), "teacher": str(teacher)},
+        "engines": {"student": engine, "teacher": engine, "top_logprobs": 64},
+        "policy": {"type": "adaswitch", "multiplier": 3.0, "window": 10},
+        "sampling": {"temperature": 1.0, "max_new_tokens": num_new},
+        "data": {"path": str(prompts), "shuffle": False},
+        "trainer": {
+            "num_steps": num_steps,
+            "prompts_per_step": num_sequences,
+            "learning_rate": 1e-6,
+            "dtype": dtype,
+            "activation_checkpointing": context.is_cuda,
+            "tokens_per_micro_batch": 4096,
+        },
+        "checkpoints": {"every_steps": None},
+    }
 
 
 CHECKS: dict[str, Callable[[Context, Figures], None]] = {
@@ -87,19 +116,23 @@ def _train(context: Context, config_file: Path, layout: str, settings: dict[str,
     if context.is_cuda:
         settings["placement.layout"] = layout
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    done = subprocess.run(
+    run = subprocess.Popen(
         [sys.executable, "-m", "deploy.cli", "train", str(config_file), *words],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=RUN_TIMEOUT_S,
-        check=False,
+        start_new_session=True,
     )
-    print(done.stdout, done.stderr, flush=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise RuntimeError(f"adaswitch train ended with {done.returncode}: {' '.join(said[-3:])}")
+    try:
+        said, _ = run.communicate(timeout=RUN_TIMEOUT_S)
+    finally:
+        with suppress(ProcessLookupError):  # Ray's processes too, should they be left
+            os.killpg(run.pid, signal.SIGKILL)
+    print(said, flush=True)
+    if run.returncode:
+        raise RuntimeError(f"adaswitch train ended with {run.returncode}: {' '.join(said.strip().splitlines()[-3:])}")
     return folder
 
 
@@ -122,29 +155,3 @@ def _add_speeds(figures: Figures, steps: list[dict[str, float]]) -> None:
     figures.add("training", median("train/tokens_per_s"), "tokens/s")
     figures.add("weight sync with its probe, a step", median("sync/seconds"), "s")
     figures.add("tokens the teacher wrote", median("switch/teacher_token_share"), "")
-
-
-def _shaped_config(context: Context, shape: Shape, dtype: str, student: Path, teacher: Path) -> dict[str, Any]:
-    num_sequences, num_new, num_steps = (64, 256, 6) if context.is_cuda else (4, 16, 3)
-    prompts = context.folder / "prompts.jsonl"
-    rows = [" ".join(f"w{token_id}" for token_id in random_text(64, shape.vocabulary, seed=n)) for n in range(512)]
-    prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
-    engine = {"dtype": dtype, "max_num_seqs": 128, "max_model_len": 512, "enforce_eager": not context.is_cuda}
-    engine["kv_cache_gib"] = 4.0 if context.is_cuda else 0.25
-    return {
-        "run_dir": "",
-        "models": {"student": str(student), "teacher": str(teacher)},
-        "engines": {"student": engine, "teacher": engine, "top_logprobs": 64},
-        "policy": {"type": "adaswitch", "multiplier": 3.0, "window": 10},
-        "sampling": {"temperature": 1.0, "max_new_tokens": num_new},
-        "data": {"path": str(prompts), "shuffle": False},
-        "trainer": {
-            "num_steps": num_steps,
-            "prompts_per_step": num_sequences,
-            "learning_rate": 1e-6,
-            "dtype": dtype,
-            "activation_checkpointing": context.is_cuda,
-            "tokens_per_micro_batch": 8192,
-        },
-        "checkpoints": {"every_steps": None},
-    }

@@ -114,7 +114,7 @@ def _rolls_back(engine: "AsyncLLM") -> bool:
     leave the layers that they did not come to without data.
     """
     config = engine.vllm_config
-    return config.weight_transfer_config.backend == HOST_MEMORY and config.parallel_config.world_size == 1
+    return bool(config.weight_transfer_config.backend == HOST_MEMORY and config.parallel_config.world_size == 1)
 
 
 @dataclass

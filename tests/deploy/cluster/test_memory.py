@@ -12,7 +12,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common.config import EngineSettings, LoRA, Trainer
 from common.sequence import MixedSequence
+from common.weights import nccl_buffer_bytes
 from deploy.cluster.memory import (
+    COMMUNICATOR_GIB,
     CONTEXT_GIB,
     GIB,
     GRAPHS_GIB,
@@ -116,7 +118,8 @@ def test_an_engine_s_parts(llama) -> None:
     assert gib["weights"] == 8_030_261_248 / GIB
     assert gib["activations"] == 8192 * (4 * 4096 + 3 * 14336 / 2) * 2 / GIB
     assert gib["prompt log-probs"] == scoring.bytes_for(8192) / GIB
-    assert (gib["CUDA graphs"], gib["CUDA context"], gib["NCCL"]) == (GRAPHS_GIB, CONTEXT_GIB, 1.0)
+    assert (gib["CUDA graphs"], gib["CUDA context"]) == (GRAPHS_GIB, CONTEXT_GIB)
+    assert gib["NCCL"] == 2 * COMMUNICATOR_GIB + nccl_buffer_bytes(128256 * 4096 * 2) / GIB
     eager = engine_parts(
         llama, EngineSettings(enforce_eager=True), num_batched_tokens=8192, scoring=scoring, joins_nccl=False
     )

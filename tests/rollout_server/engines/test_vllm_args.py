@@ -93,6 +93,7 @@ def test_weights_come_from_safetensors_files_and_log_probs_are_raw_whatever_the_
         args = engine_args(spec(**settings), H100)
         assert (args.load_format, args.logprobs_mode, args.max_logprobs) == ("safetensors", "raw_logprobs", -1)
         assert args.enable_prefix_caching
+        assert args.scheduling_policy == "priority"
 
 
 def test_vllm_gets_the_engines_share_less_what_scoring_takes() -> None:

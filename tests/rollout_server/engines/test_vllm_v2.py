@@ -4,10 +4,9 @@ prompts in pieces. Held against Hugging Face as ``test_vllm`` does with V1.
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from common.sequence import Ids
-from rollout_server.engines.protocol import ScoreRequest, WriteRequest, concatenate_written
+from rollout_server.engines.protocol import EngineSpec, ScoreRequest, WriteRequest, concatenate_written
 from rollout_server.engines.selftest import check_engine
 from rollout_server.engines.vllm import VLLMEngine
 from tests.support.streams import pieces_of
@@ -36,14 +35,15 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(demo_folder: Path) -> AsyncIterator[VLLMEngine]:
-    """The demo's teacher."""
-    engine = start_v2_engine(
-        demo_folder / "models" / "teacher",
-        top_logprobs=VOCABULARY_SIZE,
-        max_num_batched_tokens=PIECE,
+async def engine(make_spec: Callable[[str], EngineSpec]) -> AsyncIterator[VLLMEngine]:
+    """The demo's teacher, with a cache of some 700 tokens."""
+    spec = make_spec("teacher")
+    spec = replace(
+        spec,
+        settings=spec.settings.model_copy(update={"kv_cache_gib": 0.002, "max_model_len": CONTEXT, "max_num_seqs": 32}),
         weight_transfer_backend="host_memory",
     )
+    engine = start_v2_engine(spec, max_num_batched_tokens=PIECE)
     yield engine
     engine.shutdown()
 
@@ -154,6 +154,23 @@ async def test_pauses_change_no_token_and_hand_over_what_is_written(
     assert paused.finish_reason == whole.finish_reason
     np.testing.assert_array_equal(paused.token_ids, whole.token_ids)
     np.testing.assert_allclose(paused.logprobs, whole.logprobs, atol=TOLERANCE)
+
+
+async def test_in_a_full_cache_all_write_what_they_write_alone(engine) -> None:
+    """vLLM interrupts those without pauses, and never a session."""
+    lengths = [1, BLOCK, 0]  # of a turn; 0 for no pauses
+
+    async def write(seed: int) -> list[int]:
+        prefix = random_text(BLOCK + 1, seed=seed)
+        request = write_request(prefix, max_tokens=100, temperature=1.0, seed=seed, chunk_tokens=32, ignore_eos=True)
+        length = lengths[seed % 3]
+        pieces = await pieces_of(engine, request, [length] * 100 if length else [])
+        return concatenate_written(pieces).token_ids.tolist()
+
+    async with asyncio.timeout(100.0):
+        crowd = await asyncio.gather(*map(write, range(18)))
+    assert {len(token_ids) for token_ids in crowd} == {100}
+    assert [await write(seed) for seed in range(3)] == crowd[:3]
 
 
 async def test_a_slow_consumer_gets_the_rows_a_quick_one_gets(engine, held_out_prompts) -> None:
