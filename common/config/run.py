@@ -67,6 +67,17 @@ class RunConfig(Part):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _ipc_stays_on_one_gpu(self) -> Self:
+        student = self.engines.student
+        num_gpus = student.num_replicas * student.tensor_parallel_size * student.pipeline_parallel_size
+        if self.sync.backend == "ipc" and (num_gpus > 1 or self.trainer.num_ranks > 1):
+            raise ValueError(
+                "sync.backend must not be ipc unless one student engine on one GPU and one rank of the learner share "
+                f"that GPU, got {num_gpus} GPUs of engines.student and trainer.num_ranks {self.trainer.num_ranks}"
+            )
+        return self
+
     @property
     def takes_given_answers(self) -> bool:
         """Whether answers of the data are trained on."""

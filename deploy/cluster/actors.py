@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import RunConfig
 from common.errors import RunEnds, UserError
 from common.run_dir import RunDir
+from common.sequence import Prompt
 from common.waiting import within
+from common.weights import SyncBackend
 from deploy.cluster.attach import NAMESPACE
 from deploy.cluster.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
 from deploy.cluster.reservation import connect, reserve, shortage_of, use_gpus
@@ -28,6 +30,8 @@ from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, Ro
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
 from trainer.actors import HEALTH_GROUP, LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
+from trainer.loop import probe_texts_of
+from trainer.probe_statistics import ProbeNoise
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +88,7 @@ class Cluster:
         self._actor_classes = actor_classes
         self._use_gpus = use_gpus
         self._actors: list[ActorHandle] = []
+        self._probe_noise: ProbeNoise | None = None  # until it has been measured
 
     async def start_pair(self, inputs: Inputs, folder: RunDir, *, name: str | None = None) -> Pair:
         """Start all engines side by side and the rollouts over them, which others find under ``name``.
@@ -149,6 +154,8 @@ class Cluster:
         spec = LearnerSpec(
             student=self._config.models.student,
             trainer=self._config.trainer,
+            device="cuda" if self._use_gpus else "cpu",
+            sync_backend=self._backend,
             seed=self._config.seed,
             trust_remote_code=self._config.engines.trust_remote_code,
         )
@@ -166,6 +173,15 @@ class Cluster:
         return RemoteLearner(
             learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
         )
+
+    async def measure_probe_noise(self, learner: RemoteLearner, pair: Pair, prompts: Sequence[Prompt]) -> ProbeNoise:
+        """What the probe finds now, while engines and learner hold what they loaded, whatever step the run goes on
+        from. Learners that are started again are told. Raises WeightSyncError where they are not the same model.
+        """
+        texts = probe_texts_of(prompts)
+        rows = await pair.rollouts.probe(texts)
+        self._probe_noise = await _unwrapped(learner.measure_probe_noise(texts, rows))
+        return self._probe_noise
 
     async def refuse_unshared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
         """Raise UserError where a machine that writes into the run's folder has another one of that name."""
@@ -219,7 +235,8 @@ class Cluster:
             workers_per_engine=config.engines.student.tensor_parallel_size,
             engine_dtype=pair.student_facts.dtype,
             timeout_s=config.sync.timeout_s,
-            probe_tolerance=self._probe_tolerance(pair.student_facts),
+            probe_tolerance=config.sync.probe_tolerance,
+            probe_noise=self._probe_noise,
         )
         calls = [rank.connect.remote(transfer) for rank in ranks]
         what, timeout_s = "the weight transfer to open", config.engines.start_timeout_s
@@ -276,16 +293,11 @@ class Cluster:
         )
 
     @property
-    def _backend(self) -> Literal["host_memory", "nccl"]:
+    def _backend(self) -> SyncBackend:
         """NCCL can't join two processes on one GPU, so a learner that shares one goes through host memory."""
         if self._config.sync.backend != "auto":
             return self._config.sync.backend
         return "nccl" if self._use_gpus and self._config.placement.learner == "own_gpu" else "host_memory"
-
-    def _probe_tolerance(self, student: EngineFacts) -> float:
-        if self._config.sync.probe_tolerance is not None:
-            return self._config.sync.probe_tolerance
-        return 1e-3 if student.dtype == self._config.trainer.dtype == "float32" else 0.25
 
 
 def _numbered(name: str, number: int) -> list[str]:

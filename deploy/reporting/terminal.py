@@ -146,6 +146,7 @@ _ROWS: dict[str, tuple[str, str]] = {
     "sync_s": ("seconds in weight sync", "{:.1f}"),
     "seconds": ("seconds in all", "{:.1f}"),
     "max_probe_nats": ("largest probe difference, nats", "{:.1e}"),
+    "max_probe_rms_nats": ("  root mean square of a sync's, at most", "{:.1e}"),
     "resumed": ("resumed", "{}"),
     "faults": ("faults", "{}"),
     "prompts_set_aside": ("prompts set aside", "{}"),

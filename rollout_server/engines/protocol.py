@@ -12,7 +12,7 @@ import numpy as np
 
 from common.config import EngineSettings
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
-from common.weights import WeightUpdate, WeightVersion
+from common.weights import SyncBackend, WeightUpdate, WeightVersion
 
 _SIGN_OF_LIFE = 256
 """Tokens after which a text that is wanted whole shows that it grows."""
@@ -104,7 +104,7 @@ class EngineSpec:
     settings: EngineSettings
     top_logprobs: int
     trust_remote_code: bool = False
-    weight_transfer_backend: str | None = None  # None for an engine whose weights never change
+    weight_transfer_backend: SyncBackend | None = None  # None for an engine whose weights never change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ from rollout_server.engines.protocol import (
     write_whole,
 )
 from rollout_server.engines.room import CacheRoom
-from rollout_server.engines.vllm_plugin.weight_transfer import apply_update, init_transfer
+from rollout_server.engines.vllm_plugin.weight_transfer import apply_update, engine_backend, init_transfer
 
 _CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
 _CPU_CACHE_GIB = 1.0
@@ -281,7 +281,7 @@ def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         disable_log_stats=True,
     )
     if spec.weight_transfer_backend is not None:
-        args.weight_transfer_config = WeightTransferConfig(backend=spec.weight_transfer_backend)
+        args.weight_transfer_config = WeightTransferConfig(backend=engine_backend(spec.weight_transfer_backend))
     if current_platform.is_cpu():
         args.kv_cache_memory_bytes = int((settings.kv_cache_gib or _CPU_CACHE_GIB) * 2**30)
         args.block_size = _CPU_BLOCK_TOKENS

@@ -23,17 +23,18 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from common.weights import WeightUpdate
+from common.weights import SyncBackend, WeightUpdate
 from rollout_server.engines.vllm_plugin.lifeline import end_with_parent
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 HOST_MEMORY = "host_memory"
+PLAIN_IPC = "plain_ipc"
 
 
 def register() -> None:
-    """What each of vLLM's own processes needs of us: ``WeightTransferConfig(backend="host_memory")``, small blocks on
+    """What each of vLLM's own processes needs of us: the weight-transfer backends written here, small blocks on
     processors, and an end when its parent ends. vLLM may call it more than once.
     """
     end_with_parent()
@@ -43,6 +44,14 @@ def register() -> None:
         cpu_attention.register()
     with contextlib.suppress(ValueError):  # what vLLM raises when the name is taken
         WeightTransferEngineFactory.register_engine(HOST_MEMORY, __name__, "HostMemoryWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine(
+            PLAIN_IPC, "rollout_server.engines.vllm_plugin.ipc", "PlainIpcWeightTransferEngine"
+        )
+
+
+def engine_backend(backend: SyncBackend) -> str:
+    """The name under which vLLM knows an engine's half."""
+    return PLAIN_IPC if backend == "ipc" else backend
 
 
 async def init_transfer(engine: "AsyncLLM", transfer_info: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from common.run_dir import RunDir
 from deploy.run.records import metrics_of, summarise_run
 from trainer.evaluate import EvaluationReport
 from trainer.learner import StepReport
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeReport
 from trainer.reports import Evaluated, RolloutReport, SyncReport, Trained
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -47,6 +47,8 @@ def trained(step: int, *, switch_rate: float = 0.5, mean_switch_position: float 
             version=step,
             seconds=0.5,
             probe=ProbeReport(
+                rms=1e-6 * step,
+                p99=5e-6 * step,
                 max_difference=1e-5 * step,
                 text_index=0,
                 position=1,
@@ -134,6 +136,7 @@ def test_the_summary_averages_over_the_run() -> None:
     assert summary["tokens_per_s"] == 50.0
     assert (summary["rollout_s"], summary["train_s"], summary["sync_s"]) == (6.0, 3.0, 1.5)
     assert summary["max_probe_nats"] == pytest.approx(3e-5)
+    assert summary["max_probe_rms_nats"] == pytest.approx(3e-6)
 
 
 def test_a_run_without_a_switch_has_no_mean_position() -> None:
