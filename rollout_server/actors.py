@@ -24,7 +24,6 @@ from common.metrics import READ_POSITIONS, RUNNING_REQUESTS, SWITCH_POSITION, WA
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import within
 from common.weights import WeightUpdate
-from rollout_server.engines.imitated import ImitatedEngine
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.engines.remote.client import RemoteEngine
 from rollout_server.engines.remote.messages import News, Orders
@@ -47,12 +46,12 @@ _ENGINE_METRICS = (RUNNING_REQUESTS, WAITING_REQUESTS, WRITTEN_TOKENS, READ_POSI
 
 
 class EngineActor:
-    """One engine in a process of its own: vLLM's, or an imitated one. ``start`` comes first.
+    """One engine in a process of its own. ``start`` comes first.
 
     Where Ray puts a new process in a dead one's place, ``start`` comes first again.
     """
 
-    _engine: "VLLMEngine | ImitatedEngine"
+    _engine: "VLLMEngine"
     _streams: StreamMultiplexer
     _loading_since_s: float | None = None  # weights, where that is under way
 
@@ -62,14 +61,18 @@ class EngineActor:
         self._engine = self._start_engine(spec)
         self._streams = StreamMultiplexer(self._engine)
         facts = self._engine.facts
-        await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
+        await check_engine(
+            self._engine,
+            name=spec.name,
+            prefix=self_test_prefix,
+            top_logprobs=facts.top_logprobs,
+            dtype=facts.dtype,
+        )
         self._exporting = asyncio.create_task(self._export(spec))
         freeze_heap()
         return facts
 
-    def _start_engine(self, spec: EngineSpec) -> "VLLMEngine | ImitatedEngine":
-        if spec.imitate is not None:
-            return ImitatedEngine.start(spec)
+    def _start_engine(self, spec: EngineSpec) -> "VLLMEngine":
         from rollout_server.engines.vllm import VLLMEngine
 
         return VLLMEngine.start(spec)

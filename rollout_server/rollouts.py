@@ -15,6 +15,7 @@ from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from rollout_server.controller import SwitchingController
 from rollout_server.engines.protocol import Engine, ScoreRequest
 from rollout_server.engines.replicas import ReplicatedEngine
+from rollout_server.pool import generate_all
 from rollout_server.traces.writer import TraceWriter
 
 
@@ -51,6 +52,7 @@ class Rollouts:
 
     def __init__(self, spec: RolloutSpec, *, student: ReplicatedEngine, teacher: Engine, decoder: Decoder) -> None:
         self._student = student
+        self._max_in_flight = spec.sampling.max_in_flight
         self._writer: TraceWriter | None = None
         if spec.trace.enabled:
             self._writer = TraceWriter(
@@ -82,7 +84,8 @@ class Rollouts:
         ``kept`` are sequences of the step that need not be written again; the segment holds them too.
         """
         sequences = list(kept)
-        async with aclosing(self._controller.collect(prompts)) as batches:
+        generated = generate_all(self._controller, prompts, max_in_flight=self._max_in_flight)
+        async with aclosing(generated) as batches:
             async for finished in batches:
                 sequences.extend(finished)
                 yield finished
@@ -92,7 +95,8 @@ class Rollouts:
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
         """What the student writes on its own, greedily, with the teacher's view of it."""
-        return [sequence async for finished in self._student_alone.collect(prompts) for sequence in finished]
+        generated = generate_all(self._student_alone, prompts, max_in_flight=self._max_in_flight)
+        return [sequence async for finished in generated for sequence in finished]
 
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         """Each student replica's rows for positions 1 to n of each text, for comparison with the learner's."""

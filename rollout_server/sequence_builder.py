@@ -69,11 +69,12 @@ class _Column:
 
 
 @dataclass(slots=True)
-class Draft:
+class SequenceBuilder:
     """Grows by ``keep`` (student) and ``take`` (teacher) until it has a finish_reason."""
 
     prompt: Prompt
     top_logprobs: int
+    max_new_tokens: int
     finish_reason: FinishReason | None = None
     num_wasted_tokens: int = 0
     num_judged: int = 0  # proposals kept or refused so far
@@ -92,12 +93,17 @@ class Draft:
         return self._num_tokens
 
     @property
+    def num_left(self) -> int:
+        """Tokens that may still be appended."""
+        return self.max_new_tokens - len(self)
+
+    @property
     def num_switches(self) -> int:
         return len(self._switches)
 
     @property
     def text(self) -> Ids:
-        """[P + T so far] prompt and new tokens. Stays as it is while the draft grows."""
+        """[P + T so far] prompt and new tokens. Stays as it is while the builder grows."""
         return self._text.values
 
     @property
@@ -134,7 +140,8 @@ class Draft:
         """Append teacher tokens from a switch on. ``refused`` is the student's proposal at the switch, if it made one.
 
         What the policy saw at the switch is recorded with the teacher's token that replaced the proposal. Without
-        ``is_switch`` they go on with the guidance that came before.
+        ``is_switch`` they continue the guidance that came before. The sequence is finished where the teacher stopped or
+        no more tokens may follow.
         """
         num_tokens = len(written)
         student_top = TopLogprobs.unknown(num_tokens, self.top_logprobs)
@@ -160,6 +167,8 @@ class Draft:
             teacher_logprobs=written.logprobs,
             weight_versions=weight_versions,
         )
+        if written.finish_reason == "stop" or len(self) >= self.max_new_tokens:
+            self.finish_reason = written.finish_reason
 
     def _append(self, student_top: TopLogprobs, teacher_top: TopLogprobs, **columns: np.ndarray) -> None:
         if not len(student_top):

@@ -1,4 +1,4 @@
-"""What a run does when a part of it dies, hangs or fails."""
+"""What a run does when a worker dies, hangs or fails."""
 
 from typing import Self
 
@@ -8,24 +8,24 @@ from common.config.part import Part, Positive, Seconds
 
 
 class Supervision(Part):
-    """Health checks, and how often what fails is started again before the run ends."""
+    """Health checks, and how often failed workers are restarted before the run ends."""
 
     health_every_s: Seconds = 5.0
-    """Pause between two looks at everyone whose work is waited for."""
+    """Pause between two health checks of the workers whose work is awaited."""
     health_timeout_s: Seconds = 30.0
-    """A process that does not answer for this long is taken for hung."""
+    """A process that does not answer for this long counts as hung."""
     hang_timeout_s: Seconds = 120.0
-    """An engine with calls under way that makes no progress for this long is taken for hung. Longer than its longest
-    prefill."""
+    """An engine with calls under way that makes no progress for this long counts as hung. Set it higher than
+    the longest prefill takes."""
     max_repairs: Positive = 5
-    """Repairs in a row, without a finished step between them, after which the run ends. Those that search for a prompt
-    which fails again and again do not count, but end the run too when they go on too long with nothing written."""
+    """Restarts in a row, without a finished step between them, after which the run ends. Restarts during the search for
+    a prompt that fails repeatedly do not count, but end the run too when no prompt succeeds for too long."""
     backoff_first_s: Seconds = 1.0
-    """Pause before the second repair in a row; doubled for each that follows."""
+    """Pause before the second restart in a row; doubled for each one after it."""
     backoff_last_s: Seconds = 60.0
     """The longest such pause."""
     max_prompt_failures: Positive = 2
-    """A prompt that fails so often on its own is set aside, and the run goes on without it."""
+    """A prompt that fails this often on its own is quarantined, and the run continues without it."""
 
     @model_validator(mode="after")
     def _pauses_grow(self) -> Self:

@@ -1,4 +1,4 @@
-"""A run on Ray, from the command to its summary: who is hired, and how the run ends."""
+"""A run on Ray, from the command to its summary: how its actors start, and how it ends."""
 
 import asyncio
 import logging
@@ -12,20 +12,21 @@ from typing import Any, TypeVar
 from common.config import RunConfig
 from common.config.source import ResolvedConfig
 from common.errors import UserError
-from deploy.cluster.actors import Shells, joined
+from common.run_dir import RunDir
+from deploy.cluster.actors import ActorClasses, joined
 from deploy.cluster.attach import live_name
 from deploy.cluster.sigterm import end_in_order_on_sigterm
 from deploy.preflight import Inputs, prepare
 from deploy.reporting.progress import ProgressDisplay
 from deploy.reporting.terminal import make_console, print_summary
 from deploy.run.copies import fetch_if_ahead
+from deploy.run.provenance import write_placement
 from deploy.run.resume import find_resumable, refuse_other_settings
-from deploy.run.run import Crew, run
-from deploy.run.run_folder import RunFolder
+from deploy.run.run import RunActors, run
 from deploy.supervision.fatal_errors import clear_end
-from deploy.supervision.health_monitor import Watch
-from deploy.supervision.quarantine import SetAside
-from deploy.supervision.restarts import Repairs
+from deploy.supervision.health_monitor import HealthMonitor
+from deploy.supervision.quarantine import Quarantine
+from deploy.supervision.restarts import RestartPolicy
 from deploy.supervision.supervised import SupervisedLearner, SupervisedRollouts
 from rollout_server.actors import Collected
 from rollout_server.engines.protocol import EngineFacts
@@ -36,7 +37,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
+def train(resolved: ResolvedConfig, *, resume: bool = False, actor_classes: ActorClasses | None = None) -> None:
     """Run the whole distillation, or the rest of one that was interrupted, and print its summary."""
     resumed = None
     if resume:
@@ -51,7 +52,8 @@ def train(resolved: ResolvedConfig, *, resume: bool = False) -> None:
             print_summary(summary)
             return
 
-    print_summary(_run(run(resolved, partial(hired, resolved.config), resumed)))
+    start = partial(started_actors, resolved.config, actor_classes=actor_classes)
+    print_summary(_run(run(resolved, start, resumed)))
 
 
 def evaluate_student(resolved: ResolvedConfig) -> None:
@@ -61,34 +63,42 @@ def evaluate_student(resolved: ResolvedConfig) -> None:
 
 
 @asynccontextmanager
-async def hired(
-    config: RunConfig, inputs: Inputs, folder: RunFolder, display: ProgressDisplay, *, shells: Shells | None = None
-) -> AsyncIterator[Crew]:
-    """The run's actors, started and wired; ended when the run is."""
+async def started_actors(
+    config: RunConfig,
+    inputs: Inputs,
+    folder: RunDir,
+    display: ProgressDisplay,
+    *,
+    actor_classes: ActorClasses | None = None,
+) -> AsyncIterator[RunActors]:
+    """The run's actors, started and connected. They are shut down when the block is left."""
     display.note("starting the engines and the learner")
-    async with joined(config, shells) as cluster:
-        learner_actor = cluster.spawn_learner()
-        pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
+    async with joined(config, actor_classes) as cluster:
+        display.note(f"placement: {cluster.plan}")
+        write_placement(folder.path, str(cluster.plan))
+        pair, learner_actor = await cluster.start(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
         await cluster.refuse_unshared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
         probe_prompts = inputs.prompts.peek(config.sync.num_probe_prompts)
         noise = await cluster.measure_probe_noise(learner, pair, probe_prompts)
         display.note(f"student engine and learner differ by {noise.rms:.2g} nats (rms) with the same weights")
-        watch, repairs = Watch(config.supervision), Repairs(config.supervision, folder)
-        staff = cluster.staff(learner_actor, pair)
-        logger.info("process ids: %s", await staff.register())
-        supervised = SupervisedLearner(learner, staff=staff, watch=watch, repairs=repairs)
+        monitor, restarts = HealthMonitor(config.supervision), RestartPolicy(config.supervision, folder)
+        workers = cluster.workers(learner_actor, pair)
+        logger.info("process ids: %s", await workers.process_ids())
+        supervised = SupervisedLearner(learner, workers=workers, monitor=monitor, restarts=restarts)
         rollouts = SupervisedRollouts(
             pair.rollouts,
             learner=supervised,
-            staff=staff,
-            watch=watch,
-            repairs=repairs,
-            set_aside=SetAside(folder, inputs.prompts),
+            workers=workers,
+            monitor=monitor,
+            restarts=restarts,
+            quarantine=Quarantine(folder, inputs.prompts),
             config=config.supervision,
         )
-        yield Crew(rollouts=rollouts, learner=supervised, put=Collected.put, bring_back=supervised.bring_back)
+        yield RunActors(
+            rollouts=rollouts, learner=supervised, put=Collected.put, recover_learner=supervised.recover_learner
+        )
 
 
 async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
@@ -99,8 +109,8 @@ async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
     prompts = inputs.held_out.prompts
     with ProgressDisplay(0) as display:
         display.note("starting the engines")
-        async with joined(config) as cluster:
-            pair = await cluster.start_pair(inputs, RunFolder(Path(config.run_dir)))
+        async with joined(config, with_learner=False) as cluster:
+            pair = await cluster.start_pair(inputs, RunDir(Path(config.run_dir)))
             display.note(f"evaluating {config.models.student} on {len(prompts)} prompts")
             sequences = await pair.rollouts.evaluate(prompts)
     return evaluate(sequences, inputs.held_out.answer_pattern, inputs.held_out.decode)
@@ -111,14 +121,14 @@ def _describe(engine: EngineFacts) -> str:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end. SIGTERM, as a job's stop sends it, ends the run as Ctrl-C does: actors are ended first."""
+    """Run to the end. SIGTERM, which stops a job, ends the run as Ctrl-C does: the actors are shut down first."""
 
-    async def until_told_to_stop() -> T:
+    async def until_stopped() -> T:
         end_in_order_on_sigterm()
         return await work
 
     try:
-        return asyncio.run(until_told_to_stop())
+        return asyncio.run(until_stopped())
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
     except Exception as error:

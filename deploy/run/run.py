@@ -1,6 +1,6 @@
-"""A run's steps: the loop's records into the run's folder, the trackers and the display; checkpoints as they fall due.
+"""One run: records the loop's reports in the run directory, trackers and display, and takes checkpoints when due.
 
-Knows the loop's protocols and not what stands behind them: Ray's actors in a real run, local objects in tests.
+Knows the loop's protocols and not their implementations: Ray's actors in a real run, local objects in tests.
 """
 
 import time
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.config import Checkpoints
 from common.config.source import ResolvedConfig
+from common.run_dir import RunDir
 from common.sequence import MixedSequence
 from common.weights import WeightVersion
 from deploy.preflight import Inputs, prepare
@@ -18,8 +19,8 @@ from deploy.reporting.progress import ProgressDisplay, StepLine
 from deploy.reporting.trackers import Trackers
 from deploy.run.copies import copied_names, kept_copied
 from deploy.run.provenance import hardware, write_versions
+from deploy.run.records import metrics_of, summarise_run
 from deploy.run.resume import Resumable, found_again, last_resumable, rewind, rewind_to_beginning
-from deploy.run.run_folder import RunFolder, metrics_of, summarise_run
 from deploy.supervision.supervised import LearnerLost, StoredLearner
 from trainer.checkpoint import AHEAD, LEARNER, STUDENT, RunState, prune, write_checkpoint
 from trainer.loop import BEGINNING, Rollouts, Start, distill
@@ -27,25 +28,27 @@ from trainer.prompts import PromptCursor
 from trainer.reports import Collected, Evaluated, StepDone, Trained
 from trainer.sequence_files import write_sequences
 
-BringBack = Callable[[LearnerLost, Callable[[], Awaitable[WeightVersion]]], Awaitable[None]]
-"""Start the learner anew, have its state loaded, and bring the engines the weights that it then has."""
+RecoverLearner = Callable[[LearnerLost, Callable[[], Awaitable[WeightVersion]]], Awaitable[None]]
+"""Restart the learner, have its state loaded, and send the engines its weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crew:
-    """Who does the work of a run."""
+class RunActors:
+    """The actors of a run, as the loop calls them."""
 
     rollouts: Rollouts
     learner: StoredLearner
-    put: Callable[[MixedSequence], Collected]  # a sequence from a checkpoint, as rollouts would have handed it out
-    bring_back: BringBack | None = None  # a learner that was lost
+    put: Callable[[MixedSequence], Collected]  # a sequence from a checkpoint, as if rollouts had yielded it
+    recover_learner: RecoverLearner | None = None  # after LearnerLost
 
 
-Hire = Callable[[Inputs, RunFolder, ProgressDisplay], AbstractAsyncContextManager[Crew]]
+StartActors = Callable[[Inputs, RunDir, ProgressDisplay], AbstractAsyncContextManager[RunActors]]
 
 
-async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = None) -> dict[str, object]:
-    """A run from its beginning, or from a checkpoint, to its summary."""
+async def run(
+    resolved: ResolvedConfig, start_actors: StartActors, resumed: Resumable | None = None
+) -> dict[str, object]:
+    """Run from the beginning, or from a checkpoint, to the summary."""
     config, started_s = resolved.config, time.perf_counter()
     with ExitStack() as stack:
         if resumed is not None:
@@ -64,31 +67,31 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
         trackers = stack.enter_context(Trackers.open(config, folder.path))
         display = stack.enter_context(ProgressDisplay(config.trainer.num_steps, first_step=after_step + 1))
         display.note(f"run folder {folder.path}; {hardware()}")
-        async with hire(inputs, folder, display) as crew:
+        async with start_actors(inputs, folder, display) as actors:
             checkpoints = CheckpointTaker(
-                config.checkpoints, folder, crew.learner, num_steps=config.trainer.num_steps, started_s=started_s
+                config.checkpoints, folder, actors.learner, num_steps=config.trainer.num_steps, started_s=started_s
             )
-            start: Start | None = None  # until the learner has been brought there
+            start: Start | None = None  # until the learner's state has been loaded
             while True:
                 try:
                     if start is None:
-                        start = await _first_start(resumed, crew, display)
+                        start = await _first_start(resumed, actors, display)
                     steps = distill(
                         config.trainer,
                         prompts=inputs.prompts,
-                        rollouts=crew.rollouts,
-                        learner=crew.learner,
+                        rollouts=actors.rollouts,
+                        learner=actors.learner,
                         held_out=inputs.held_out,
                         num_probe_prompts=config.sync.num_probe_prompts,
                         start=start,
                     )
                     async with aclosing(steps):
-                        await _follow(steps, checkpoints, folder, trackers, display, changed)
+                        await _record(steps, checkpoints, folder, trackers, display, changed)
                     display.note("saving the student")
-                    await crew.learner.save(folder.student)
+                    await actors.learner.save(folder.student)
                     break
                 except LearnerLost as lost:
-                    start = await _take_back(lost, crew, resolved, inputs, folder, display)
+                    start = await _recover_learner(lost, actors, resolved, inputs, folder, display)
         seconds = time.perf_counter() - started_s
         summary = summarise_run(
             folder.read_metrics(),
@@ -102,31 +105,31 @@ async def run(resolved: ResolvedConfig, hire: Hire, resumed: Resumable | None = 
     return summary
 
 
-def _new_folder(resolved: ResolvedConfig) -> RunFolder:
-    """Of a name that no run has, here or where runs are copied to."""
+def _new_folder(resolved: ResolvedConfig) -> RunDir:
+    """With a name that no run has, here or in the store."""
     config = resolved.config
-    return RunFolder.create(config.run_dir, resolved, taken=copied_names(config.storage))
+    return RunDir.create(config.run_dir, resolved, taken=copied_names(config.storage))
 
 
-async def _first_start(resumed: Resumable | None, crew: Crew, display: ProgressDisplay) -> Start:
-    """Where this process begins, with the learner's state loaded."""
+async def _first_start(resumed: Resumable | None, actors: RunActors, display: ProgressDisplay) -> Start:
+    """The step that this process starts at, with the learner's state loaded."""
     if resumed is None:
         return BEGINNING
-    display.note(f"going on after step {resumed.state.step}")
-    await crew.learner.load_state(resumed.checkpoint / LEARNER)
-    return resumed.start(crew.put)
+    display.note(f"resuming after step {resumed.state.step}")
+    await actors.learner.load_state(resumed.checkpoint / LEARNER)
+    return resumed.start(actors.put)
 
 
-async def _take_back(
+async def _recover_learner(
     lost: LearnerLost,
-    crew: Crew,
+    actors: RunActors,
     resolved: ResolvedConfig,
     inputs: Inputs,
-    folder: RunFolder,
+    folder: RunDir,
     display: ProgressDisplay,
 ) -> Start:
-    """Take the run back to its last good checkpoint, or its beginning, with a learner that is there again."""
-    if crew.bring_back is None:
+    """Rewind the run to its last good checkpoint, or its beginning, with a restarted learner."""
+    if actors.recover_learner is None:
         raise lost
     resumable = last_resumable(folder)
     if resumable is None:
@@ -138,23 +141,23 @@ async def _take_back(
     async def load() -> WeightVersion:
         if resumable is None:
             return 0
-        await crew.learner.load_state(resumable.checkpoint / LEARNER)
+        await actors.learner.load_state(resumable.checkpoint / LEARNER)
         return resumable.state.step
 
-    await crew.bring_back(lost, load)
-    display.note(f"going on after step {0 if resumable is None else resumable.state.step}")
-    return BEGINNING if resumable is None else resumable.start(crew.put)
+    await actors.recover_learner(lost, load)
+    display.note(f"resuming after step {0 if resumable is None else resumable.state.step}")
+    return BEGINNING if resumable is None else resumable.start(actors.put)
 
 
-async def _follow(
+async def _record(
     steps: AsyncIterator[Trained | Evaluated | StepDone],
     checkpoints: "CheckpointTaker",
-    folder: RunFolder,
+    folder: RunDir,
     trackers: Trackers,
     display: ProgressDisplay,
     changed: Callable[[], None],
 ) -> None:
-    """Pass on what the loop measures, until its last step. ``changed`` is told when the folder has grown."""
+    """Record what the loop measures, until its last step. ``changed`` is called when the run directory has grown."""
     accuracy = None  # of the weights as they are now
     async for record in steps:
         if isinstance(record, StepDone):
@@ -168,12 +171,12 @@ async def _follow(
 
 
 class CheckpointTaker:
-    """Takes a run's checkpoints when they are due, and removes the old ones."""
+    """Takes a run's checkpoints when they are due, and removes old ones."""
 
     def __init__(
-        self, config: Checkpoints, folder: RunFolder, learner: StoredLearner, *, num_steps: int, started_s: float
+        self, config: Checkpoints, folder: RunDir, learner: StoredLearner, *, num_steps: int, started_s: float
     ) -> None:
-        """``started_s``: when an uninterrupted run would have begun, as ``time.perf_counter`` has it."""
+        """``started_s``: when an uninterrupted run would have started, on ``time.perf_counter``'s clock."""
         self._config = config
         self._folder = folder
         self._learner = learner
@@ -181,7 +184,7 @@ class CheckpointTaker:
         self._started_s = started_s
 
     async def take_if_due(self, done: StepDone, accuracy: float | None) -> None:
-        """``accuracy``: held out, of these weights, where they were evaluated."""
+        """``accuracy``: held-out accuracy of these weights, where they were evaluated."""
         every_steps = self._config.every_steps
         if every_steps is None or (done.step % every_steps and done.step != self._num_steps):
             return

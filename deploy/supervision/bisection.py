@@ -1,4 +1,4 @@
-"""Which prompts to ask for together, and which of them is to blame where that fails again and again. Pure."""
+"""A search for the prompts that make a collection fail: which prompts to try together next. Pure."""
 
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from common.sequence import Prompt
 
 @dataclass(slots=True)
 class _Group:
-    prompts: list[Prompt]  # those that are still missing
+    prompts: list[Prompt]  # those without a result yet
     num_failures: int = 0
-    was_alone: bool = False  # whether it was one prompt when it was asked for
+    was_alone: bool = False  # whether it was one prompt when it was last tried
 
 
 class Search:
-    """The prompts of one collection, in groups that are asked for one after the other.
+    """The prompts of one collection, in groups that are tried one after the other.
 
-    At first there is one group of all. One that fails twice in a row is split in halves, and from then on every group
-    that fails; a prompt that has failed ``max_failures`` times on its own is given up. What has come is never asked for
-    again. When all is over after a failure, an empty group follows, for whoever has something to finish.
+    The first group holds all prompts. A group that fails twice in a row is split in halves, and from then on
+    every group that fails is. A prompt that has failed ``max_failures`` times on its own is given up. A prompt with a
+    result is never tried again. After a final failure an empty group follows, so that the caller can finish its work.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, max_failures: int) -> None:
@@ -30,18 +30,18 @@ class Search:
 
     @property
     def is_narrowing(self) -> bool:
-        """Whether the next failure brings the search nearer to its end."""
+        """Whether the next failure makes the search smaller."""
         return self._has_split and bool(self._groups[0].prompts)
 
     def next_group(self) -> list[Prompt] | None:
-        """What to ask for now. None when all is done."""
+        """The prompts to try now. None when all are done."""
         if not self._groups:
             return None
         group = self._groups[0]
         group.was_alone = len(group.prompts) == 1
         return list(group.prompts)
 
-    def came(self, sequence_id: str) -> None:
+    def done(self, sequence_id: str) -> None:
         group = self._groups[0]
         group.prompts = [prompt for prompt in group.prompts if prompt.sequence_id != sequence_id]
 
@@ -50,7 +50,7 @@ class Search:
         self._groups.popleft()
 
     def failed(self, suspect: str | None = None) -> Prompt | None:
-        """The group failed. ``suspect``: the sequence that is to blame, where that is known.
+        """The group failed. ``suspect``: the sequence that caused it, where that is known.
 
         Returns the prompt that is given up now, if any.
         """

@@ -1,4 +1,4 @@
-"""Why a run ended, in one line, where the line says it all: memory, disk, who died or did not come. Pure."""
+"""Errors that end a run, in one line where that says enough: memory, disk, a process that died or never came. Pure."""
 
 import errno
 
@@ -8,13 +8,13 @@ from ray.exceptions import RayError, RayTaskError
 from common.errors import RunEnds, one_line
 from common.waiting import WaitedTooLong
 from deploy.supervision.health_monitor import cause_of
-from rollout_server.controller import RolloutError
+from rollout_server.pool import RolloutError
 from trainer.actors import LearnerRankDied
 from trainer.loop import StaleSequences
 from trainer.probe import WeightSyncError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLEAR = (WaitedTooLong, LearnerRankDied, WeightSyncError, StaleSequences)  # their messages are whole
+_CLEAR = (WaitedTooLong, LearnerRankDied, WeightSyncError, StaleSequences)  # their messages say enough
 _TO_LOWER = {
     "student engine": "engines.student.kv_cache_gib or max_num_seqs (on GPUs gpu_memory_utilization)",
     "teacher engine": "engines.teacher.kv_cache_gib or max_num_seqs (on GPUs gpu_memory_utilization)",
@@ -24,7 +24,7 @@ _TO_LOWER = {
 
 
 def clear_end(error: BaseException) -> RunEnds | None:
-    """The one line for an error that is no fault of the program; None for any other."""
+    """The one line for an error that is not a bug of ours; None for any other."""
     cause = cause_of(error)
     if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
         return RunEnds(f"{cause.filename or 'the disk'}: {cause.strerror or cause}; make room, then resume (--resume)")
@@ -33,12 +33,14 @@ def clear_end(error: BaseException) -> RunEnds | None:
         return RunEnds(f"{reason}; lower {_TO_LOWER['learner']}, then resume (--resume)")
     if isinstance(cause, _CLEAR):
         return RunEnds(one_line(cause))
-    is_gone = isinstance(cause, RayError) and not isinstance(cause, RayTaskError)  # a process, a node or an object
+    is_gone = isinstance(cause, RayError) and not isinstance(
+        cause, RayTaskError
+    )  # a process, a node or an object is gone
     if is_gone or isinstance(cause, RolloutError):
         return RunEnds(f"{one_line(cause)}; its log is in Ray's session folder")
     return None
 
 
 def what_to_lower(who: str) -> str:
-    """Settings that decide on the memory of a member of the run."""
+    """The settings that decide how much memory a process of the run needs."""
     return next((settings for name, settings in _TO_LOWER.items() if who.startswith(name)), "what it holds")

@@ -1,6 +1,6 @@
-"""Who of a run is ill: asks its processes how they are while their work is waited for, and explains errors by that.
+"""Health checks: asks a run's processes for their health while their work is awaited, and explains errors by it.
 
-Knows how Ray says that a process is gone. What is done about it is ``supervision``'s.
+Knows how Ray reports that a process is gone. What is done about it is decided in ``supervised``.
 """
 
 import asyncio
@@ -16,23 +16,23 @@ from common.config import Supervision
 from common.errors import one_line
 from common.health import Health
 from common.waiting import WaitedTooLong, within
-from rollout_server.controller import RolloutError
 from rollout_server.engines.protocol import EngineCallError
+from rollout_server.pool import RolloutError
 from trainer.actors import LearnerRankDied
 
 T = TypeVar("T")
 Kind = Literal["died", "silent", "hung", "failed", "out_of_memory"]
 
-_PASSING = (RayError, WaitedTooLong, EngineCallError, RolloutError, LearnerRankDied)
-"""What may go well at the next try. Any other error of a call, where nobody is ill, is a fault of the program."""
+_TRANSIENT = (RayError, WaitedTooLong, EngineCallError, RolloutError, LearnerRankDied)
+"""Errors that may not occur at the next try. Any other error of a call, with all processes healthy, is a bug."""
 
 _KNOWN_AFTER_S = 1.0
-"""A process that has ended may be known to have a moment after the calls that it took with it."""
+"""Ray may report the end of a process a moment after the calls that failed with it."""
 
 _ENDED = "its process has ended"
 
 
-class Member(Protocol):
+class MonitoredProcess(Protocol):
     """One process of a run."""
 
     @property
@@ -47,7 +47,7 @@ class Fault:
     """One thing that went wrong."""
 
     kind: Kind
-    who: str  # the member's name
+    who: str  # the process's name
     reason: str  # one line
     detected_s: float | None  # since the last sign of life; None where there was none before
 
@@ -55,85 +55,85 @@ class Fault:
         return f"{self.who}: {self.kind}: {self.reason}"
 
 
-class Ill(RuntimeError):
-    """Work can't go on before somebody is mended, or did fail in passing."""
+class Unhealthy(RuntimeError):
+    """Work can't continue until a process is restarted, or a call failed with a transient error."""
 
     def __init__(self, faults: Sequence[Fault], *, suspect: str | None = None) -> None:
         super().__init__("; ".join(map(str, faults)))
         self.faults = tuple(faults)
-        self.suspect = suspect  # the sequence that failed while everybody is well
+        self.suspect = suspect  # the sequence that failed while all processes are healthy
 
     @property
     def names(self) -> set[str]:
         return {fault.who for fault in self.faults}
 
 
-class Watch:
-    """Remembers when each member was last heard."""
+class HealthMonitor:
+    """Reprocesses when each process last answered."""
 
     def __init__(self, config: Supervision) -> None:
         self._config = config
         self._heard_s: dict[str, float] = {}
 
-    async def look(self, members: Sequence[Member]) -> list[Fault]:
-        """Ask all at once. Takes ``health_timeout_s`` at most."""
-        found = await asyncio.gather(*map(self._ask, members))
+    async def check(self, processes: Sequence[MonitoredProcess]) -> list[Fault]:
+        """Check all at once. Takes ``health_timeout_s`` at most."""
+        found = await asyncio.gather(*map(self._check, processes))
         return [fault for fault in found if fault is not None]
 
     @asynccontextmanager
-    async def over(self, members: Sequence[Member]) -> AsyncIterator["Guard"]:
-        """Look at the members every few seconds until the block is left; what is awaited in it through the guard fails
-        as soon as one is ill.
+    async def over(self, processes: Sequence[MonitoredProcess]) -> AsyncIterator["Guard"]:
+        """Check the processes every few seconds until the block is left. What is awaited in it through the guard fails
+        as soon as one of them is unhealthy.
         """
-        looking = asyncio.create_task(self._until_one_is_ill(members))
+        checking = asyncio.create_task(self._until_one_is_unhealthy(processes))
         try:
-            yield Guard(self, members, looking)
+            yield Guard(self, processes, checking)
         finally:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            checking.cancel()
+            await asyncio.gather(checking, return_exceptions=True)
 
-    async def explain(self, error: Exception, members: Sequence[Member]) -> Ill | None:
-        """Who is ill that the members' work failed so. None where nobody is and the error is no passing one.
+    async def explain(self, error: Exception, processes: Sequence[MonitoredProcess]) -> Unhealthy | None:
+        """The unhealthy processes that explain the error. None where all are healthy and the error is not transient.
 
-        The first member is the one that was called.
+        The first process is the one that was called.
         """
-        called, cause = members[0].name, cause_of(error)
-        faults = await self.look(members)
-        if not faults and isinstance(cause, _PASSING):
+        called, cause = processes[0].name, cause_of(error)
+        faults = await self.check(processes)
+        if not faults and isinstance(cause, _TRANSIENT):
             await asyncio.sleep(min(self._config.health_every_s, _KNOWN_AFTER_S))
-            faults = await self.look(members)
+            faults = await self.check(processes)
         if isinstance(error, RayError) and not isinstance(error, RayTaskError) and called not in _names(faults):
             faults.append(self._fault(_kind_of(error), called, _reason_of(error)))
         if faults:
-            return Ill(faults)
-        if isinstance(cause, _PASSING):
+            return Unhealthy(faults)
+        if isinstance(cause, _TRANSIENT):
             suspect = cause.sequence_id if isinstance(cause, RolloutError) else None
-            return Ill([self._fault("failed", called, cause)], suspect=suspect)
+            return Unhealthy([self._fault("failed", called, cause)], suspect=suspect)
         return None
 
-    async def _until_one_is_ill(self, members: Sequence[Member]) -> list[Fault]:
-        """Consumes the members' answers; waits between two looks; stops at the first that finds somebody ill."""
+    async def _until_one_is_unhealthy(self, processes: Sequence[MonitoredProcess]) -> list[Fault]:
+        """Consumes the processes' answers; waits between two checks; stops at the first that finds one unhealthy."""
         while True:
             await asyncio.sleep(self._config.health_every_s)
-            if faults := await self.look(members):
+            if faults := await self.check(processes):
                 return faults
 
-    async def _ask(self, member: Member) -> Fault | None:
+    async def _check(self, process: MonitoredProcess) -> Fault | None:
         timeout_s = self._config.health_timeout_s
         try:
-            health = await within(timeout_s, member.health(), f"{member.name} to say how it is")
+            health = await within(timeout_s, process.health(), f"{process.name} to report its health")
         except WaitedTooLong:
-            return self._fault("silent", member.name, f"no answer for {timeout_s:g} s")
+            return self._fault("silent", process.name, f"no answer for {timeout_s:g} s")
         except RayError as error:
-            return self._fault(_kind_of(error), member.name, _reason_of(error))
+            return self._fault(_kind_of(error), process.name, _reason_of(error))
         if not health.is_ready:
-            return self._fault("died", member.name, _ENDED)
+            return self._fault("died", process.name, _ENDED)
         if health.failure is not None:
-            return self._fault("died", member.name, health.failure)
-        self._heard_s[member.name] = time.monotonic() - health.still_s
+            return self._fault("died", process.name, health.failure)
+        self._heard_s[process.name] = time.monotonic() - health.still_s
         if health.num_busy and health.still_s > self._config.hang_timeout_s:
             reason = f"nothing has moved for {health.still_s:.1f} s, with {health.num_busy} calls under way"
-            return self._fault("hung", member.name, reason)
+            return self._fault("hung", process.name, reason)
         return None
 
     def _fault(self, kind: Kind, who: str, reason: object) -> Fault:
@@ -147,26 +147,28 @@ class Watch:
 
 
 class Guard:
-    """Awaits work beside a look at its members. Made by ``Watch.over``."""
+    """Awaits work while its processes are checked. Made by ``HealthMonitor.over``."""
 
-    def __init__(self, watch: Watch, members: Sequence[Member], looking: "asyncio.Task[list[Fault]]") -> None:
-        self._watch = watch
-        self._members = members
-        self._looking = looking
+    def __init__(
+        self, monitor: HealthMonitor, processes: Sequence[MonitoredProcess], checking: "asyncio.Task[list[Fault]]"
+    ) -> None:
+        self._monitor = monitor
+        self._processes = processes
+        self._checking = checking
 
     async def __call__(self, work: Awaitable[T]) -> T:
-        """The work's result. Raises Ill when a member is, or the work failed in passing; else the work's own error."""
+        """The work's result. Raises Unhealthy when a process is, or the error is transient; else the work's error."""
         working = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({working, self._looking}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({working, self._checking}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise Ill(self._looking.result())
+                raise Unhealthy(self._checking.result())
             return working.result()
-        except (Ill, StopAsyncIteration):
+        except (Unhealthy, StopAsyncIteration):
             raise
         except Exception as error:
-            if (ill := await self._watch.explain(error, self._members)) is not None:
-                raise ill from error
+            if (unhealthy := await self._monitor.explain(error, self._processes)) is not None:
+                raise unhealthy from error
             raise
         finally:
             working.cancel()
@@ -185,7 +187,7 @@ def _kind_of(error: RayError) -> Kind:
 
 
 def _reason_of(error: RayError) -> object:
-    """Ray says that it may have ended, and that it does not know what became of the call."""
+    """Ray's own text says only that the process may have ended and that the call's outcome is not known."""
     return _ENDED if isinstance(error, RayActorError) else error
 
 

@@ -1,12 +1,12 @@
-"""Prompts that a run goes on without, because they fail again and again. Owns who must know of them."""
+"""Prompts that a run continues without, because they fail repeatedly. Owns where they are recorded and left out."""
 
 import logging
 import time
 from collections.abc import Sequence
 from typing import Literal
 
+from common.run_dir import RunDir
 from common.sequence import Prompt
-from deploy.run.run_folder import RunFolder
 from trainer.prompts import PromptStream
 
 logger = logging.getLogger(__name__)
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 Data = Literal["data", "evaluation.data"]
 
 
-class SetAside:
-    """Kept in the run's folder, so that a resumed run leaves them out too."""
+class Quarantine:
+    """Recorded in the run directory, so that a resumed run leaves them out too."""
 
-    def __init__(self, folder: RunFolder, prompts: PromptStream) -> None:
+    def __init__(self, folder: RunDir, prompts: PromptStream) -> None:
         self._folder = folder
         self._prompts = prompts
         self._held_out: set[str] = set()  # prompt ids
@@ -25,8 +25,8 @@ class SetAside:
             self._leave_out(line["data"], line["prompt_id"], line["sample_index"])
 
     def add(self, prompt: Prompt, *, data: Data, step: int | None, reason: str) -> None:
-        """``step``: for which the prompt was to be collected; None for an evaluation."""
-        logger.warning("sequence_id=%s is set aside: %s", prompt.sequence_id, reason)
+        """``step``: the step that the prompt was collected for; None for an evaluation."""
+        logger.warning("sequence_id=%s is quarantined: %s", prompt.sequence_id, reason)
         self._folder.append_set_aside(
             {
                 "time": time.time(),
@@ -39,8 +39,8 @@ class SetAside:
         )
         self._leave_out(data, prompt.prompt_id, prompt.sample_index)
 
-    def sift_held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Without those that are set aside."""
+    def without_quarantined(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts that are not quarantined."""
         return [prompt for prompt in prompts if prompt.prompt_id not in self._held_out]
 
     def _leave_out(self, data: Data, prompt_id: str, sample_index: int) -> None:

@@ -1,4 +1,4 @@
-"""How repairs are tried, counted, told, and when there have been too many. What a repair does is ``supervision``'s."""
+"""How often a recovery is tried, how it is reported, and when the run ends instead. ``supervised`` recovers."""
 
 import asyncio
 import logging
@@ -11,22 +11,22 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 from common.config import Supervision
 from common.errors import RunEnds, one_line
 from common.metrics import FAULTS, PROMPTS_SET_ASIDE
+from common.run_dir import RunDir
 from common.waiting import WaitedTooLong
-from deploy.run.run_folder import RunFolder
 from deploy.supervision.fatal_errors import what_to_lower
-from deploy.supervision.health_monitor import Fault, Ill
+from deploy.supervision.health_monitor import Fault, Unhealthy
 from rollout_server.ray_metrics import Exported
 from trainer.actors import LearnerRankDied
 
 logger = logging.getLogger(__name__)
 
-_CURABLE = (RayError, WaitedTooLong, LearnerRankDied, Ill)  # what may go well when the repair is tried again
+_TRANSIENT = (RayError, WaitedTooLong, LearnerRankDied, Unhealthy)  # what may succeed when the recovery is tried again
 
 
-class Repairs:
-    """Those of one run."""
+class RestartPolicy:
+    """The recoveries of one run."""
 
-    def __init__(self, config: Supervision, folder: RunFolder) -> None:
+    def __init__(self, config: Supervision, folder: RunDir) -> None:
         self._config = config
         self._folder = folder
         self._exported = Exported([FAULTS, PROMPTS_SET_ASIDE], {"run": folder.path.name})
@@ -34,19 +34,24 @@ class Repairs:
         self._last_step = 0
 
     def step_finished(self, step: int) -> None:
-        """Repairs count anew, unless the step had been made before and is only made again."""
+        """The count starts again from 0, unless the step has only been repeated."""
         if step > self._last_step:
             self._last_step, self._num_in_a_row = step, 0
 
-    def set_aside(self) -> None:
+    def count_quarantined(self) -> None:
         self._exported.add(PROMPTS_SET_ASIDE, 1)
 
-    async def make(
-        self, faults: Sequence[Fault], cure: Callable[[list[Fault]], Awaitable[None]], *, what: str, counts: bool = True
+    async def run(
+        self,
+        faults: Sequence[Fault],
+        recover: Callable[[list[Fault]], Awaitable[None]],
+        *,
+        what: str,
+        counts: bool = True,
     ) -> None:
-        """Mend until it works. ``cure`` adds to the faults what it finds besides.
+        """Call ``recover`` until it succeeds. It adds the further faults that it finds.
 
-        Raises RunEnds when too many repairs in a row were not followed by a finished step.
+        Raises RunEnds when too many recoveries in a row were not followed by a finished step.
         """
         faults = list(faults)
         noticed, noticed_s = time.time(), time.monotonic()
@@ -58,10 +63,10 @@ class Repairs:
                 self._count(faults)
             await asyncio.sleep(self._pause_s())
             async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(_CURABLE), wait=self._wait, before_sleep=self._again, reraise=True
+                retry=retry_if_exception_type(_TRANSIENT), wait=self._wait, before_sleep=self._again, reraise=True
             ):
                 with attempt:
-                    await cure(faults)
+                    await recover(faults)
             recovered_s = time.monotonic() - noticed_s
             logger.warning("%s after %.1f s", what, recovered_s)
         finally:
@@ -82,24 +87,24 @@ class Repairs:
         if self._num_in_a_row >= self._config.max_repairs:
             advice = [f"; lower {what_to_lower(it.who)}" for it in faults if it.kind == "out_of_memory"]
             raise RunEnds(
-                f"{'; '.join(map(str, faults))}{''.join(advice)}; {self._num_in_a_row} repairs in a row have led to no "
+                f"{'; '.join(map(str, faults))}{''.join(advice)}; {self._num_in_a_row} restarts in a row without a "
                 "finished step (supervision.max_repairs); resume (--resume) from the last checkpoint, if there is one"
             )
         self._num_in_a_row += 1
 
     def _again(self, state: RetryCallState) -> None:
-        """A repair that failed counts as one more."""
+        """A recovery that failed counts as one more."""
         assert state.outcome is not None
         error = state.outcome.exception()
         reason = f"{type(error).__name__}: {one_line(error)}"
-        logger.warning("a repair failed: %s", reason)
-        self._count([Fault(kind="failed", who="a repair", reason=reason, detected_s=None)])
+        logger.warning("recovery failed: %s", reason)
+        self._count([Fault(kind="failed", who="recovery", reason=reason, detected_s=None)])
 
     def _wait(self, _: RetryCallState) -> float:
         return self._pause_s()
 
     def _pause_s(self) -> float:
-        """Before the next repair: none before the first in a row."""
+        """Before the next recovery; none before the first in a row."""
         if self._num_in_a_row < 2:
             return 0.0
         return min(self._config.backoff_first_s * 2.0 ** (self._num_in_a_row - 2), self._config.backoff_last_s)

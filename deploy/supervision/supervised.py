@@ -1,10 +1,10 @@
-"""A run that goes on when a part of it dies or hangs: rollouts and learner as the loop sees them, mended underneath.
+"""Rollouts and learner as the loop sees them, which recover when a worker dies or hangs.
 
-    SupervisedRollouts   an engine or the controller is ill: mend it, bring it the weights, ask for what is missing
-    SupervisedLearner    the learner is ill, its state lost: raises LearnerLost; ``steps`` goes on from a checkpoint
+    SupervisedRollouts   an engine or the controller is unhealthy: restart it, send the weights, collect what is missing
+    SupervisedLearner    a learner rank is unhealthy, its state is lost: raise LearnerLost; ``run`` resumes a checkpoint
 
-Owns what is done about whom, and which prompts the run goes on without. How a process is ended and started is
-``staff``'s; how often that is tried, and when the run gives up, is ``repairs``'.
+Owns what is done for which worker, and which prompts are quarantined. ``workers`` knows how a process is replaced;
+``restarts`` decides how often that is tried and when the run ends.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from common.errors import RunEnds
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightVersion
 from deploy.supervision.bisection import Search
-from deploy.supervision.health_monitor import Fault, Ill, Member, Watch
-from deploy.supervision.quarantine import Data, SetAside
-from deploy.supervision.restarts import Repairs
+from deploy.supervision.health_monitor import Fault, HealthMonitor, MonitoredProcess, Unhealthy
+from deploy.supervision.quarantine import Data, Quarantine
+from deploy.supervision.restarts import RestartPolicy
 from trainer.learner import StepReport
 from trainer.loop import Learner, Rollouts
 from trainer.probe_statistics import ProbeReport
@@ -31,42 +31,42 @@ T = TypeVar("T")
 
 
 class StoredLearner(Learner, Protocol):
-    """A learner that can be stored, to be served or to go on from, and brought back."""
+    """A learner that can be saved, for serving or resuming, and loaded again."""
 
     async def save(self, folder: Path) -> None: ...
     async def save_state(self, folder: Path) -> None: ...
     async def load_state(self, folder: Path) -> None: ...
 
 
-class Staff(Protocol):
-    """Everyone who works on a run, and how they are mended. Defined here, implemented over Ray by ``staff``."""
+class Workers(Protocol):
+    """All processes of a run, and how they are restarted. Defined here, implemented over Ray by ``workers``."""
 
-    students_lack_weights: bool  # True from a student engine's new start until its user says otherwise
+    students_lack_weights: bool  # True from a student engine's restart until it has been sent the weights
 
     @property
-    def rollout_side(self) -> Sequence[Member]:
+    def rollout_side(self) -> Sequence[MonitoredProcess]:
         """The controller, then the engines."""
         ...
 
     @property
-    def ranks(self) -> Sequence[Member]: ...
+    def ranks(self) -> Sequence[MonitoredProcess]: ...
     @property
-    def students(self) -> Sequence[Member]: ...
-    async def mend_rollouts(self, ill: set[str]) -> None:
-        """Start anew whoever of the rollout side is named, and have the rest forget them."""
+    def students(self) -> Sequence[MonitoredProcess]: ...
+    async def recover_rollouts(self, unhealthy: set[str]) -> None:
+        """Restart the named processes of the rollout side, and have the others drop their calls to them."""
         ...
 
     async def restart_learner(self) -> None:
-        """All ranks, which then hold what the run began with."""
+        """Restart all ranks. They then hold the weights that the run started with."""
         ...
 
     async def connect(self) -> None:
-        """Open the weight transfer between the ranks and the student engines that there are now."""
+        """Open the weight transfer between the ranks and the present student engines."""
         ...
 
 
 class LearnerLost(RuntimeError):
-    """A rank of the learner is gone or hangs, and with it model and optimizer: a checkpoint has them."""
+    """A rank of the learner died or hangs, so model and optimizer are lost. A checkpoint has them."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("; ".join(map(str, faults)))
@@ -74,15 +74,17 @@ class LearnerLost(RuntimeError):
 
 
 class SupervisedLearner:
-    """The loop's learner. Raises LearnerLost from every call that a rank's end or silence has ended."""
+    """The loop's learner. Every call raises LearnerLost where a rank died or hangs."""
 
-    def __init__(self, learner: StoredLearner, *, staff: Staff, watch: Watch, repairs: Repairs) -> None:
+    def __init__(
+        self, learner: StoredLearner, *, workers: Workers, monitor: HealthMonitor, restarts: RestartPolicy
+    ) -> None:
         self._learner = learner
-        self._staff = staff
-        self._watch = watch
-        self._repairs = repairs
-        self._turn = asyncio.Lock()  # a step, a sync or a new connection at a time
-        self._version: WeightVersion = 0  # that the learner's weights have, or will be sent under
+        self._staff = workers
+        self._monitor = monitor
+        self._restarts = restarts
+        self._turn = asyncio.Lock()  # one step, sync or new connection at a time
+        self._version: WeightVersion = 0  # of the learner's weights, sent or about to be sent
 
     async def step(self, references: Sequence[Any]) -> StepReport:
         async with self._turn:
@@ -91,14 +93,14 @@ class SupervisedLearner:
             return report
 
     async def sync(self, version: WeightVersion) -> None:
-        """A student engine that is ill is mended, which brings it the weights."""
+        """An unhealthy student engine is restarted and sent the weights."""
         self._version = version
         try:
             async with self._turn:
-                await self._to_students(self._learner.sync(version))
-        except Ill as ill:
-            await self.mend_rollouts(ill)
-        self._repairs.step_finished(version)
+                await self._reach_students(self._learner.sync(version))
+        except Unhealthy as unhealthy:
+            await self.recover_rollouts(unhealthy)
+        self._restarts.step_finished(version)
 
     async def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
         await self._guarded(self._learner.read_probe(texts, rows_of_engines))
@@ -115,65 +117,65 @@ class SupervisedLearner:
     async def load_state(self, folder: Path) -> None:
         await self._guarded(self._learner.load_state(folder))
 
-    async def mend_rollouts(self, ill: Ill, *, counts: bool = True) -> None:
-        """Bring the rollout side back, with the weights that the learner holds when no step of it is under way."""
+    async def recover_rollouts(self, unhealthy: Unhealthy, *, counts: bool = True) -> None:
+        """Restart the unhealthy part of the rollout side, and send it the learner's weights between two steps."""
 
-        async def cure(faults: list[Fault]) -> None:
-            await self._staff.mend_rollouts(ill.names | await self._look_for_more(faults))
+        async def recover(faults: list[Fault]) -> None:
+            await self._staff.recover_rollouts(unhealthy.names | await self._find_more(faults))
             if self._staff.students_lack_weights:
                 async with self._turn:
-                    await self._to_students(self._staff.connect())
-                    await self._to_students(self._learner.sync(self._version))
+                    await self._reach_students(self._staff.connect())
+                    await self._reach_students(self._learner.sync(self._version))
                 self._staff.students_lack_weights = False
 
-        await self._repairs.make(ill.faults, cure, what="the rollouts go on", counts=counts)
+        await self._restarts.run(unhealthy.faults, recover, what="rollouts recovered", counts=counts)
 
-    async def bring_back(self, lost: LearnerLost, load: Callable[[], Awaitable[WeightVersion]]) -> None:
-        """Start the learner anew, and whoever else is ill; ``load`` its state, which says the weights' version; bring
-        them to the engines.
+    async def recover_learner(self, lost: LearnerLost, load: Callable[[], Awaitable[WeightVersion]]) -> None:
+        """Restart the learner and every other unhealthy process, ``load`` the learner's state, and send the engines its
+        weights. ``load`` returns the version of the weights.
         """
 
-        async def cure(faults: list[Fault]) -> None:
+        async def recover(faults: list[Fault]) -> None:
             try:
-                await self._staff.mend_rollouts(await self._look_for_more(faults))
+                await self._staff.recover_rollouts(await self._find_more(faults))
                 await self._staff.restart_learner()
-                await self._to_students(self._staff.connect())
+                await self._reach_students(self._staff.connect())
                 self._version = await load()
-                await self._to_students(self._learner.sync(self._version))
+                await self._reach_students(self._learner.sync(self._version))
                 self._staff.students_lack_weights = False
             except LearnerLost as again:
-                raise Ill(again.faults) from again
+                raise Unhealthy(again.faults) from again
 
-        await self._repairs.make(lost.faults, cure, what="the learner goes on")
+        await self._restarts.run(lost.faults, recover, what="learner recovered")
 
-    async def _look_for_more(self, faults: list[Fault]) -> set[str]:
-        """Who of the rollout side is ill now; faults that are new are added."""
-        found = await self._watch.look(self._staff.rollout_side)
+    async def _find_more(self, faults: list[Fault]) -> set[str]:
+        """The names of the rollout side's unhealthy processes; their new faults are added to ``faults``."""
+        found = await self._monitor.check(self._staff.rollout_side)
         known = {fault.who for fault in faults}
         faults += [fault for fault in found if fault.who not in known]
         return {fault.who for fault in found}
 
-    async def _to_students(self, work: Awaitable[T]) -> T:
-        """Raises Ill where it is student engines alone that are."""
+    async def _reach_students(self, work: Awaitable[T]) -> T:
+        """Raises Unhealthy where only student engines are, LearnerLost where a rank is."""
         try:
-            async with self._watch.over([*self._staff.ranks, *self._staff.students]) as guard:
+            async with self._monitor.over([*self._staff.ranks, *self._staff.students]) as guard:
                 return await guard(work)
-        except Ill as ill:
-            if ill.names <= {student.name for student in self._staff.students}:
+        except Unhealthy as unhealthy:
+            if unhealthy.names <= {student.name for student in self._staff.students}:
                 raise
-            raise LearnerLost(ill.faults) from ill
+            raise LearnerLost(unhealthy.faults) from unhealthy
 
     async def _guarded(self, work: Awaitable[T]) -> T:
         try:
-            async with self._watch.over(self._staff.ranks) as guard:
+            async with self._monitor.over(self._staff.ranks) as guard:
                 return await guard(work)
-        except Ill as ill:
-            raise LearnerLost(ill.faults) from ill
+        except Unhealthy as unhealthy:
+            raise LearnerLost(unhealthy.faults) from unhealthy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _GivenUp:
-    """A prompt that failed again and again, and is set aside once another has been written."""
+class _Suspect:
+    """A prompt that failed repeatedly, and is quarantined once another prompt has succeeded."""
 
     prompt: Prompt
     reason: str
@@ -182,40 +184,40 @@ class _GivenUp:
 
 
 class SupervisedRollouts:
-    """The loop's rollouts. Every call goes on, from what has come, after a repair."""
+    """The loop's rollouts. After a restart every call continues with what is missing."""
 
     def __init__(
         self,
         rollouts: Rollouts,
         *,
         learner: SupervisedLearner,
-        staff: Staff,
-        watch: Watch,
-        repairs: Repairs,
-        set_aside: SetAside,
+        workers: Workers,
+        monitor: HealthMonitor,
+        restarts: RestartPolicy,
+        quarantine: Quarantine,
         config: Supervision,
     ) -> None:
         self._rollouts = rollouts
         self._learner = learner
-        self._staff = staff
-        self._watch = watch
-        self._repairs = repairs
-        self._set_aside = set_aside
+        self._staff = workers
+        self._monitor = monitor
+        self._restarts = restarts
+        self._quarantine = quarantine
         self._config = config
-        self._given_up: list[_GivenUp] = []  # since the last sequence that came
+        self._suspects: list[_Suspect] = []  # since the last sequence that succeeded
 
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[Collected, None]:
-        come = list(kept)
+        done = list(kept)
 
         def ask(group: Sequence[Prompt]) -> AsyncGenerator[Collected, None]:
-            return self._rollouts.collect(group, step, tuple(come))
+            return self._rollouts.collect(group, step, tuple(done))
 
         gathered = self._gather(prompts, ask, lambda item: item.sequence.sequence_id, data="data", step=step)
         async with aclosing(gathered) as items:
             async for item in items:
-                come.append(item.sequence)
+                done.append(item.sequence)
                 yield item
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
@@ -223,7 +225,7 @@ class SupervisedRollouts:
             for sequence in await self._rollouts.evaluate(group):
                 yield sequence
 
-        prompts = self._set_aside.sift_held_out(prompts)
+        prompts = self._quarantine.without_quarantined(prompts)
         gathered = self._gather(prompts, ask, lambda it: it.sequence_id, data="evaluation.data", step=None)
         async with aclosing(gathered) as sequences:
             return [sequence async for sequence in sequences]
@@ -231,10 +233,10 @@ class SupervisedRollouts:
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         while True:
             try:
-                async with self._watch.over(self._staff.rollout_side) as guard:
+                async with self._monitor.over(self._staff.rollout_side) as guard:
                     return await guard(self._rollouts.probe(texts))
-            except Ill as ill:
-                await self._learner.mend_rollouts(ill)
+            except Unhealthy as unhealthy:
+                await self._learner.recover_rollouts(unhealthy)
 
     async def _gather(
         self,
@@ -245,55 +247,55 @@ class SupervisedRollouts:
         data: Data,
         step: int | None,
     ) -> AsyncGenerator[T, None]:
-        """Consumes what the rollouts write; produces each prompt's once; waits for repairs; stops when all have come
-        but those that are set aside.
+        """Consumes what the rollouts generate; produces one item for each prompt; waits for restarts; stops when every
+        prompt has its item or is quarantined.
 
-        A prompt is set aside only where others are written: it may be the engines that write nothing any more. Then
-        the run ends. Raises RunEnds.
+        A prompt is quarantined only where others succeed: otherwise the engines may be at fault, and the run ends.
+        Raises RunEnds.
         """
         search = Search(prompts, max_failures=self._config.max_prompt_failures)
-        num_come = num_in_vain = 0
+        num_done = num_in_vain = 0
         while (group := search.next_group()) is not None:
             try:
                 async with AsyncExitStack() as stack:
-                    guard = await stack.enter_async_context(self._watch.over(self._staff.rollout_side))
+                    guard = await stack.enter_async_context(self._monitor.over(self._staff.rollout_side))
                     items = await stack.enter_async_context(aclosing(ask(group)))
                     while True:
                         try:
                             item = await guard(anext(items))
                         except StopAsyncIteration:
                             break
-                        search.came(id_of(item))
-                        num_come, num_in_vain = num_come + 1, 0
-                        self._set_given_up_aside()
+                        search.done(id_of(item))
+                        num_done, num_in_vain = num_done + 1, 0
+                        self._quarantine_suspects()
                         yield item
                 search.succeeded()
-            except Ill as ill:
-                if ill.suspect is None:
+            except Unhealthy as unhealthy:
+                if unhealthy.suspect is None:
                     num_in_vain += 1
                     if num_in_vain > self._most_in_vain(len(prompts)):
                         raise RunEnds(
-                            f"no prompt can be written any more: {num_in_vain} failures without one, the last: {ill}"
-                        ) from ill
-                    await self._learner.mend_rollouts(ill, counts=not search.is_narrowing)
-                if (prompt := search.failed(ill.suspect)) is not None:
-                    self._given_up.append(_GivenUp(prompt=prompt, reason=str(ill), data=data, step=step))
-                if len(self._given_up) > self._config.max_repairs:
+                            f"no prompt succeeds any more: {num_in_vain} failures in a row, the last: {unhealthy}"
+                        ) from unhealthy
+                    await self._learner.recover_rollouts(unhealthy, counts=not search.is_narrowing)
+                if (prompt := search.failed(unhealthy.suspect)) is not None:
+                    self._suspects.append(_Suspect(prompt=prompt, reason=str(unhealthy), data=data, step=step))
+                if len(self._suspects) > self._config.max_repairs:
                     raise RunEnds(
-                        f"{len(self._given_up)} prompts one after the other could not be written, the last for: {ill}"
-                    ) from ill
-        if num_come:
-            self._set_given_up_aside()
+                        f"{len(self._suspects)} prompts in a row failed, the last one: {unhealthy}"
+                    ) from unhealthy
+        if num_done:
+            self._quarantine_suspects()
 
     def _most_in_vain(self, num_prompts: int) -> int:
-        """Failures without a sequence in between that some bad prompts among so many may cause: the search halves its
-        groups down to the first of them, where others may stand beside it, and asks for each alone again and again.
+        """Failures in a row that a few bad prompts among so many may cause: the search halves its groups down to the
+        first bad prompt, which may have others beside it, and then tries each alone several times.
         """
         config = self._config
         return 2 * num_prompts.bit_length() + config.max_repairs * config.max_prompt_failures
 
-    def _set_given_up_aside(self) -> None:
-        for each in self._given_up:
-            self._set_aside.add(each.prompt, data=each.data, step=each.step, reason=each.reason)
-            self._repairs.set_aside()
-        self._given_up.clear()
+    def _quarantine_suspects(self) -> None:
+        for each in self._suspects:
+            self._quarantine.add(each.prompt, data=each.data, step=each.step, reason=each.reason)
+            self._restarts.count_quarantined()
+        self._suspects.clear()

@@ -1,14 +1,14 @@
-"""The processes of a run, and how each is ended and started again. Ray puts a new one where an old one ended.
+"""The processes of a run, and how each is killed and started again. Ray replaces a process that ended.
 
-Handles stay valid for a run's whole life: Ray restarts an actor in its seat, and finds another node for the seat where
-its own is lost. The new process is bare until it has been started as the first one was.
+Handles stay valid for the whole run: Ray restarts an actor in its bundle, and moves the bundle to another node where
+its own is lost. A new process holds nothing until it has been started as the first one was.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -18,7 +18,9 @@ from common.errors import RunEnds
 from common.health import Health
 from common.waiting import WaitedTooLong, within
 
-_ASK_S = 2.0  # for an answer, where a process is expected to be gone or new
+T = TypeVar("T")
+
+_ASK_S = 2.0  # for an answer from a process that may be gone or new
 _ASK_AGAIN_S = 0.2
 
 
@@ -28,7 +30,8 @@ class Process:
 
     name: str
     handle: ActorHandle
-    start: Callable[[], Awaitable[Any]] | None = None  # makes a bare process ready; None where its birth does
+    start: Callable[[], Awaitable[Any]] | None = None  # makes a new process ready; None where its constructor does
+    bundle: int | None = None  # of the placement group; processes in one bundle share its GPU
     health_options: dict[str, Any] = field(default_factory=dict)
     pid: int | None = None  # of the process that answered last
 
@@ -38,10 +41,10 @@ class Process:
             self.pid = health.pid
         return health
 
-    async def be_replaced(self, timeout_s: float) -> None:
-        """Return when Ray has put another process in this one's place. Raises WaitedTooLong.
+    async def replace(self, timeout_s: float) -> None:
+        """Return when Ray has replaced this process. Raises WaitedTooLong.
 
-        One that is gone already is not killed again, which might hit its successor.
+        A process that is gone already is not killed again, because that might kill its successor.
         """
         deadline_s, is_killed = time.monotonic() + timeout_s, False
         while True:
@@ -59,7 +62,7 @@ class Process:
                 ray.kill(self.handle, no_restart=False)
                 is_killed = True
             if time.monotonic() > deadline_s:
-                raise WaitedTooLong(f"waited {timeout_s:g} s for another process in place of the {self.name}")
+                raise WaitedTooLong(f"waited {timeout_s:g} s for a new process of the {self.name}")
             await asyncio.sleep(_ASK_AGAIN_S)
 
     async def _ask(self) -> Health:
@@ -67,8 +70,26 @@ class Process:
         return health
 
 
-class RunStaff:
-    """Everyone of one run. See ``supervision.Staff``."""
+async def start_in_turn(processes: Sequence[Process], start: Callable[[Process], Awaitable[T]]) -> dict[str, T]:
+    """``start`` all of them and return the answers by name: side by side, but those that share a GPU one after the
+    other, in the order given, because an engine measures what is free as it starts. Raises the first error when all
+    that had begun have ended.
+    """
+    groups: dict[object, list[Process]] = {}
+    for process in processes:
+        groups.setdefault(process.name if process.bundle is None else process.bundle, []).append(process)
+
+    async def one_after_the_other(group: Sequence[Process]) -> dict[str, T]:
+        return {process.name: await start(process) for process in group}
+
+    answers: dict[str, T] = {}
+    for started in await _all(map(one_after_the_other, groups.values())):
+        answers |= started
+    return answers
+
+
+class RunWorkers:
+    """All processes of one run. See ``supervised.Workers``."""
 
     def __init__(
         self,
@@ -79,13 +100,13 @@ class RunStaff:
         ranks: Sequence[Process],
         start_learner: Callable[[], Awaitable[object]],
         connect: Callable[[], Awaitable[object]],
-        students_are_one: bool,
-        seat_timeout_s: float,
+        students_share_a_group: bool,
+        placement_timeout_s: float,
         call_timeout_s: float,
         shortage: Callable[[], str | None],
     ) -> None:
-        """``students_are_one``: none of them can be replaced alone, for they and the learner are one NCCL group.
-        ``shortage`` says what keeps Ray from placing a process that should be there again; None where nothing does.
+        """``students_share_a_group``: no student engine can be replaced alone, for they and the learner form one NCCL
+        group. ``shortage`` says what keeps Ray from placing a new process; None where nothing does.
         """
         self.students = students
         self.teachers = teachers
@@ -94,8 +115,8 @@ class RunStaff:
         self.students_lack_weights = False
         self._start_learner = start_learner
         self._connect = connect
-        self._students_are_one = students_are_one
-        self._seat_timeout_s = seat_timeout_s
+        self._students_are_one = students_share_a_group
+        self._seat_timeout_s = placement_timeout_s
         self._call_timeout_s = call_timeout_s
         self._shortage = shortage
 
@@ -103,41 +124,41 @@ class RunStaff:
     def rollout_side(self) -> list[Process]:
         return [self.controller, *self.students, *self.teachers]
 
-    async def register(self) -> dict[str, int]:
-        """Everyone's process id, by which a process is told from its successor."""
-        everyone = [*self.rollout_side, *self.ranks]
-        calls = [within(self._call_timeout_s, process.health(), f"{process.name} to answer") for process in everyone]
+    async def process_ids(self) -> dict[str, int]:
+        """All process ids, by which a process is distinguished from its successor."""
+        processes = [*self.rollout_side, *self.ranks]
+        calls = [within(self._call_timeout_s, process.health(), f"{process.name} to answer") for process in processes]
         answers = await asyncio.gather(*calls)
-        return {process.name: health.pid for process, health in zip(everyone, answers, strict=True)}
+        return {process.name: health.pid for process, health in zip(processes, answers, strict=True)}
 
-    async def mend_rollouts(self, ill: set[str]) -> None:
-        if self._students_are_one and any(student.name in ill for student in self.students):
-            ill = ill | {student.name for student in self.students}
-        self.students_lack_weights |= any(student.name in ill for student in self.students)
-        await _all(self._renew(process) for process in self.rollout_side if process.name in ill)
-        if self.controller.name not in ill and self.controller.start is not None:
+    async def recover_rollouts(self, unhealthy: set[str]) -> None:
+        if self._students_are_one and any(student.name in unhealthy for student in self.students):
+            unhealthy = unhealthy | {student.name for student in self.students}
+        self.students_lack_weights |= any(student.name in unhealthy for student in self.students)
+        await start_in_turn([process for process in self.rollout_side if process.name in unhealthy], self._restart)
+        if self.controller.name not in unhealthy and self.controller.start is not None:
             await self.controller.start()
-        well = [engine for engine in (*self.students, *self.teachers) if engine.name not in ill]
-        calls = (engine.handle.drop_calls.remote() for engine in well)
+        healthy = [engine for engine in (*self.students, *self.teachers) if engine.name not in unhealthy]
+        calls = (engine.handle.drop_calls.remote() for engine in healthy)
         await _all(within(self._call_timeout_s, call, "an engine to drop its calls") for call in calls)
 
     async def restart_learner(self) -> None:
         if self._students_are_one:
-            await _all(map(self._renew, self.students))
+            await start_in_turn(self.students, self._restart)
         await _all(map(self._replace, self.ranks))
         await self._start_learner()
 
     async def connect(self) -> None:
         await self._connect()
 
-    async def _renew(self, process: Process) -> None:
+    async def _restart(self, process: Process) -> None:
         await self._replace(process)
         if process.start is not None:
             await process.start()
 
     async def _replace(self, process: Process) -> None:
         try:
-            await process.be_replaced(self._seat_timeout_s)
+            await process.replace(self._seat_timeout_s)
         except WaitedTooLong as error:
             if (shortage := self._shortage()) is not None:
                 raise RunEnds(
@@ -146,8 +167,11 @@ class RunStaff:
             raise
 
 
-async def _all(calls: Any) -> None:
+async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
     """Wait for every one of them, then raise the first error."""
+    answers: list[T] = []
     for answer in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(answer, BaseException):
             raise answer
+        answers.append(answer)
+    return answers

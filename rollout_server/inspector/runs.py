@@ -1,7 +1,7 @@
-"""Runs on disk: which there are, what their folders say, and an index of each one's trace.
+"""Runs on disk: their names, the files in their directories, and an index of each trace.
 
-A run's name is looked up in the listing of the runs' folder and never put into a path by itself, so ``..`` or a name
-with a slash is simply a run that does not exist.
+A run's name is looked up in the listing of the folder of runs and never joined to a path directly, so ``..`` or a name
+with a slash is a run that does not exist.
 """
 
 import json
@@ -17,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from common.config import Policy
+from common.run_dir import CONFIG, METRICS, SUMMARY, TRACES
 from rollout_server.inspector.problems import ProblemError
 from rollout_server.policies import divergence_of
 from rollout_server.traces.index import TraceIndex
@@ -29,7 +30,7 @@ _POLICY: TypeAdapter[Policy] = TypeAdapter(Policy)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What a run's folder says besides its trace. What can't be read is None or left out, and in ``problems``."""
+    """A run's files besides its trace. What can't be read is None or left out, and listed in ``problems``."""
 
     policy: Policy | None
     top_logprobs: int | None  # length of the recorded teacher's lists
@@ -52,7 +53,7 @@ class _Cached:
 
 @dataclass(slots=True)
 class RunStore:
-    """The runs in one folder. May be used by several threads."""
+    """The runs in one folder. Thread-safe."""
 
     folder: Path
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -82,23 +83,23 @@ class RunStore:
         with self._lock:
             index = self._indexes.get(name)
             if index is None:
-                index = self._indexes[name] = TraceIndex(path / "traces")
+                index = self._indexes[name] = TraceIndex(path / TRACES)
             self._indexes.move_to_end(name)
             if len(self._indexes) > _MAX_OPEN_INDEXES:
-                # Not closed by hand: a request may still be at it. It goes when the last of them lets go.
+                # Not closed here: a request may still use it. It is freed with the last reference.
                 self._indexes.popitem(last=False)
         index.refresh(timeout_s)
         return index
 
     def opened(self) -> list[tuple[str, TraceIndex]]:
-        """Runs that were asked about lately, and their indexes."""
+        """Recently used runs, and their indexes."""
         with self._lock:
             return list(self._indexes.items())
 
     def files(self, name: str) -> RunFiles:
-        """What the run's folder says now. Raises a 404."""
+        """The run's files as they are now. Raises a 404."""
         path = self.path(name)
-        signature = tuple(_stat(path / file) for file in ("config.yaml", "metrics.jsonl", "summary.json"))
+        signature = tuple(_stat(path / file) for file in (CONFIG, METRICS, SUMMARY))
         cached = self._files.get(name)
         if cached is None or cached.signature != signature:
             cached = self._files[name] = _Cached(signature, _read_files(path))
@@ -107,18 +108,18 @@ class RunStore:
 
 def num_segments(path: Path) -> tuple[int, int | None]:
     """Finished segments of a run's trace, and the last one's step."""
-    segments = scan(path / "traces")
+    segments = scan(path / TRACES)
     return len(segments), segments[-1].step if segments else None
 
 
 def _is_run(path: Path) -> bool:
     if not path.name.isprintable() or path.name.startswith("."):
         return False
-    return any((path / name).exists() for name in ("config.yaml", "traces", "metrics.jsonl"))
+    return any((path / name).exists() for name in (CONFIG, TRACES, METRICS))
 
 
 def _modified(path: Path) -> float:
-    return max((_stat(path / name)[1] for name in ("", "metrics.jsonl", "summary.json", "traces")), default=0) / 1e9
+    return max((_stat(path / name)[1] for name in ("", METRICS, SUMMARY, TRACES)), default=0) / 1e9
 
 
 def as_time(seconds: float) -> datetime:
@@ -136,9 +137,9 @@ def _stat(path: Path) -> tuple[int, int]:
 
 def _read_files(path: Path) -> RunFiles:
     problems: list[str] = []
-    config_text = _text(path / "config.yaml", problems)
+    config_text = _text(path / CONFIG, problems)
     policy, top_logprobs = _policy(config_text, problems)
-    summary_text = _text(path / "summary.json", problems)
+    summary_text = _text(path / SUMMARY, problems)
     summary = None
     if summary_text is not None:
         try:
@@ -146,7 +147,7 @@ def _read_files(path: Path) -> RunFiles:
             summary = {str(k): v for k, v in content.items() if v is None or isinstance(v, str | int | float)}
         except (ValueError, AttributeError, RecursionError):
             problems.append("summary.json is not a JSON object")
-    metrics = _metrics(_text(path / "metrics.jsonl", problems), problems)
+    metrics = _metrics(_text(path / METRICS, problems), problems)
     return RunFiles(
         policy=policy,
         top_logprobs=top_logprobs,

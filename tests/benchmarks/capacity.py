@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -29,12 +30,13 @@ from common.config import AdaSwitch, EngineSettings, Sampling, Trace
 from common.cores import move_to_cores
 from common.sequence import Prompt
 from rollout_server.actors import EngineAddress
-from rollout_server.engines.accelerator import DeviceCounters
-from rollout_server.engines.imitation import AcceleratorSpeeds, ImitatedText
 from rollout_server.engines.protocol import EngineSpec
 from rollout_server.rollouts import RolloutSpec
 from tests.benchmarks import report
 from tests.benchmarks.actors import Counted, CountingEngineActor, Finished, MeasuredRolloutActor, Messages
+from tests.benchmarks.imitation.accelerator import DeviceCounters
+from tests.benchmarks.imitation.engine import ImitatedEngine
+from tests.benchmarks.imitation.speeds import AcceleratorSpeeds, ImitatedText
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.report import CapacityResult
 
@@ -80,7 +82,10 @@ class Reading(Counted):
 
 
 class ImitatedEngineActor(CountingEngineActor):
-    """The product's engine actor, with instruments."""
+    """The product's engine actor, with instruments and an engine that only takes the time of its role's accelerator."""
+
+    def _start_engine(self, spec: EngineSpec) -> Any:
+        return ImitatedEngine.start(spec, _SPEEDS[spec.name])
 
     async def read(self) -> Reading:
         return Reading(
@@ -273,7 +278,6 @@ def _engine_spec(role: str) -> EngineSpec:
         model="imitated",
         settings=EngineSettings(max_num_seqs=_MAX_NUM_SEQS[role]),
         top_logprobs=_TOP_LOGPROBS,
-        imitate=_SPEEDS[role],
     )
 
 

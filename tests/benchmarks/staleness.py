@@ -26,13 +26,13 @@ import numpy as np
 from common.config import AdaSwitch, Sampling, Trace, Trainer
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engines.imitated import ImitatedEngine
-from rollout_server.engines.imitation import AcceleratorSpeeds, ImitatedText
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
+from tests.benchmarks.imitation.engine import ImitatedEngine
+from tests.benchmarks.imitation.speeds import AcceleratorSpeeds, ImitatedText
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.trainer_report import machine, rounded
-from tests.trainer.unprobed import Unprobed
+from tests.support.unprobed import Unprobed
 from trainer.learner import StepReport
 from trainer.loop import distill
 from trainer.prompts import PromptCursor

@@ -99,7 +99,7 @@ def read_band(folder: Path) -> Band | None:
 
 def table(found: Mapping[str, Any]) -> str:
     """One row for each kind of fault, and a few lines about the runs."""
-    rows = ["| fault | target | sent | noticed, s | mended, s | next step, s |", "|---|---|--:|--:|--:|--:|"]
+    rows = ["| fault | target | sent | noticed, s | recovered, s | next step, s |", "|---|---|--:|--:|--:|--:|"]
     kinds = dict.fromkeys((fault["target"], fault["kind"]) for fault in sorted(found["faults"], key=_order))
     for target, kind in kinds:
         of_kind = [fault for fault in found["faults"] if (fault["target"], fault["kind"]) == (target, kind)]

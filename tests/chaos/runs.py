@@ -376,5 +376,5 @@ def _wrong_summary(summary: dict[str, Any], sent: Sequence[Sent]) -> list[str]:
 
 def _words(sent: Sent) -> str:
     detected = "" if sent.detected_s is None else f"noticed after {sent.detected_s:.1f} s, "
-    recovered = "" if sent.recovered_s is None else f"mended in {sent.recovered_s:.1f} s, "
+    recovered = "" if sent.recovered_s is None else f"recovered in {sent.recovered_s:.1f} s, "
     return f"{detected}{recovered}next step after {sent.next_step_s:.1f} s"

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-import ray
 
 from common.config.source import read_config
 from common.errors import RunEnds, UserError
 from deploy.preflight import prepare
-from tests.deploy.faulty_runs import (
+from tests.support.faulty_runs import (
     FAR,
     PLAYED,
     POISON,
@@ -27,6 +26,7 @@ from tests.deploy.faulty_runs import (
     until_step,
     write_config,
 )
+from tests.support.ray_heads import joined
 
 NUM_STEPS, PROMPTS_PER_STEP = 6, 4
 
@@ -34,25 +34,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
-    """A Ray of this module's own; yields the file that may hold a poisonous prompt."""
+async def cluster(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    """Yields the file that may hold a poisonous prompt."""
     poison = tmp_path_factory.mktemp("poison") / "token_ids"
     poison.write_text("")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {POISON: str(poison)}},
-    )
-    try:
+    with joined(ray_address, runtime_env={"env_vars": {POISON: str(poison)}}):
         yield poison
-    finally:
-        ray.shutdown()
 
 
-@pytest.mark.parametrize(("kind", "seen_as"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "silent")])
+@pytest.mark.parametrize(
+    ("kind", "seen_as"), [(signal.SIGKILL, "died"), pytest.param(signal.SIGSTOP, "silent", marks=pytest.mark.slow)]
+)
 async def test_the_run_goes_on_whoever_is_lost(
     cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: signal.Signals, seen_as: str
 ) -> None:
@@ -61,7 +53,7 @@ async def test_the_run_goes_on_whoever_is_lost(
     everyone, num_steps = ["student engine", "teacher engine", "controller", "learner"], 9
     folder = tmp_path / "run"
     config = write_config(folder, num_steps=num_steps, prompts_per_step=PROMPTS_PER_STEP)
-    async with going_on(config, shells=PLAYED) as running:
+    async with going_on(config, actor_classes=PLAYED) as running:
         for number, who in enumerate(everyone):
             await until_step(folder, 1 + 2 * number, running)
             os.kill(processes_of_run(caplog)[who], kind)
@@ -82,7 +74,7 @@ async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
     config = write_config(
         tmp_path / "run", num_steps=NUM_STEPS, prompts_per_step=PROMPTS_PER_STEP, checkpoint_every=NUM_STEPS
     )
-    async with going_on(config, shells=PLAYED) as running:
+    async with going_on(config, actor_classes=PLAYED) as running:
         await until_step(tmp_path / "run", 2, running)
         os.kill(processes_of_run(caplog)["learner"], signal.SIGKILL)
         summary = await summary_of(running)
@@ -99,7 +91,7 @@ async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_othe
     poison = prepare(read_config(config).config).prompts.take(8)[5]
     cluster.write_text(" ".join(map(str, poison.token_ids.tolist())))
     try:
-        async with going_on(config, shells=PLAYED) as running:
+        async with going_on(config, actor_classes=PLAYED) as running:
             summary = await summary_of(running)
     finally:
         cluster.write_text("")
@@ -113,7 +105,7 @@ async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_othe
 
 
 async def test_an_engine_that_dies_while_it_starts_ends_the_run_with_its_name(cluster: Path, tmp_path: Path) -> None:
-    async with going_on(write_config(tmp_path / "run"), shells=STILLBORN) as running:
+    async with going_on(write_config(tmp_path / "run"), actor_classes=STILLBORN) as running:
         with pytest.raises(RunEnds, match=r"^(student|teacher) engine: its process ended while it started; its log is"):
             await summary_of(running)
 
@@ -121,7 +113,7 @@ async def test_an_engine_that_dies_while_it_starts_ends_the_run_with_its_name(cl
 async def test_a_folder_that_the_learner_s_machine_does_not_share_is_refused_at_the_start(
     cluster: Path, tmp_path: Path
 ) -> None:
-    async with going_on(write_config(tmp_path / "run"), shells=FAR) as running:
+    async with going_on(write_config(tmp_path / "run"), actor_classes=FAR) as running:
         with pytest.raises(
             UserError, match=r"^run_dir: \S+/run on the machine of the learner is not the run's; expected"
         ):

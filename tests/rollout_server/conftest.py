@@ -7,8 +7,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from common.config import EngineSettings
 from common.sequence import Ids, Prompt, TopLogprobs
-from rollout_server.engines.protocol import Engine, EngineSpec, GoOn, WriteRequest, Written, next_piece
+from rollout_server.engines.protocol import Engine, EngineSpec, WriteRequest, Written
 from rollout_server.engines.vllm import VLLMEngine
+from tests.support import streams
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 VOCABULARY_SIZE = 32
@@ -90,18 +90,7 @@ async def engines() -> AsyncIterator[EnginePair]:
 @pytest.fixture(scope="session")
 def pieces_of() -> Callable[[Engine, WriteRequest, Sequence[int]], Awaitable[list[Written]]]:
     """What an engine hands over for a request that pauses after so many tokens, and so many more, and then no more."""
-    return _pieces_of
-
-
-async def _pieces_of(engine: Engine, request: WriteRequest, turns: Sequence[int]) -> list[Written]:
-    lengths, pieces = iter(turns), []
-    request = replace(request, pause_after=next(lengths, None))
-    async with aclosing(engine.stream(request)) as stream:
-        go_on = None
-        while (piece := await next_piece(stream, go_on)) is not None:
-            pieces.append(piece)
-            go_on = GoOn(num_tokens=next(lengths, None))
-    return pieces
+    return streams.pieces_of
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-import os
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,13 @@ from ray.actor import ActorHandle
 from common.config import AdaSwitch, Sampling, Trace
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
-from rollout_server.controller import RolloutError, SwitchingController
+from rollout_server.controller import SwitchingController
+from rollout_server.pool import RolloutError
 from rollout_server.rollouts import LiveContext, RolloutSpec
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
+from tests.support.ray_heads import joined
+from tests.support.streams import sequences_of
 
 EOS_ID = 2
 VOCABULARY_SIZE = 32
@@ -57,10 +59,14 @@ class Server:
         return num_silent == 20
 
 
+@pytest.fixture(scope="module")
+def cluster(ray_address: str) -> Iterator[None]:
+    with joined(ray_address):
+        yield
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def server(make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> AsyncIterator[Server]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+async def server(cluster, make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> AsyncIterator[Server]:
     trace_folder = tmp_path_factory.mktemp("run") / "traces"
     student, teacher = (ray.remote(EngineActor).options(num_cpus=1).remote() for _ in range(2))
     try:
@@ -94,7 +100,6 @@ async def server(make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> 
         )
     finally:
         await asyncio.gather(student.shutdown.remote(), teacher.shutdown.remote(), return_exceptions=True)
-        ray.shutdown()
 
 
 async def collect(server: Server, prompts: list[Prompt], *, step: int) -> dict[str, MixedSequence]:
@@ -115,7 +120,7 @@ async def test_the_way_through_the_actors_gives_what_the_controller_gives_withou
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    local = [sequence async for finished in controller.collect(prompts) for sequence in finished]
+    local = await sequences_of(controller, prompts)
     assert remote.keys() == {sequence.sequence_id for sequence in local}
     for sequence in local:
         other = remote[sequence.sequence_id]

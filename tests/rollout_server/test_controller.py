@@ -31,10 +31,12 @@ from common.config import (
 from common.seeds import derive_seed
 from common.sequence import MixedSequence, Prompt, TokenSource, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.controller import RolloutError, SwitchingController
+from rollout_server.controller import SwitchingController
 from rollout_server.engines.protocol import GoOn, ScoreRequest, WriteRequest, Written
 from rollout_server.engines.scripted import Fault, HashedScript, Script, ScriptedEngine
 from rollout_server.policies import ScoredPositions, make_policy
+from rollout_server.pool import RolloutError, generate_all
+from tests.support.streams import sequences_of
 
 VOCABULARY_SIZE, K = 24, 8
 TEACHER = HashedScript(vocabulary_size=VOCABULARY_SIZE, seed=1, eos_probability=0.02)
@@ -88,10 +90,11 @@ def make_controller(
     )
 
 
-async def collect(controller: SwitchingController, prompts: Sequence[Prompt] = PROMPTS) -> list[MixedSequence]:
+async def collect(
+    controller: SwitchingController, prompts: Sequence[Prompt] = PROMPTS, *, max_in_flight: int = 256
+) -> list[MixedSequence]:
     """The prompts' sequences, by prompt."""
-    async with aclosing(controller.collect(prompts)) as batches:
-        sequences = [sequence async for finished in batches for sequence in finished]
+    sequences = await sequences_of(controller, prompts, max_in_flight=max_in_flight)
     return sorted(sequences, key=lambda sequence: sequence.sequence_id)
 
 
@@ -213,7 +216,7 @@ async def test_that_others_wait_for_the_student_changes_only_what_is_wasted(poli
     """More sequences than may be in flight: then the student waits for verdicts."""
     students = [ScriptedEngine(STUDENT, top_logprobs=K) for _ in range(2)]
     alone, crowded = [
-        await collect(make_controller(policy, student, temperature=temperature, max_in_flight=max_in_flight))
+        await collect(make_controller(policy, student, temperature=temperature), max_in_flight=max_in_flight)
         for student, max_in_flight in zip(students, (len(PROMPTS), 2), strict=True)
     ]
     for sequence, expected in zip(crowded, alone, strict=True):
@@ -289,6 +292,36 @@ async def test_guidance_of_one_token_is_drawn_as_the_teacher_would_draw_it(tempe
     assert (counts[expected == 0.0] == 0).all()
     deviations = (counts - expected)[expected > 0.0] ** 2 / expected[expected > 0.0]
     assert deviations.sum() < 20.5, (counts, expected)  # chi-square with 5 degrees of freedom: 1 in 1000 lies above
+
+
+class ExcludingTeacher(ScriptedEngine):
+    """Remembers how many tokens each request excludes."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.num_excluded: list[int] = []
+
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
+        self.num_excluded.append(len(request.excluded_token_ids))
+        return super().stream(request)
+
+
+async def test_a_list_longer_than_a_request_can_exclude_is_drawn_from_as_the_teacher_would() -> None:
+    """Among the 1,024 best, the others on the list of 1,500, and those outside it."""
+    sizes, masses = np.array([1024, 476, 500]), np.array([0.5, 0.3, 0.2])
+    wanted = ConstantScript(tuple(np.repeat(masses / sizes, sizes)))
+    refused = ConstantScript((1e-9,) * 1999 + (1.0,))
+    student, teacher = ScriptedEngine(refused, top_logprobs=1500), ExcludingTeacher(wanted, top_logprobs=1500)
+    controller = make_controller(
+        Decay(initial_threshold=0.1), student, teacher, k=1500, stop_token_ids=(), top_p=1.0, max_new_tokens=1
+    )
+    prompts = [replace(PROMPTS[0], prompt_id=f"p{seed}", seed=seed) for seed in range(400)]
+    drawn = np.concatenate([sequence.token_ids[sequence.switches] for sequence in await collect(controller, prompts)])
+    assert drawn.size == len(prompts)
+    assert set(teacher.num_excluded) == {1024}
+    counts = np.bincount(np.searchsorted(sizes.cumsum(), drawn, side="right"), minlength=3)
+    expected = drawn.size * masses
+    assert ((counts - expected) ** 2 / expected).sum() < 13.8, counts  # 2 degrees of freedom: 1 in 1000 lies above
 
 
 class AskedEngine(ScriptedEngine):
@@ -413,8 +446,8 @@ async def test_a_kept_position_costs_the_teacher_one_row() -> None:
 @cache
 def undisturbed(policy: Policy, temperature: float) -> list[MixedSequence]:
     """One sequence after the other, each proposal a whole sequence."""
-    controller = make_controller(policy, temperature=temperature, chunk_tokens=40, max_in_flight=1)
-    return asyncio.run(collect(controller))
+    controller = make_controller(policy, temperature=temperature, chunk_tokens=40)
+    return asyncio.run(collect(controller, max_in_flight=1))
 
 
 def random_delay(seed: int) -> Callable[[], float]:
@@ -444,11 +477,11 @@ def test_neither_timing_nor_chunks_nor_order_change_the_result(
         ScriptedEngine(script, top_logprobs=K, delay=random_delay(seed))
         for script, seed in zip((STUDENT, TEACHER), delay_seeds, strict=True)
     )
-    controller = make_controller(
-        policy, student, teacher, temperature=temperature, chunk_tokens=chunk_tokens, max_in_flight=max_in_flight
-    )
+    controller = make_controller(policy, student, teacher, temperature=temperature, chunk_tokens=chunk_tokens)
     for sequence, expected in zip(
-        asyncio.run(collect(controller, prompts)), undisturbed(policy, temperature), strict=True
+        asyncio.run(collect(controller, prompts, max_in_flight=max_in_flight)),
+        undisturbed(policy, temperature),
+        strict=True,
     ):
         assert_equal(sequence, expected)
     assert student.num_running == teacher.num_running == 0
@@ -550,21 +583,23 @@ async def test_no_more_sequences_than_allowed_are_in_flight() -> None:
         return 0.0
 
     student = ScriptedEngine(STUDENT, top_logprobs=K, delay=count)
-    await collect(make_controller(OnPolicy(), student, max_in_flight=3))
+    await collect(make_controller(OnPolicy(), student), max_in_flight=3)
     assert max(num_running) == 3
 
 
 @every_policy
 async def test_closing_a_collection_leaves_nothing_running(policy: Policy) -> None:
     student, teacher = (ScriptedEngine(script, top_logprobs=K, delay=random_delay(0)) for script in (STUDENT, TEACHER))
-    async with aclosing(make_controller(policy, student, teacher, chunk_tokens=1).collect(PROMPTS)) as batches:
+    async with aclosing(
+        generate_all(make_controller(policy, student, teacher, chunk_tokens=1), PROMPTS, max_in_flight=256)
+    ) as batches:
         await anext(batches)
         assert student.num_running + teacher.num_running > 0
     assert student.num_running == teacher.num_running == 0
 
 
 async def test_a_slow_reader_gets_all_that_has_finished_meanwhile() -> None:
-    async with aclosing(make_controller(ADASWITCH).collect(PROMPTS)) as batches:
+    async with aclosing(generate_all(make_controller(ADASWITCH), PROMPTS, max_in_flight=256)) as batches:
         first = await anext(batches)
         await asyncio.sleep(0.5)
         second = await anext(batches)
@@ -575,7 +610,7 @@ async def test_a_slow_reader_gets_all_that_has_finished_meanwhile() -> None:
 async def test_what_has_finished_before_a_failure_is_handed_over_first() -> None:
     """Also when the reader comes after the failure."""
     student = ScriptedEngine(STUDENT, top_logprobs=K, fault=Fault(call="write", number=len(PROMPTS)))
-    async with aclosing(make_controller(OnPolicy(), student, max_in_flight=1).collect(PROMPTS)) as batches:
+    async with aclosing(generate_all(make_controller(OnPolicy(), student), PROMPTS, max_in_flight=1)) as batches:
         come = await anext(batches)
         await asyncio.sleep(0.5)
         come.extend(await anext(batches))

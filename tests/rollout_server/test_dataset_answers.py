@@ -14,6 +14,7 @@ from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.schema import TOKENS_FILE
 from rollout_server.traces.writer import TraceWriter
+from tests.support.streams import sequences_of
 
 K = 8
 TEACHER = HashedScript(vocabulary_size=24, seed=1, eos_probability=0.1)
@@ -34,7 +35,7 @@ async def collect(
         top_logprobs=K,
         stop_token_ids=(TEACHER.eos_token_id,),
     )
-    sequences = [sequence async for finished in controller.collect(prompts) for sequence in finished]
+    sequences = await sequences_of(controller, prompts)
     return sorted(sequences, key=lambda sequence: sequence.sequence_id)
 
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from common.config import SKD, AdaSwitch, Policy, Sampling
 from common.sequence import FinishReason, MixedSequence, Prompt, TokenSource
 from rollout_server.controller import SwitchingController
+from tests.support.streams import sequences_of
 
 EOS_ID = 2
 VOCABULARY_SIZE = 32
@@ -149,9 +150,7 @@ async def write_online(
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    written = {
-        sequence.sequence_id: sequence async for finished in controller.collect(prompts) for sequence in finished
-    }
+    written = {sequence.sequence_id: sequence for sequence in await sequences_of(controller, prompts)}
     return [written[prompt.sequence_id] for prompt in prompts]
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from common.sequence import Prompt, TokenSource, TopLogprobs
 from rollout_server.engines.protocol import Written
-from rollout_server.sequence_builder import Draft, Judged
+from rollout_server.sequence_builder import Judged, SequenceBuilder
 
 K = 2
 PROMPT = Prompt(prompt_id="p0", token_ids=np.array([7, 8], np.int32), seed=0)
@@ -40,15 +40,15 @@ def written(*token_ids: int) -> Written:
 
 
 def test_it_starts_with_the_prompt_and_nothing_known() -> None:
-    draft = Draft(PROMPT, K)
-    assert draft.text.tolist() == [7, 8]
-    assert len(draft) == draft.divergences.size == draft.student_ranks.size == 0
+    builder = SequenceBuilder(PROMPT, K, max_new_tokens=40)
+    assert builder.text.tolist() == [7, 8]
+    assert len(builder) == builder.divergences.size == builder.student_ranks.size == 0
 
 
 def test_kept_tokens_are_the_students_with_what_the_teacher_thinks_of_them() -> None:
-    draft = Draft(PROMPT, K, finish_reason="stop")
-    draft.keep(judged(1, 2, 3, teacher_best=(1, 1, 5)))
-    sequence = draft.seal("adaswitch")
+    builder = SequenceBuilder(PROMPT, K, max_new_tokens=40, finish_reason="stop")
+    builder.keep(judged(1, 2, 3, teacher_best=(1, 1, 5)))
+    sequence = builder.seal("adaswitch")
     assert sequence.token_ids.tolist() == [1, 2, 3]
     assert (sequence.sources == TokenSource.STUDENT).all()
     assert sequence.student_ranks.tolist() == [0, 1, 2]
@@ -59,10 +59,10 @@ def test_kept_tokens_are_the_students_with_what_the_teacher_thinks_of_them() -> 
 
 
 def test_taken_tokens_are_the_teachers_and_the_first_carries_what_was_refused() -> None:
-    draft = Draft(PROMPT, K, finish_reason="length")
-    draft.keep(judged(1, 2, teacher_best=(1, 2)))
-    draft.take(written(5, 6), judged(3, teacher_best=(5,)))
-    sequence = draft.seal("adaswitch")
+    builder = SequenceBuilder(PROMPT, K, max_new_tokens=40, finish_reason="length")
+    builder.keep(judged(1, 2, teacher_best=(1, 2)))
+    builder.take(written(5, 6), judged(3, teacher_best=(5,)))
+    sequence = builder.seal("adaswitch")
     assert sequence.token_ids.tolist() == [1, 2, 5, 6]
     assert sequence.sources.tolist() == [TokenSource.STUDENT] * 2 + [TokenSource.TEACHER] * 2
     assert sequence.switches.tolist() == [2]
@@ -77,9 +77,9 @@ def test_taken_tokens_are_the_teachers_and_the_first_carries_what_was_refused() 
 
 
 def test_tokens_taken_without_a_proposal_know_nothing_of_the_student() -> None:
-    draft = Draft(PROMPT, K, finish_reason="stop")
-    draft.take(written(5, 6), None)
-    sequence = draft.seal("off_policy")
+    builder = SequenceBuilder(PROMPT, K, max_new_tokens=40, finish_reason="stop")
+    builder.take(written(5, 6), None)
+    sequence = builder.seal("off_policy")
     assert sequence.switches.tolist() == [0]
     assert np.isnan(sequence.divergences).all()
     assert np.isnan(sequence.student_top.logprobs).all()
@@ -87,15 +87,15 @@ def test_tokens_taken_without_a_proposal_know_nothing_of_the_student() -> None:
 
 
 def test_the_text_and_the_history_grow_with_both() -> None:
-    draft = Draft(PROMPT, K)
-    draft.keep(judged(1, teacher_best=(1,)))
-    draft.take(written(5, 6), judged(2, teacher_best=(5,)))
-    draft.keep(judged(3, teacher_best=(4,)))
-    assert len(draft) == 4
-    assert draft.text.tolist() == [7, 8, 1, 5, 6, 3]
-    np.testing.assert_array_equal(draft.divergences, np.float32([0.5, 0.5, np.nan, 0.5]))
-    assert draft.student_ranks.tolist() == [0, 2, -1, 2]
-    assert draft.num_switches == 1
+    builder = SequenceBuilder(PROMPT, K, max_new_tokens=40)
+    builder.keep(judged(1, teacher_best=(1,)))
+    builder.take(written(5, 6), judged(2, teacher_best=(5,)))
+    builder.keep(judged(3, teacher_best=(4,)))
+    assert len(builder) == 4
+    assert builder.text.tolist() == [7, 8, 1, 5, 6, 3]
+    np.testing.assert_array_equal(builder.divergences, np.float32([0.5, 0.5, np.nan, 0.5]))
+    assert builder.student_ranks.tolist() == [0, 2, -1, 2]
+    assert builder.num_switches == 1
 
 
 def test_a_part_of_judged_tokens_keeps_all_columns_aligned() -> None:
@@ -108,6 +108,6 @@ def test_a_part_of_judged_tokens_keeps_all_columns_aligned() -> None:
     assert part.weight_version == 4
 
 
-def test_an_unfinished_draft_is_not_sealed() -> None:
+def test_an_unfinished_builder_is_not_sealed() -> None:
     with pytest.raises(AssertionError, match=r"p0\.0\.0 is not finished"):
-        Draft(PROMPT, K).seal("adaswitch")
+        SequenceBuilder(PROMPT, K, max_new_tokens=40).seal("adaswitch")

@@ -81,7 +81,7 @@ class StreamMultiplexer:
         """End every call. Who made it is gone, or has given it up, or hears that it failed."""
         for client in self._clients.values():
             dropped = client.close_all()
-            client.failures |= dict.fromkeys(dropped, "dropped, for another part of the run is being mended")
+            client.failures |= dict.fromkeys(dropped, "dropped: another worker of the run is being restarted")
             client.ring()
 
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:

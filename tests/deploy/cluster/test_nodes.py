@@ -14,11 +14,13 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from tests.deploy.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
-from tests.deploy.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
+from tests.support.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
+from tests.support.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
 
-RUN_TIMEOUT_S = 400.0
+RUN_TIMEOUT_S = 240.0
 SEATS = ["EngineActor", "EngineActor", "LearnerActor", "RolloutActor"]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_student_teacher_rollouts_and_learner_work_together_from_four_nodes(four
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["max_probe_nats"] < 1e-3
-    assert not four_nodes.listed("placement-groups", "CREATED")
+    assert not four_nodes.listed("placement_groups", "CREATED")
 
 
 def has_nodes(head: Head, num_nodes: int) -> bool:
@@ -84,7 +86,7 @@ def three_nodes() -> Iterator[Cluster]:
 async def test_a_run_that_loses_the_teacher_s_node_finishes_on_the_others(three_nodes: Cluster, tmp_path: Path) -> None:
     settings = ["placement.strategy=SPREAD", f"placement.address={three_nodes.address}"]
     config = write_config(tmp_path / "run", num_steps=8)
-    async with going_on(config, *settings, shells=PLAYED) as running:
+    async with going_on(config, *settings, actor_classes=PLAYED) as running:
         await until_step(tmp_path / "run", 3, running)
         lost = node_of_teacher()
         (node,) = [node for node in three_nodes.worker_nodes if node.node_id == lost]

@@ -16,9 +16,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from common.config import RunConfig
 from common.config.source import ResolvedConfig, read_config
 from common.errors import UserError
+from common.run_dir import RunDir
 from common.storage import Store
 from deploy.run.copies import Copying, copied_names, fetch_if_ahead, kept_copied
-from deploy.run.run_folder import RunFolder
 from tests.deploy.run.test_resume import take_checkpoint
 
 
@@ -67,11 +67,11 @@ def resolve(tmp_path: Path, url: str) -> Callable[[str], ResolvedConfig]:
     return config
 
 
-def new_run(resolved: ResolvedConfig) -> RunFolder:
-    return RunFolder.create(resolved.config.run_dir, resolved)
+def new_run(resolved: ResolvedConfig) -> RunDir:
+    return RunDir.create(resolved.config.run_dir, resolved)
 
 
-def write_segment(folder: RunFolder, step: int, content: str = "rows") -> None:
+def write_segment(folder: RunDir, step: int, content: str = "rows") -> None:
     segment = folder.traces / f"step-{step:06d}"
     segment.mkdir(parents=True)
     for name in ("sequences.parquet", "tokens.parquet"):
@@ -84,7 +84,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def copied(config: RunConfig, folder: RunFolder) -> None:
+def copied(config: RunConfig, folder: RunDir) -> None:
     with kept_copied(config.storage, folder.path):
         pass
 
@@ -161,7 +161,7 @@ def test_a_store_that_is_away_ends_no_run_and_gets_everything_when_it_is_back(re
         Watched.error = None
         changed()
     assert Store(f"{url}/demo", timeout_s=20.0).versions().keys() == files_of(folder.path).keys()
-    assert "is not whole" not in caplog.text
+    assert "is incomplete" not in caplog.text
 
 
 def test_a_copy_that_is_not_whole_in_the_end_is_said(resolve: Any, caplog) -> None:
@@ -169,7 +169,7 @@ def test_a_copy_that_is_not_whole_in_the_end_is_said(resolve: Any, caplog) -> No
     Watched.error = PermissionError("no")
     with caplog.at_level(logging.WARNING):
         copied(resolved.config, new_run(resolved))
-    assert "is not whole" in caplog.text
+    assert "is incomplete" in caplog.text
 
 
 @pytest.mark.parametrize("ends_well", [True, False])
@@ -256,7 +256,7 @@ def test_the_newest_run_of_a_name_is_fetched_into_a_folder_of_its_own_name(resol
         copied(there.config, folder)
     fetch_if_ahead(here.config)
     assert [path.name for path in Path(here.config.run_dir).parent.iterdir()] == ["demo-2"]
-    assert RunFolder.all(here.config.run_dir)[0].path.name == "demo-2"
+    assert RunDir.all(here.config.run_dir)[0].path.name == "demo-2"
 
 
 def test_a_new_run_takes_no_name_that_a_copy_has(resolve: Any) -> None:
@@ -264,7 +264,7 @@ def test_a_new_run_takes_no_name_that_a_copy_has(resolve: Any) -> None:
     copied(there.config, new_run(there))
     taken = copied_names(here.config.storage)
     assert taken == {"demo"}
-    assert RunFolder.create(here.config.run_dir, here, taken=taken).path.name == "demo-2"
+    assert RunDir.create(here.config.run_dir, here, taken=taken).path.name == "demo-2"
 
 
 def test_a_store_that_can_t_be_listed_is_said_before_the_run_begins(resolve: Any, monkeypatch) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from common.config.source import ResolvedConfig, read_config
 from common.errors import UserError
+from common.run_dir import RunDir
 from deploy.run.resume import Resumable, find_resumable, found_again, refuse_other_settings, rewind
-from deploy.run.run_folder import RunFolder
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.writer import TraceWriter
 from trainer.checkpoint import RunState, write_checkpoint
@@ -29,7 +29,7 @@ def resolve(tmp_path: Path) -> Callable[..., ResolvedConfig]:
     return lambda *overrides: read_config(file, overrides)
 
 
-def take_checkpoint(folder: RunFolder, step: int, *, ahead_seconds: float | None = None) -> Path:
+def take_checkpoint(folder: RunDir, step: int, *, ahead_seconds: float | None = None) -> Path:
     async def save(unfinished: Path) -> None:
         (unfinished / "learner").mkdir()
         (unfinished / "learner" / "weights").write_bytes(b"w" * step)
@@ -48,7 +48,7 @@ def take_checkpoint(folder: RunFolder, step: int, *, ahead_seconds: float | None
 
 def test_the_newest_run_with_a_checkpoint_is_gone_on_with(resolve, caplog) -> None:
     resolved = resolve()
-    folders = [RunFolder.create(resolved.config.run_dir, resolved) for _ in range(11)]
+    folders = [RunDir.create(resolved.config.run_dir, resolved) for _ in range(11)]
     take_checkpoint(folders[1], 20)
     take_checkpoint(folders[9], 10)  # demo-10 is newer than demo-2
     with caplog.at_level(logging.WARNING):
@@ -61,7 +61,7 @@ def test_without_a_checkpoint_it_says_where_it_looked(resolve) -> None:
     resolved = resolve()
     with pytest.raises(UserError, match=r"run_dir: '.*demo' has no checkpoint to resume \(no such folder\)"):
         find_resumable(resolved.config)
-    folder = RunFolder.create(resolved.config.run_dir, resolved)
+    folder = RunDir.create(resolved.config.run_dir, resolved)
     (folder.path.parent / "demo-old").mkdir()
     with pytest.raises(UserError, match=r"\(none of \S*/demo has one\); leave --resume out to start$"):
         find_resumable(resolved.config)
@@ -78,13 +78,13 @@ def test_without_a_checkpoint_it_says_where_it_looked(resolve) -> None:
     ],
 )
 def test_another_setting_is_refused_and_named(resolve, override: str, message: str) -> None:
-    folder = RunFolder.create(resolve().config.run_dir, resolve())
+    folder = RunDir.create(resolve().config.run_dir, resolve())
     with pytest.raises(UserError, match=f"^{message}"):
         refuse_other_settings(folder, resolve(override))
 
 
 def test_length_placement_logging_checkpoints_and_time_outs_may_differ(resolve) -> None:
-    folder = RunFolder.create(resolve().config.run_dir, resolve())
+    folder = RunDir.create(resolve().config.run_dir, resolve())
     overrides = ["trainer.num_steps=7", "placement.use_gpus=false", "logging.wandb.mode=offline"]
     overrides += ["checkpoints.keep_last=5", "engines.call_timeout_s=9", "trainer.step_timeout_s=8", "sync.timeout_s=7"]
     refuse_other_settings(folder, resolve(*overrides))
@@ -94,7 +94,7 @@ def test_length_placement_logging_checkpoints_and_time_outs_may_differ(resolve) 
 def test_what_came_after_the_checkpoint_is_taken_back(
     resolve, decode, token_texts, make_sequence: Callable[..., Any], ahead_seconds: float | None, traced: list[int]
 ) -> None:
-    folder = RunFolder.create(resolve().config.run_dir, resolve())
+    folder = RunDir.create(resolve().config.run_dir, resolve())
     checkpoint = take_checkpoint(folder, 2, ahead_seconds=ahead_seconds)
     writer = TraceWriter(folder.traces, decode=decode, token_texts=token_texts)
     for step in (1, 2, 3, 4):
@@ -116,22 +116,22 @@ def test_what_came_after_the_checkpoint_is_taken_back(
 
 def test_a_checkpoint_that_came_before_the_lock_was_had_is_gone_on_from(resolve) -> None:
     """Another process went on with the run, and ended, between the look and the lock."""
-    folder = RunFolder.create(resolve().config.run_dir, resolve())
+    folder = RunDir.create(resolve().config.run_dir, resolve())
     take_checkpoint(folder, 2)
     found = find_resumable(resolve().config)
     assert found_again(found, 9) is found
     later = take_checkpoint(folder, 4)
     assert (found_again(found, 9).checkpoint, found_again(found, 9).state.step) == (later, 4)
     folder.write_summary({"steps": 4})
-    with pytest.raises(UserError, match="another process has finished this run meanwhile"):
+    with pytest.raises(UserError, match="another process has finished this run in the meantime"):
         found_again(found, 4)
     shutil.rmtree(folder.checkpoints)
-    with pytest.raises(UserError, match="another process has begun this run anew meanwhile"):
+    with pytest.raises(UserError, match="another process has restarted this run from the beginning"):
         found_again(found, 9)
 
 
 def test_a_finished_run_is_told_from_one_that_can_go_on(resolve) -> None:
-    folder = RunFolder.create(resolve().config.run_dir, resolve())
+    folder = RunDir.create(resolve().config.run_dir, resolve())
     checkpoint = take_checkpoint(folder, 20)
     resumable = Resumable(folder=folder, checkpoint=checkpoint, state=RunState.read(checkpoint / "state.json"))
     assert resumable.finished_summary(20) is None  # its student was not saved
@@ -143,9 +143,9 @@ def test_a_finished_run_is_told_from_one_that_can_go_on(resolve) -> None:
 
 
 def test_two_processes_can_t_go_on_with_one_run_and_a_killed_one_leaves_no_lock(resolve) -> None:
-    folder = RunFolder.create(resolve().config.run_dir, resolve())
-    script = "import sys, time; from pathlib import Path; from deploy.run.run_folder import RunFolder\n"
-    script += "with RunFolder(Path(sys.argv[1])).locked(): print('locked', flush=True); time.sleep(60)"
+    folder = RunDir.create(resolve().config.run_dir, resolve())
+    script = "import sys, time; from pathlib import Path; from common.run_dir import RunDir\n"
+    script += "with RunDir(Path(sys.argv[1])).locked(): print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", script, str(folder.path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
     ) as other:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from common.config.source import read_config
-from deploy.run.run_folder import RunFolder, metrics_of, summarise_run
+from common.run_dir import RunDir
+from deploy.run.records import metrics_of, summarise_run
 from trainer.evaluate import EvaluationReport
 from trainer.learner import StepReport
 from trainer.probe_statistics import ProbeReport
@@ -80,22 +81,22 @@ def resolved(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_left_alone(tmp_path, resolved) -> None:
     wanted = str(tmp_path / "runs" / "demo")
-    first, second, third = (RunFolder.create(wanted, resolved) for _ in range(3))
+    first, second, third = (RunDir.create(wanted, resolved) for _ in range(3))
     assert [folder.path.name for folder in (first, second, third)] == ["demo", "demo-2", "demo-3"]
 
 
 def test_an_empty_folder_is_used(tmp_path, resolved) -> None:
     (tmp_path / "demo").mkdir()
-    assert RunFolder.create(str(tmp_path / "demo"), resolved).path == tmp_path / "demo"
+    assert RunDir.create(str(tmp_path / "demo"), resolved).path == tmp_path / "demo"
 
 
 def test_the_stored_configuration_is_the_runs_own(tmp_path, resolved) -> None:
-    folder = RunFolder.create(str(tmp_path / "demo"), resolved)
+    folder = RunDir.create(str(tmp_path / "demo"), resolved)
     assert read_config(folder.path / "config.yaml").config == resolved.config
 
 
 def test_metrics_are_appended_one_object_a_line(tmp_path, resolved) -> None:
-    folder = RunFolder.create(str(tmp_path / "demo"), resolved)
+    folder = RunDir.create(str(tmp_path / "demo"), resolved)
     folder.append_metrics(metrics_of(trained(1)))
     folder.append_metrics(metrics_of(evaluated(1, 0.5)))
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
@@ -147,14 +148,14 @@ def test_a_run_without_a_switch_has_no_mean_position() -> None:
 
 
 def test_a_summary_is_written_whole(tmp_path, resolved) -> None:
-    folder = RunFolder.create(str(tmp_path / "demo"), resolved)
+    folder = RunDir.create(str(tmp_path / "demo"), resolved)
     folder.write_summary({"steps": 1})
     assert json.loads((folder.path / "summary.json").read_text()) == {"steps": 1}
     assert not list(folder.path.glob(".summary*"))
 
 
 def test_half_a_line_that_a_crash_left_costs_no_other_line(tmp_path, resolved) -> None:
-    folder = RunFolder.create(str(tmp_path / "demo"), resolved)
+    folder = RunDir.create(str(tmp_path / "demo"), resolved)
     folder.append_fault({"who": "learner"})
     with (folder.path / "faults.jsonl").open("a") as file:
         file.write('{"who": "contr')

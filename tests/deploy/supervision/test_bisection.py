@@ -27,7 +27,7 @@ def searched(number: int, poison: set[str], *, max_failures: int = 2) -> tuple[l
                 given_up.append(prompt.prompt_id)
         else:
             for prompt in group:
-                search.came(prompt.sequence_id)
+                search.done(prompt.sequence_id)
             came += ids(group)
             search.succeeded()
     return came, given_up, num_failures
@@ -48,7 +48,7 @@ def test_one_of_64_is_found_in_as_many_failures_as_halving_takes() -> None:
 def test_a_group_that_fails_once_is_asked_for_whole_again() -> None:
     search = Search(prompts(4), max_failures=2)
     search.next_group()
-    search.came("p1.0.0")
+    search.done("p1.0.0")
     assert search.failed() is None
     assert ids(search.next_group() or []) == ["p0", "p2", "p3"]
     assert not search.is_narrowing
@@ -79,7 +79,7 @@ def test_what_is_given_up_last_is_followed_by_an_empty_group_to_finish() -> None
 def test_a_group_of_which_all_has_come_is_never_split(num_failures) -> None:
     search = Search(prompts(1), max_failures=1)
     search.next_group()
-    search.came("p0.0.0")
+    search.done("p0.0.0")
     for _ in range(num_failures):
         assert search.failed() is None
         assert search.next_group() == []

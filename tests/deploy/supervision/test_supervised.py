@@ -1,4 +1,4 @@
-"""Supervision over stand-ins: who is found ill, what is done about it, what is told, and when a run gives up."""
+"""Supervision over stand-ins: who is found unhealthy, what is done about it, what is told, and when a run gives up."""
 
 import asyncio
 import errno
@@ -14,16 +14,16 @@ from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayTaskError
 from common.config import Supervision
 from common.errors import RunEnds
 from common.health import Health
+from common.run_dir import RunDir
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.waiting import WaitedTooLong
-from deploy.run.run_folder import RunFolder
 from deploy.supervision.fatal_errors import clear_end
-from deploy.supervision.health_monitor import Ill, Watch
-from deploy.supervision.quarantine import SetAside
-from deploy.supervision.restarts import Repairs
+from deploy.supervision.health_monitor import HealthMonitor, Unhealthy
+from deploy.supervision.quarantine import Quarantine
+from deploy.supervision.restarts import RestartPolicy
 from deploy.supervision.supervised import LearnerLost, SupervisedLearner, SupervisedRollouts
-from rollout_server.controller import RolloutError
 from rollout_server.engines.protocol import EngineCallError
+from rollout_server.pool import RolloutError
 from trainer.actors import LearnerRankDied
 from trainer.loop import StaleSequences
 from trainer.probe import WeightSyncError
@@ -35,7 +35,7 @@ GONE = ActorUnavailableError("the process is gone", None)
 
 
 @dataclass
-class Member:
+class MonitoredProcess:
     name: str
     answer: Health | Exception | None = field(default_factory=lambda: Health(pid=1))  # None: no answer comes
 
@@ -58,12 +58,16 @@ class Item:
 
 
 class House:
-    """Staff, rollouts and learner in one, so that the order of all calls is kept."""
+    """Workers, rollouts and learner in one, so that the order of all calls is kept."""
 
     def __init__(self, make_sequence: Callable[..., MixedSequence]) -> None:
         self.calls: list[str] = []
-        self.controller, self.student, self.teacher = Member("controller"), Member("student engine"), Member("teacher")
-        self.rank = Member("learner")
+        self.controller, self.student, self.teacher = (
+            MonitoredProcess("controller"),
+            MonitoredProcess("student engine"),
+            MonitoredProcess("teacher"),
+        )
+        self.rank = MonitoredProcess("learner")
         self.rollout_side = [self.controller, self.student, self.teacher]
         self.ranks, self.students = [self.rank], [self.student]
         self.poison: set[str] = set()  # prompts that end the student's process
@@ -76,11 +80,11 @@ class House:
         self.kept: list[list[str]] = []
         self._make_sequence = make_sequence
 
-    async def mend_rollouts(self, ill: set[str]) -> None:
-        self.calls.append(f"mend {', '.join(sorted(ill))}")
-        for member in self.rollout_side:
-            member.answer = Health(pid=1)
-        self.students_lack_weights |= "student engine" in ill
+    async def recover_rollouts(self, unhealthy: set[str]) -> None:
+        self.calls.append(f"mend {', '.join(sorted(unhealthy))}")
+        for process in self.rollout_side:
+            process.answer = Health(pid=1)
+        self.students_lack_weights |= "student engine" in unhealthy
         if self.fails_to_mend:
             self.fails_to_mend -= 1
             raise WaitedTooLong("waited 1 s for the teacher to start")
@@ -157,7 +161,7 @@ class Supervised:
     house: House
     learner: SupervisedLearner
     rollouts: SupervisedRollouts
-    folder: RunFolder
+    folder: RunDir
     prompts: Prompts
 
     async def collect(self, number: int, step: int = 1) -> list[str]:
@@ -166,19 +170,19 @@ class Supervised:
 
 
 def supervise(house: House, folder: Path, config: Supervision = CONFIG) -> Supervised:
-    run_folder, prompts, watch = RunFolder(folder), Prompts(), Watch(config)
-    repairs = Repairs(config, run_folder)
-    learner = SupervisedLearner(house, staff=house, watch=watch, repairs=repairs)
+    run_dir, prompts, monitor = RunDir(folder), Prompts(), HealthMonitor(config)
+    restarts = RestartPolicy(config, run_dir)
+    learner = SupervisedLearner(house, workers=house, monitor=monitor, restarts=restarts)
     rollouts = SupervisedRollouts(
         house,
         learner=learner,
-        staff=house,
-        watch=watch,
-        repairs=repairs,
-        set_aside=SetAside(run_folder, prompts),
+        workers=house,
+        monitor=monitor,
+        restarts=restarts,
+        quarantine=Quarantine(run_dir, prompts),
         config=config,
     )
-    return Supervised(house, learner, rollouts, run_folder, prompts)
+    return Supervised(house, learner, rollouts, run_dir, prompts)
 
 
 @pytest.fixture
@@ -202,31 +206,33 @@ def supervised(house: House, tmp_path: Path) -> Supervised:
         (Health(pid=1, num_busy=3, still_s=11.0), "hung"),
     ],
 )
-async def test_what_a_member_says_or_does_not_say_is_a_fault_of_its_kind(answer, kind) -> None:
-    (fault,) = await Watch(CONFIG).look([Member("well"), Member("learner", answer)])
+async def test_what_a_process_answers_or_does_not_answer_is_a_fault_of_its_kind(answer, kind) -> None:
+    (fault,) = await HealthMonitor(CONFIG).check([MonitoredProcess("well"), MonitoredProcess("learner", answer)])
     assert (fault.kind, fault.who) == (kind, "learner")
 
 
-async def test_an_engine_that_works_or_has_nothing_to_do_is_well() -> None:
+async def test_an_engine_that_works_or_is_idle_is_healthy() -> None:
     answers = [Health(pid=1, num_busy=3, still_s=9.0), Health(pid=1, num_busy=0, still_s=99.0)]
-    assert await Watch(CONFIG).look([Member("a", answer) for answer in answers]) == []
+    assert await HealthMonitor(CONFIG).check([MonitoredProcess("a", answer) for answer in answers]) == []
 
 
 async def test_how_long_it_took_to_notice_counts_from_the_last_sign_of_life() -> None:
-    watch, member = Watch(CONFIG), Member("learner")
-    assert await watch.look([member]) == []
+    monitor, process = HealthMonitor(CONFIG), MonitoredProcess("learner")
+    assert await monitor.check([process]) == []
     await asyncio.sleep(0.1)
-    member.answer = GONE
-    (fault,) = await watch.look([member])
+    process.answer = GONE
+    (fault,) = await monitor.check([process])
     assert fault.detected_s == pytest.approx(0.1, abs=0.08)
 
 
-async def test_who_is_not_known_to_have_died_yet_is_looked_at_again() -> None:
-    learner, student = Member("learner"), Member("student engine")
+async def test_a_process_not_known_to_have_died_yet_is_checked_again() -> None:
+    learner, student = MonitoredProcess("learner"), MonitoredProcess("student engine")
     asyncio.get_running_loop().call_later(0.01, setattr, student, "answer", GONE)
-    ill = await Watch(CONFIG).explain(EngineCallError("student engine: a weight update failed"), [learner, student])
-    assert ill is not None
-    assert ill.names == {"student engine"}
+    unhealthy = await HealthMonitor(CONFIG).explain(
+        EngineCallError("student engine: a weight update failed"), [learner, student]
+    )
+    assert unhealthy is not None
+    assert unhealthy.names == {"student engine"}
 
 
 async def test_an_engine_that_dies_is_mended_gets_the_weights_and_only_what_is_missing_is_written_again(
@@ -251,7 +257,7 @@ async def test_an_engine_that_dies_is_mended_gets_the_weights_and_only_what_is_m
 async def test_weights_are_brought_though_the_repair_failed_after_the_student_had_been_started(
     supervised: Supervised,
 ) -> None:
-    """Found ill at the first try only: the fault was the teacher's."""
+    """Found unhealthy at the first try only: the fault was the teacher's."""
     house = supervised.house
 
     def die(number: int) -> None:
@@ -261,12 +267,12 @@ async def test_weights_are_brought_though_the_repair_failed_after_the_student_ha
             raise RolloutError("p0.0.0", "EngineCallError: teacher: dead")
 
     house.on_sequence = die
-    mend = house.mend_rollouts
+    mend = house.recover_rollouts
 
-    async def mend_more(ill: set[str]) -> None:
-        await mend(ill | ({"student engine"} if house.fails_to_mend else set()))
+    async def mend_more(unhealthy: set[str]) -> None:
+        await mend(unhealthy | ({"student engine"} if house.fails_to_mend else set()))
 
-    house.mend_rollouts = mend_more  # type: ignore[method-assign]
+    house.recover_rollouts = mend_more  # type: ignore[method-assign]
     assert len(await supervised.collect(2)) == 2
     assert house.calls == [
         "collect 2",
@@ -334,7 +340,7 @@ async def test_a_lost_learner_is_restarted_loaded_and_its_weights_go_to_the_engi
 
     with pytest.raises(LearnerLost) as lost:
         await supervised.learner.sync(23)
-    await supervised.learner.bring_back(lost.value, load)
+    await supervised.learner.recover_learner(lost.value, load)
     assert house.calls == ["sync 23", "mend teacher", "restart learner", "connect", "load", "sync 20"]
     assert [(fault["who"], fault["kind"]) for fault in supervised.folder.read_faults()] == [
         ("learner", "died"),
@@ -368,7 +374,7 @@ async def test_held_out_prompts_are_set_aside_apart_and_not_asked_for_again(supe
 
 async def test_engines_that_write_nothing_any_more_set_no_prompt_aside_and_end_the_run(supervised: Supervised) -> None:
     supervised.house.poison = {f"p{n}" for n in range(64)}
-    with pytest.raises(RunEnds, match=r"no prompt can be written any more: 25 failures without one, the last: student"):
+    with pytest.raises(RunEnds, match=r"no prompt succeeds any more: 25 failures in a row, the last: student"):
         await supervised.collect(64)
     assert supervised.folder.read_set_aside() == []
     assert len(supervised.folder.read_faults()) == 24, "an hour of repairs that help nobody is no search"
@@ -389,7 +395,7 @@ async def test_engines_that_write_nothing_in_step_after_step_end_the_run(supervi
     for step in (1, 2):
         assert await supervised.collect(2, step) == []
         await supervised.learner.sync(step)
-    with pytest.raises(RunEnds, match="6 prompts one after the other could not be written"):
+    with pytest.raises(RunEnds, match="6 prompts in a row failed"):
         await supervised.collect(2, 3)
     assert supervised.folder.read_set_aside() == []
 
@@ -437,7 +443,7 @@ async def test_repairs_in_a_row_end_the_run_with_one_line_and_finished_steps_all
         await supervised.collect(1, again)
         await supervised.learner.sync(again)
     house.student.answer = GONE
-    with pytest.raises(RunEnds, match=r"student engine: died: .*2 repairs in a row") as end:
+    with pytest.raises(RunEnds, match=r"student engine: died: .*2 restarts in a row") as end:
         await supervised.collect(1, 4)
     assert "\n" not in str(end.value)
     assert supervised.folder.read_faults()[-1]["recovered_s"] is None
@@ -447,14 +453,14 @@ async def test_a_repair_that_fails_is_tried_again_and_counts(house: House, tmp_p
     supervised = supervise(house, tmp_path, CONFIG.model_copy(update={"max_repairs": 3}))
 
     async def fails() -> None:
-        raise Ill(await Watch(CONFIG).look([Member("learner", GONE)]))
+        raise Unhealthy(await HealthMonitor(CONFIG).check([MonitoredProcess("learner", GONE)]))
 
     house.connect = fails  # type: ignore[method-assign]
     house.rank.answer = GONE
     with pytest.raises(LearnerLost) as lost:
         await supervised.learner.step([])
-    with pytest.raises(RunEnds, match="a repair: failed: Ill: learner: died"):
-        await supervised.learner.bring_back(lost.value, lambda: asyncio.sleep(0, 1))
+    with pytest.raises(RunEnds, match="recovery: failed: Unhealthy: learner: died"):
+        await supervised.learner.recover_learner(lost.value, lambda: asyncio.sleep(0, 1))
     assert house.calls.count("restart learner") == 3
 
 
@@ -465,7 +471,7 @@ async def test_memory_that_runs_out_names_what_to_lower(house: House, tmp_path: 
         house.rank.answer = OutOfMemoryError("the node runs low on memory")
         with pytest.raises(LearnerLost) as lost:
             await supervised.learner.step([])
-        await supervised.learner.bring_back(lost.value, lambda: asyncio.sleep(0, 0))
+        await supervised.learner.recover_learner(lost.value, lambda: asyncio.sleep(0, 0))
 
     house.step_gate.clear()
     await run_out_and_come_back()
@@ -481,9 +487,9 @@ async def test_a_learner_that_dies_while_it_is_started_again_is_started_once_mor
     supervised.house.rank.answer = GONE
     with pytest.raises(LearnerLost) as lost:
         await supervised.learner.step([])
-    bringing = supervised.learner.bring_back(lost.value, lambda: asyncio.sleep(0, 0))
+    bringing = supervised.learner.recover_learner(lost.value, lambda: asyncio.sleep(0, 0))
     if fails > CONFIG.max_repairs:
-        with pytest.raises(RunEnds, match=r"learner rank 0 died .*5 repairs in a row have led to no finished step"):
+        with pytest.raises(RunEnds, match=r"learner rank 0 died .*5 restarts in a row without a finished step"):
             await bringing
     else:
         await bringing

@@ -10,6 +10,7 @@ from rollout_server.controller import SwitchingController
 from rollout_server.engines.protocol import EngineCallError, ScoreRequest, WriteRequest, concatenate_written
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
+from tests.support.streams import sequences_of
 
 TEACHER = HashedScript(vocabulary_size=24, seed=1, eos_probability=0.01)
 STUDENT = TEACHER.student(seed=2)
@@ -40,7 +41,7 @@ async def mixed(student, teacher) -> list[MixedSequence]:
         top_logprobs=8,
         stop_token_ids=(TEACHER.eos_token_id,),
     )
-    sequences = [sequence async for finished in controller.collect(PROMPTS) for sequence in finished]
+    sequences = await sequences_of(controller, PROMPTS)
     return sorted(sequences, key=lambda sequence: sequence.sequence_id)
 
 

@@ -22,6 +22,7 @@ from common.sequence import Ids, MixedSequence, TopLogprobs
 from rollout_server.controller import SwitchingController
 from rollout_server.engines.protocol import EngineSpec, ScoreRequest, WriteRequest, Written, concatenate_written
 from rollout_server.engines.vllm import VLLMEngine
+from tests.support.streams import sequences_of
 from trainer.learner import Learner
 from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
 
@@ -122,6 +123,7 @@ async def test_a_needed_row_that_the_cache_holds_is_read_anew(engines, models, t
 
     raw = await ask_vllm(engines.teacher, text, "raw-whole")
     assert raw.num_cached_tokens == 4 * BLOCK
+    assert len(raw.prompt_logprobs) == text.size, "V1 returns a row for every token, whatever is in it"
     own_logprobs = np.array(raw.prompt_logprobs.logprobs)[raw.prompt_logprobs.start_indices[1:]]  # of tokens 1..69
     differences = np.abs(own_logprobs - expected[np.arange(69), text[1:]])
     assert differences[: 4 * BLOCK].max() > 0.1, "the trap is gone: rows of cached tokens are right in vLLM itself"
@@ -391,7 +393,7 @@ async def write_with_itself(engine: VLLMEngine, prompts, policy: Policy, *, temp
         top_logprobs=VOCABULARY_SIZE,
         stop_token_ids=(EOS_ID,),
     )
-    return [sequence async for finished in controller.collect(prompts) for sequence in finished]
+    return await sequences_of(controller, prompts)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -1,0 +1,178 @@
+"""The run directory: its names, its formats, and how its files are read and written.
+
+    config.yaml       every setting and where it came from
+    metrics.jsonl     one line per step and per evaluation
+    faults.jsonl      one line per fault
+    set_aside.jsonl   prompts that the run continues without
+    summary.json      written when the run has finished
+    traces/           Parquet segments, one per step
+    checkpoints/      what the run can be resumed from
+    student/          the trained student, Hugging Face format
+
+docs/run-folder.md describes every file, docs/metrics.md every metric. Knows nothing of who writes or reads them.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from common.config.source import ResolvedConfig, dump_config
+from common.errors import UserError
+from common.files import fsync, write_whole
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float | int]
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+FAULTS, SET_ASIDE, VERSIONS = "faults.jsonl", "set_aside.jsonl", "versions.json"
+TRACES, CHECKPOINTS, STUDENT = "traces", "checkpoints", "student"
+TEXT_FILES = (CONFIG, METRICS, FAULTS, SET_ASIDE, SUMMARY, VERSIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, wanted: str, resolved: ResolvedConfig, *, taken: Collection[str] = ()) -> "RunDir":
+        """Make the folder and store the configuration. One that holds a run, or whose name is ``taken`` elsewhere, is
+        left alone: -2, -3, ... is added.
+        """
+        for number in count(1):
+            path = Path(wanted if number == 1 else f"{wanted}-{number}").absolute()
+            if path.name in taken:
+                continue
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                if any(path.iterdir()):
+                    continue
+            folder = cls(path)
+            folder.write_config(resolved)
+            return folder
+        raise AssertionError("count() does not end")
+
+    @classmethod
+    def all(cls, wanted: str) -> "list[RunDir]":
+        """Those that ``create`` made for this ``run_dir``, from old to new."""
+        first = Path(wanted).absolute()
+        numbered = re.compile(rf"{re.escape(first.name)}-([1-9]\d*)")
+        matches = [
+            match for path in first.parent.glob("*") if path.is_dir() and (match := numbered.fullmatch(path.name))
+        ]
+        later = sorted((match for match in matches if int(match[1]) >= 2), key=lambda match: int(match[1]))
+        return [cls(path) for path in (first, *(first.parent / match[0] for match in later)) if path.is_dir()]
+
+    @property
+    def traces(self) -> Path:
+        return self.path / TRACES
+
+    @property
+    def student(self) -> Path:
+        """The trained student in Hugging Face format."""
+        return self.path / STUDENT
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from going on with the same run. Gone with the process, however it ends.
+
+        Raises UserError where another process has it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.path}: another process is at this run; wait for it, or end it") from error
+            yield
+
+    def write_config(self, resolved: ResolvedConfig) -> None:
+        write_whole(self.path / CONFIG, dump_config(resolved))
+
+    def append_metrics(self, metrics: Metrics) -> None:
+        """What one step or one evaluation measured."""
+        _append(self._metrics_file, {"time": time.time(), **metrics})
+
+    def read_metrics(self) -> list[Metrics]:
+        return _read(self._metrics_file)
+
+    def append_fault(self, fault: Mapping[str, object]) -> None:
+        """What went wrong with a part of the run, and what became of it."""
+        _append(self.path / FAULTS, fault)
+
+    def read_faults(self) -> list[dict[str, Any]]:
+        return _read(self.path / FAULTS)
+
+    def append_set_aside(self, prompt: Mapping[str, object]) -> None:
+        """A prompt that the run goes on without. Never taken back: a resumed run leaves it out too."""
+        _append(self.path / SET_ASIDE, prompt)
+
+    def read_set_aside(self) -> list[dict[str, Any]]:
+        return _read(self.path / SET_ASIDE)
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Remove the lines of later steps, which a run resumed from ``step`` measures again."""
+        kept = [metrics for metrics in self.read_metrics() if metrics["step"] <= step]
+        write_whole(self._metrics_file, "".join(f"{json.dumps(metrics)}\n" for metrics in kept))
+
+    def sync_metrics(self) -> None:
+        """Wait until what was measured is on the disk: before a checkpoint that relies on it."""
+        fsync(self._metrics_file)
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.path / METRICS
+
+    def write_summary(self, summary: dict[str, object]) -> None:
+        """Whole or not at all."""
+        write_whole(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def remove_summary(self) -> None:
+        """The run is not finished any more."""
+        (self.path / SUMMARY).unlink(missing_ok=True)
+
+    def read_summary(self) -> dict[str, object] | None:
+        """None where the run has not finished."""
+        path = self.path / SUMMARY
+        if not path.exists():
+            return None
+        summary: dict[str, object] = json.loads(path.read_text())
+        return summary
+
+
+def _append(file: Path, record: Mapping[str, object]) -> None:
+    """One line of JSON more, not behind what a crash left of another."""
+    with file.open("ab+") as lines:
+        if lines.tell():
+            lines.seek(-1, os.SEEK_END)
+            if lines.read(1) != b"\n":
+                lines.write(b"\n")
+        lines.write(json.dumps(record).encode() + b"\n")
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """All lines but those that a crash left half-written; of one with others behind it, a warning."""
+    if not file.exists():
+        return []
+    records = []
+    for number, line in enumerate(file.read_text().split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: line %d is not whole and is left out", file, number)
+    return records

@@ -1,0 +1,55 @@
+"""AdaSwitch: the threshold is a multiple of the moving average of the divergences before."""
+
+from typing import Any
+
+import numpy as np
+
+from common.config import AdaSwitch
+from common.sequence import Floats
+from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true
+
+_NEAR = 0.85
+"""Share of a sequence's mean divergence below which its last few count as small. Changes speed, never the result."""
+
+
+class AdaSwitchPolicy(Watching):
+    """AdaSwitch (arXiv 2510.07842): the first d_i above max(K * mean(d_{i-L} .. d_{i-1}), floor)."""
+
+    guidance_tokens = None
+
+    def __init__(self, settings: AdaSwitch) -> None:
+        self._settings = settings
+
+    def decide(self, scored: ScoredPositions) -> Decision:
+        settings = self._settings
+        average = moving_average(scored.divergences, settings.window, scored.first)
+        thresholds = np.maximum(settings.multiplier * average, settings.floor).astype(np.float32)
+        may_switch = np.arange(scored.first, scored.divergences.size) >= settings.first_position
+        # A NaN threshold (window not filled) compares false: no switch.
+        above = scored.divergences[scored.first :] > thresholds
+        return Decision(thresholds=thresholds, switch=first_true(may_switch & above, scored.first))
+
+    def is_near(self, divergences: Floats) -> bool:
+        """Where the last L were small the threshold is, and an ordinary divergence crosses it."""
+        settings = self._settings
+        if divergences.size < settings.window:
+            return False
+        average = float(divergences[-settings.window :].mean())
+        return settings.multiplier * average > settings.floor and average < _NEAR * float(divergences.mean())
+
+
+def moving_average(divergences: Floats, window: int, first: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """[n - first] nats. Mean of the ``window`` values before each position from ``first`` on.
+
+    NaN where fewer values lie before it, or where one of them is NaN: the average starts anew after the teacher wrote.
+    Values are added oldest first in float64, so the result does not depend on how the sequence was cut into chunks.
+    """
+    num_positions = divergences.size
+    average = np.full(num_positions - first, np.nan)
+    filled = max(first, window)
+    if filled < num_positions:
+        total = np.zeros(num_positions - filled)
+        for age in range(window, 0, -1):
+            total += divergences[filled - age : num_positions - age]
+        average[filled - first :] = total / window
+    return average

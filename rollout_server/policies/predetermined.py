@@ -1,0 +1,61 @@
+"""Policies that decide before the first token: on-policy, off-policy, fixed, mixture, dataset."""
+
+from common.config import Mixture
+from common.seeds import derive_seed
+from common.sequence import Floats
+from rollout_server.policies.protocol import Decision, ScoredPositions, no_thresholds
+
+
+class Predetermined:
+    """A policy that knows beforehand where the teacher takes over, and to the end."""
+
+    guidance_tokens = None
+
+    def watches_after(self, num_switches: int) -> bool:
+        return False
+
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        return False
+
+    def decide(self, scored: ScoredPositions) -> Decision:
+        return Decision(thresholds=no_thresholds(scored), switch=None)
+
+    def is_near(self, divergences: Floats) -> bool:
+        return False
+
+
+class FixedPolicy(Predetermined):
+    """At one position: none for on-policy, 0 for off-policy."""
+
+    def __init__(self, position: int | None) -> None:
+        self._position = position
+
+    def exploration_limit(self, sequence_seed: int) -> int | None:
+        return self._position
+
+
+class DatasetPolicy(FixedPolicy):
+    """The given answer, always."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        return True
+
+
+class MixturePolicy(Predetermined):
+    """GKD (arXiv 2306.13649): with probability 1 - lambda the teacher from position 0, or the given answer."""
+
+    def __init__(self, settings: Mixture) -> None:
+        self._settings = settings
+
+    def takes_given_answer(self, sequence_seed: int) -> bool:
+        return self._settings.rest == "dataset" and not self._is_students(sequence_seed)
+
+    def exploration_limit(self, sequence_seed: int) -> int | None:
+        return None if self._is_students(sequence_seed) else 0
+
+    def _is_students(self, sequence_seed: int) -> bool:
+        draw = derive_seed(sequence_seed, "mixture") / 2**63
+        return draw < self._settings.student_share

@@ -1,0 +1,17 @@
+"""Speculative KD: the teacher replaces tokens that it would not have listed itself."""
+
+from common.config import SKD
+from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true, no_thresholds
+
+
+class SKDPolicy(Watching):
+    """Speculative KD (arXiv 2410.11325): the student's token is outside the teacher's top k."""
+
+    guidance_tokens = 1
+
+    def __init__(self, settings: SKD) -> None:
+        self._settings = settings
+
+    def decide(self, scored: ScoredPositions) -> Decision:
+        rejected = scored.student_ranks[scored.first :] >= self._settings.top_k
+        return Decision(thresholds=no_thresholds(scored), switch=first_true(rejected, scored.first))
