@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sampling": {"max_new_tokens": MAX_NEW_TOKENS, "chunk_tokens": 8},
         "data": {"path": str(folder / "prompts.jsonl")},
         "trainer": {"num_steps": NUM_STEPS, "prompts_per_step": PROMPTS_PER_STEP, "learning_rate": 1e-5},
-        "sync": {"num_probe_prompts": 2, "probe_tolerance": 5.0},
+        "sync": {"num_probe_prompts": 2},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "deploy", "train", str(folder / "config.yaml")]
