@@ -172,7 +172,7 @@ class Cluster:
         spec = LearnerSpec(
             student=self._config.models.student,
             trainer=self._config.trainer,
-            device="cuda" if self._seating.learner[0].num_gpus else "cpu",
+            device="cpu" if self.plan.layout is None else "cuda",
             sync_backend=self.plan.sync_backend,
             seed=self._config.seed,
             trust_remote_code=self._config.engines.trust_remote_code,

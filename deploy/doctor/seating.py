@@ -61,9 +61,11 @@ def describe(plan: Plan, config: RunConfig, shapes: Shapes, facts: Facts) -> Sea
 
 
 def _line(bundle: BundleMemory, gpu_gib: float) -> str:
-    actors = ", ".join(f"{actor.name} {actor.gib:.1f}" for actor in bundle.actors)
-    number = "1 GPU" if bundle.num_gpus == 1 else f"{bundle.num_gpus} GPUs"
-    return f"{number}: {actors}, {bundle.gib:.1f} of {gpu_gib:.1f} GiB on each"
+    """Such as ``1 GPU: student engine 9.9 + learner 11.6 + kept free 4.0 = 25.5 of 79.6 GiB``."""
+    held = [f"{actor.name} {actor.gib:.1f}" for actor in bundle.actors]
+    held += [f"kept free {bundle.kept_free_gib:.1f}"] if bundle.kept_free_gib else []
+    number, each = ("1 GPU", "") if bundle.num_gpus == 1 else (f"{bundle.num_gpus} GPUs", " each")
+    return f"{number}: {' + '.join(held)} = {bundle.gib:.1f} of {gpu_gib:.1f} GiB{each}"
 
 
 def _builds(facts: Facts) -> Builds:

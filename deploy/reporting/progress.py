@@ -26,7 +26,7 @@ class StepLine:
     train_s: float
     sync_s: float
     accuracy: float | None = None  # held-out accuracy, where this step was evaluated
-    probe: float | None = None  # nats, rms; what the log-probs of trainer and engine differ by after the sync
+    probe: float | None = None  # nats, rms; log-prob difference between trainer and engine after the sync
 
     def text(self) -> str:
         parts = [

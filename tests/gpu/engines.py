@@ -155,9 +155,9 @@ CHECKS: dict[str, Callable[[Context, Figures], None]] = {
     "self_test": self_test,
     "resumed_requests": resumed_requests,
     "seeds": seeds,
-    "chunked_prefill": chunked_prefill,
     "score_rows_bfloat16": score_rows_bfloat16,
     "top_k_cost": top_k_cost,
+    "chunked_prefill": chunked_prefill,
     "prompt_logprob_memory": prompt_logprob_memory,
 }
 
