@@ -34,7 +34,7 @@ class WeightUpdate:
 
 
 def nccl_buffer_bytes(largest_tensor_bytes: int) -> int:
-    """What learner and engine each hold at most while ``nccl`` sends, besides the model: one buffer more than there are,
-    for the new one is made while the old ones are there. A buffer is exceeded by at most one tensor.
+    """The most that learner and engine each hold while ``nccl`` sends, besides the model: one buffer more than there
+    are, for a new one is made while the old ones exist. A buffer is exceeded by at most one tensor.
     """
     return (NCCL_NUM_BUFFERS + 1) * (NCCL_BUFFER_BYTES + largest_tensor_bytes)

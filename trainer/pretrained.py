@@ -84,7 +84,7 @@ def load_outline(name: str, *, trust_remote_code: bool = False) -> PreTrainedMod
 
 def use_packing(model: PreTrainedModel, wanted: Literal["auto"] | bool, dtype: str) -> bool:
     """Whether sequences share a row, and flash attention switched on where that is how: it computes in half precision,
-    and finds where a sequence ends by the position ids. Other attention gets a mask. Not run on a GPU yet.
+    and finds where a sequence ends by the position ids. Other attention gets a mask.
     """
     flash = dtype == "bfloat16" and is_flash_attn_2_available() and bool(getattr(model, "_supports_flash_attn", False))
     if flash and wanted is not False:

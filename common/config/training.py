@@ -88,8 +88,8 @@ class Sync(Part):
     """How new weights reach the student engines."""
 
     backend: Literal["auto", "host_memory", "ipc", "nccl"] = "auto"
-    """auto: nccl where the learner has a GPU of its own, else host_memory (shared memory of one machine). ipc: from the
-    memory of the one GPU that learner and student engine share."""
+    """auto: nccl where learner and student engines have GPUs of their own, else host_memory (shared memory of one
+    machine). ipc: from process to process on a GPU that both share."""
     timeout_s: Seconds = 600.0
     probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
     """Nats. The run stops when trainer and engine differ by more, in the root mean square over the probe's log-probs.

@@ -32,7 +32,7 @@ from tests.benchmarks.imitation.engine import ImitatedEngine
 from tests.benchmarks.imitation.speeds import AcceleratorSpeeds, ImitatedText
 from tests.benchmarks.pairs import REPOSITORY
 from tests.benchmarks.trainer_report import machine, rounded
-from tests.trainer.unprobed import Unprobed
+from tests.support.unprobed import Unprobed
 from trainer.learner import StepReport
 from trainer.loop import distill
 from trainer.prompts import PromptCursor

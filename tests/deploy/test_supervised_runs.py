@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-import ray
 
 from common.config.source import read_config
 from common.errors import RunEnds, UserError
 from deploy.preflight import prepare
-from tests.deploy.faulty_runs import (
+from tests.support.faulty_runs import (
     FAR,
     PLAYED,
     POISON,
@@ -27,6 +26,7 @@ from tests.deploy.faulty_runs import (
     until_step,
     write_config,
 )
+from tests.support.ray_heads import joined
 
 NUM_STEPS, PROMPTS_PER_STEP = 6, 4
 
@@ -34,25 +34,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
-    """A Ray of this module's own; yields the file that may hold a poisonous prompt."""
+async def cluster(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Path]:
+    """Yields the file that may hold a poisonous prompt."""
     poison = tmp_path_factory.mktemp("poison") / "token_ids"
     poison.write_text("")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {POISON: str(poison)}},
-    )
-    try:
+    with joined(ray_address, runtime_env={"env_vars": {POISON: str(poison)}}):
         yield poison
-    finally:
-        ray.shutdown()
 
 
-@pytest.mark.parametrize(("kind", "seen_as"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "silent")])
+@pytest.mark.parametrize(
+    ("kind", "seen_as"), [(signal.SIGKILL, "died"), pytest.param(signal.SIGSTOP, "silent", marks=pytest.mark.slow)]
+)
 async def test_the_run_goes_on_whoever_is_lost(
     cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: signal.Signals, seen_as: str
 ) -> None:

@@ -1,13 +1,8 @@
 """The whole way once, as a user takes it: the command, Ray, two vLLM engines, the learner, and what is left behind."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,72 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
-from tests.deploy.listening import outward_listeners
-from tests.deploy.marked import processes_with
-
-REPOSITORY = Path(__file__).parents[2]
-NUM_STEPS, PROMPTS_PER_STEP, NUM_HELD_OUT = 3, 8, 16
-MARK = "ADASWITCH_WALK"
-SECRETS = {
-    "HF_TOKEN": "hf_not-to-be-seen-1",
-    "WANDB_API_KEY": "not-to-be-seen-2" * 3,
-    "MLFLOW_TRACKING_PASSWORD": "not-to-be-seen-3",
-    "INSPECTOR_TOKEN": "not-to-be-seen-4",
-}
+from tests.support.demo_run import DEMO, MARK, NUM_HELD_OUT, NUM_STEPS, PROMPTS_PER_STEP, DemoRun
+from tests.support.marked import processes_with
 
 
 @pytest.fixture(scope="module")
-def mark() -> str:
-    """In the environment of every process of the run."""
-    return uuid4().hex
-
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """What a run of the command left, and what was seen of it from outside."""
-
-    folder: Path
-    output: str
-    outward_listeners: frozenset[str]
-
-
-@pytest.fixture(scope="module")
-def walk(tmp_path_factory: pytest.TempPathFactory, mark: str) -> Walk:
-    """A finished run of the demo, cut short, with secrets in its environment."""
-    folder = tmp_path_factory.mktemp("walk")
-    settings = [
-        f"run_dir={folder / 'run'}",
-        f"trainer.num_steps={NUM_STEPS}",
-        f"trainer.prompts_per_step={PROMPTS_PER_STEP}",
-        "trainer.warmup_steps=0",
-        f"evaluation.data.max_prompts={NUM_HELD_OUT}",
-    ]
-    command = [sys.executable, "-m", "deploy.cli", "train", "deploy/configs/demo.yaml"]
-    for setting in settings:
-        command += ["--set", setting]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= SECRETS | {MARK: mark, "HF_DATASETS_CACHE": str(folder / "datasets")}
-    listeners: set[str] = set()
-    deadline = time.monotonic() + 540.0
-    with (folder / "output").open("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
-        )
-        while process.poll() is None and time.monotonic() < deadline:
-            listeners |= outward_listeners(mark)
-            time.sleep(1.0)
-        if process.poll() is None:
-            process.terminate()
-            process.wait(timeout=60)
-    text = (folder / "output").read_text()
-    assert process.returncode == 0, text
-    return Walk(folder / "run", text, frozenset(listeners))
-
-
-@pytest.fixture(scope="module")
-def run(walk: Walk) -> Path:
+def run(demo_run: DemoRun) -> Path:
     """The run's folder."""
-    return walk.folder
+    return demo_run.folder
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -139,7 +76,7 @@ def test_the_metrics_are_the_trace_s(run: Path) -> None:
 
 
 def test_the_trained_student_loads_in_hugging_face_and_has_moved(run: Path) -> None:
-    start = REPOSITORY / "deploy" / "demo" / "models" / "student"
+    start = DEMO / "models" / "student"
     model = AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run / "student")
     text = tokenizer("1+2*3-4+5*6-7=", return_tensors="pt")
@@ -151,22 +88,22 @@ def test_the_trained_student_loads_in_hugging_face_and_has_moved(run: Path) -> N
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_nothing_of_the_run_goes_on_running(run: Path, mark: str) -> None:
+def test_nothing_of_the_run_goes_on_running(demo_run: DemoRun) -> None:
     deadline_s = time.monotonic() + 30
-    while (left := processes_with(MARK, mark)) and time.monotonic() < deadline_s:
+    while (left := processes_with(MARK, demo_run.mark)) and time.monotonic() < deadline_s:
         time.sleep(0.5)
     assert not left
 
 
-def test_nothing_listens_beyond_loopback(walk: Walk) -> None:
-    assert walk.outward_listeners == frozenset()
+def test_nothing_listens_beyond_loopback(demo_run: DemoRun) -> None:
+    assert demo_run.outward_listeners == frozenset()
 
 
-def test_no_secret_is_written(walk: Walk) -> None:
+def test_no_secret_is_written(demo_run: DemoRun) -> None:
     secret = b"not-to-be-seen"
-    assert secret.decode() not in walk.output
-    files = [file for file in walk.folder.rglob("*") if file.is_file()]
+    assert secret.decode() not in demo_run.output
+    files = [file for file in demo_run.folder.rglob("*") if file.is_file()]
     assert {"config.yaml", "summary.json", "metrics.jsonl", "versions.json"} <= {file.name for file in files}
     assert [file for file in files if secret in file.read_bytes()] == []
-    for file in walk.folder.rglob("*.parquet"):  # compressed
+    for file in demo_run.folder.rglob("*.parquet"):  # compressed
         assert secret.decode() not in str(pq.read_table(file).to_pydict())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
-from tests.deploy.faulty_runs import faults_of, going_on, processes_of_run, summary_of, trained, until_step
+from tests.support.faulty_runs import faults_of, going_on, processes_of_run, summary_of, trained, until_step
+from tests.support.ray_heads import joined
 
 DEMO_CONFIG = Path(__file__).parents[2] / "deploy" / "configs" / "demo.yaml"
 NUM_STEPS, PROMPTS_PER_STEP = 8, 16
@@ -23,7 +23,7 @@ SETTINGS = [
     "supervision.health_timeout_s=15",
 ]
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def vllm_process(engine_pid: int) -> int:
@@ -32,12 +32,13 @@ def vllm_process(engine_pid: int) -> int:
     return next(child.pid for child in children if "::EngineCore" in " ".join(child.cmdline()))
 
 
-async def test_the_run_goes_on_with_the_right_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_run_goes_on_with_the_right_weights(
+    ray_address: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The probe after each sync holds student engine and learner against each other."""
     caplog.set_level(logging.INFO, logger="deploy")
     folder = tmp_path / "run"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with joined(ray_address):
         async with going_on(DEMO_CONFIG, *SETTINGS, f"run_dir={folder}") as running:
             await until_step(folder, 2, running)
             pids = processes_of_run(caplog)
@@ -47,8 +48,6 @@ async def test_the_run_goes_on_with_the_right_weights(tmp_path: Path, caplog: py
             await until_step(folder, 6, running)
             os.kill(pids["learner"], signal.SIGKILL)
             summary = await summary_of(running)
-    finally:
-        ray.shutdown()
     faults = faults_of(folder)
     assert [fault["who"] for fault in faults] == ["student engine", "teacher engine", "learner"], faults
     assert [fault["kind"] for fault in faults] == ["died", "hung", "died"], faults

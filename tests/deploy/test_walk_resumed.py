@@ -1,11 +1,9 @@
-"""The demo as a user takes it, its driver killed half-way and the run taken up again. Minutes: it learns to the end."""
+"""The demo as a user takes it, its driver killed half-way and the run resumed."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -14,29 +12,33 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rollout_server.traces.reader import TraceReader
-from tests.deploy.marked import processes_with
+from tests.support.demo_run import MARK, REPOSITORY, run_environment, train_command
+from tests.support.marked import processes_with
 
-REPOSITORY = Path(__file__).parents[2]
-NUM_STEPS, PROMPTS_PER_STEP = 80, 64
-MARK = "ADASWITCH_RESUMED"
-pytestmark = pytest.mark.timeout(1500)
+NUM_STEPS, PROMPTS_PER_STEP, CHECKPOINT_EVERY, NUM_HELD_OUT = 12, 64, 3, 256
+SETTINGS = [
+    f"trainer.num_steps={NUM_STEPS}",
+    f"checkpoints.every_steps={CHECKPOINT_EVERY}",
+    "evaluation.every_steps=6",
+    f"evaluation.data.max_prompts={NUM_HELD_OUT}",
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def started(folder: Path, mark: str, *options: str) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "deploy.cli", "train", "deploy/configs/demo.yaml", *options]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {MARK: mark, "HF_DATASETS_CACHE": str(folder / "datasets")}
+    command = train_command(*SETTINGS, f"run_dir={folder / 'run'}", options=options)
     with (folder / "log").open("a") as log:
         return subprocess.Popen(
-            [*command, "--set", f"run_dir={folder / 'run'}"], cwd=REPOSITORY, env=environment, stdout=log, stderr=log
+            command, cwd=REPOSITORY, env=run_environment(folder, **{MARK: mark}), stdout=log, stderr=log
         )
 
 
 def wait_until_step(run: Path, step: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline_s = time.monotonic() + 600
+    deadline_s = time.monotonic() + 240
     while last_step(run) < step:
         assert process.poll() is None, log.read_text()[-4000:]
-        assert time.monotonic() < deadline_s, f"waited 600 s for step {step}"
+        assert time.monotonic() < deadline_s, f"waited 240 s for step {step}"
         time.sleep(0.1)
 
 
@@ -52,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed")
     marks = uuid4().hex, uuid4().hex
     seed = random.SystemRandom().randrange(10_000)
-    step = random.Random(seed).randrange(25, 60)
+    step = random.Random(seed).randrange(CHECKPOINT_EVERY + 1, NUM_STEPS - 1)
     print(f"seed {seed}: killed after step {step}")
     process = started(folder, marks[0])
     try:
@@ -67,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not (folder / "run" / "summary.json").exists()
     process = started(folder, marks[1], "--resume")
     try:
-        assert process.wait(timeout=900) == 0, (folder / "log").read_text()[-4000:]
+        assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-4000:]
     finally:
         process.send_signal(signal.SIGTERM)  # which ends the actors first
         process.wait(timeout=60)
@@ -80,18 +82,18 @@ def test_nothing_of_a_killed_run_goes_on_running(folder: Path) -> None:
 
 def test_it_learned_as_if_it_had_not_been_killed_and_says_that_it_was(folder: Path) -> None:
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    assert summary["accuracy_after"] >= 0.95
     assert summary["accuracy_before"] < 0.5
+    assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.1
     assert (summary["resumed"], summary["steps"]) == (1, NUM_STEPS)
     assert summary["sequences"] == NUM_STEPS * PROMPTS_PER_STEP
     legs = json.loads((folder / "run" / "versions.json").read_text())["legs"]
-    assert [leg["after_step"] for leg in legs] in ([0, 20], [0, 40])
+    assert [leg["after_step"] for leg in legs] in ([0, 3], [0, 6], [0, 9])
 
 
 def test_every_step_and_every_prompt_is_there_once(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss_nats" in line] == list(range(1, NUM_STEPS + 1))
-    assert [line["step"] for line in lines if "evaluation/prompts" in line] == [0, 20, 40, 60, 80]
+    assert [line["step"] for line in lines if "evaluation/prompts" in line] == [0, 6, 12]
     assert max(line.get("sync/probe_nats", 0.0) for line in lines) < 1e-3
     with TraceReader(folder / "run" / "traces") as reader:
         assert not reader.skipped
@@ -102,8 +104,8 @@ def test_every_step_and_every_prompt_is_there_once(folder: Path) -> None:
 
 def test_the_last_checkpoint_holds_the_student(folder: Path) -> None:
     checkpoints = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
-    assert checkpoints[-2:] == ["step-000060", "step-000080"]
-    stored = AutoModelForCausalLM.from_pretrained(folder / "run" / "checkpoints" / "step-000080" / "student")
+    assert checkpoints[-2:] == ["step-000009", "step-000012"]
+    stored = AutoModelForCausalLM.from_pretrained(folder / "run" / "checkpoints" / "step-000012" / "student")
     final = AutoModelForCausalLM.from_pretrained(folder / "run" / "student")
     assert all(parameter.equal(final.get_parameter(name)) for name, parameter in stored.named_parameters())
 
@@ -113,6 +115,6 @@ def test_resuming_a_finished_run_says_so_and_does_nothing(folder: Path) -> None:
     (folder / "log").unlink()
     assert started(folder, uuid4().hex, "--resume").wait(timeout=120) == 0
     text = (folder / "log").read_text()
-    assert "is finished, after step 80" in text
+    assert "is finished, after step 12" in text
     assert "held-out accuracy after" in text
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before

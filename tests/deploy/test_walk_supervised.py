@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rollout_server.traces.reader import TraceReader
+from tests.support.demo_run import DEMO, REPOSITORY, run_environment, train_command
 
-REPOSITORY = Path(__file__).parents[2]
-STUDENT = REPOSITORY / "deploy" / "demo" / "models" / "student"
+STUDENT = DEMO / "models" / "student"
 NUM_STEPS = 12
 SETTINGS = [
     "policy.type=dataset",
@@ -30,13 +29,14 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("supervised")
-    command = [sys.executable, "-m", "deploy.cli", "train", "deploy/configs/demo.yaml"]
-    for setting in (*SETTINGS, f"run_dir={folder / 'run'}"):
-        command += ["--set", setting]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment["HF_DATASETS_CACHE"] = str(folder / "datasets")
     finished = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=540, check=False
+        train_command(*SETTINGS, f"run_dir={folder / 'run'}"),
+        cwd=REPOSITORY,
+        env=run_environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
     return folder / "run"
@@ -64,7 +64,7 @@ def test_the_engine_holds_the_merged_weights_after_every_sync(steps: list[dict[s
 
 
 def test_the_trace_holds_the_answers_of_the_data(run: Path) -> None:
-    rows = (REPOSITORY / "deploy" / "demo" / "data" / "train.jsonl").read_text().splitlines()
+    rows = (DEMO / "data" / "train.jsonl").read_text().splitlines()
     with TraceReader(run / "traces") as reader:
         records = reader.sequences(limit=5)
         trace = reader.sequence(records[0].sequence_id)

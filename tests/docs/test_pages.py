@@ -1,20 +1,20 @@
 """What the pages tell a reader to type works, page by page, in the order in which it stands there."""
 
 import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import ROOT, Reader, blocks_of
+from tests.support.demo_run import DemoRun
+from tests.support.doc_blocks import ROOT, Reader, blocks_of
 
 # Decisions and benchmarks tell of their day.
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", ROOT / "deploy" / "demo" / "README.md"]
     + [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name not in ("decisions", "benchmarks")]
 )
-SHORT = ["trainer.num_steps=2", "trainer.prompts_per_step=16", "evaluation.data.max_prompts=16"]
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +33,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory, demo_run: DemoRun) -> Path:
     """What a reader has after a demo run, cut short: the checkout and ``runs/demo``."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("deploy", "docs", "common", "README.md", "Makefile", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(Path(sys.executable).parents[1])
-    command = [sys.executable, "-m", "deploy.cli", "train", "deploy/configs/demo.yaml"]
-    settings = [word for setting in SHORT for word in ("--set", setting)]
-    done = subprocess.run(
-        command + settings, cwd=folder, env=environment, capture_output=True, text=True, timeout=540, check=False
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    shutil.copytree(demo_run.folder, folder / "runs" / "demo")
     return folder
 
 

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-import os
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rollout_server.pool import RolloutError
 from rollout_server.rollouts import LiveContext, RolloutSpec
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
+from tests.support.ray_heads import joined
 from tests.support.streams import sequences_of
 
 EOS_ID = 2
@@ -59,10 +59,14 @@ class Server:
         return num_silent == 20
 
 
+@pytest.fixture(scope="module")
+def cluster(ray_address: str) -> Iterator[None]:
+    with joined(ray_address):
+        yield
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def server(make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> AsyncIterator[Server]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+async def server(cluster, make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> AsyncIterator[Server]:
     trace_folder = tmp_path_factory.mktemp("run") / "traces"
     student, teacher = (ray.remote(EngineActor).options(num_cpus=1).remote() for _ in range(2))
     try:
@@ -96,7 +100,6 @@ async def server(make_spec, demo_folder, held_out_prompts, tmp_path_factory) -> 
         )
     finally:
         await asyncio.gather(student.shutdown.remote(), teacher.shutdown.remote(), return_exceptions=True)
-        ray.shutdown()
 
 
 async def collect(server: Server, prompts: list[Prompt], *, step: int) -> dict[str, MixedSequence]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -20,10 +19,6 @@ from common.sequence import Floats, Ids, MixedSequence, Prompt, TokenSource, Top
 # Before a test file imports `datasets`: its caches must not land in the user's home.
 _cache = tempfile.TemporaryDirectory(prefix="datasets-")
 os.environ.setdefault("HF_DATASETS_CACHE", _cache.name)
-
-# A busy machine is no reason for a property to fail.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 VOCABULARY_SIZE = 48
 CHAT_TEMPLATE = (

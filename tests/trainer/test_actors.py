@@ -1,6 +1,5 @@
 """A learner of two ranks as Ray actors: it trains, and a rank that dies ends the step at once."""
 
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from ray.actor import ActorHandle
 
 from common.config import Trainer
 from common.sequence import MixedSequence
+from tests.support.ray_heads import joined
 from trainer.actors import LearnerActor, LearnerRankDied, LearnerSpec, RemoteLearner, every_rank
 from trainer.checkpoint import RunState, find_last_good, write_checkpoint
 from trainer.prompts import PromptCursor
@@ -21,11 +21,9 @@ TIMEOUT_S = 120.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=2)
-    yield
-    ray.shutdown()
+def cluster(ray_address: str) -> Iterator[None]:
+    with joined(ray_address):
+        yield
 
 
 @pytest.fixture

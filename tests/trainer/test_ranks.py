@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from common.config import ReverseKL, Trainer
 from common.sequence import MixedSequence, TopLogprobs
 from common.waiting import WaitedTooLong
-from tests.trainer.at_work import Case, Seen, run
+from tests.support.learner_rank import Case, Seen, run
 from trainer.actors import LearnerRankDied, every_rank
 from trainer.ranks import ALONE, join
 
@@ -42,7 +42,7 @@ def work(cases: dict[str, Case], folder: Path, *, num_ranks: int, device: str) -
     address = free_address()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer.at_work", str(folder), str(rank), str(num_ranks), address],
+            [sys.executable, "-m", "tests.support.learner_rank", str(folder), str(rank), str(num_ranks), address],
             cwd=REPOSITORY,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": str(rank) if device == "cuda" else ""},
             stderr=subprocess.PIPE,

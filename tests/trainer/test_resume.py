@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,10 +24,12 @@ from deploy.run.run import RunActors, run
 from deploy.supervision.health_monitor import Fault
 from deploy.supervision.supervised import LearnerLost
 from rollout_server.traces.reader import TraceReader
-from tests.trainer.interrupted import started_actors
+from tests.support.forked import start_run
+from tests.support.killable_run import started_actors
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS, PROMPTS_PER_STEP, NUM_STEPS, NUM_KILLS = 10, 4, 10, 3  # steps 3, 5, 8 and 10 reach over or end an epoch
+TIMEOUT_S = 120.0
 CONFIG = """
 run_dir: {run_dir}
 models: {{student: {models}/student, teacher: {models}/teacher}}
@@ -74,49 +75,49 @@ def write_config(models: Path, run_dir: Path, *, max_staleness: int) -> Path:
     return path
 
 
-def started(config: Path, *options: str, max_file_bytes: int | None = None) -> "subprocess.Popen[bytes]":
-    """``max_file_bytes``: no file may grow beyond it, as where the disk is full."""
-
-    def limit() -> None:
-        if max_file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-
-    with log_of(config).open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer.interrupted", str(config), *options],
-            cwd=REPOSITORY,
-            stderr=log,
-            preexec_fn=limit,
-        )
-
-
 def log_of(config: Path) -> Path:
     return config.with_suffix(".log")
 
 
 def finish(config: Path, *options: str) -> None:
-    process = started(config, *options)
+    process = start_run(config, options, log=log_of(config))
     try:
-        assert process.wait(timeout=300) == 0, log_of(config).read_text()[-4000:]
+        process.join(TIMEOUT_S)
+        assert process.exitcode == 0, log_of(config).read_text()[-4000:]
     finally:
         process.kill()
 
 
-def kill_after(config: Path, *options: str, step: int, delay_s: float = 0.0, max_file_bytes: int | None = None) -> None:
-    """Ended at once and without a word, so long after this process has measured the step."""
-    run = config.with_suffix("")
-    num_legs = len(legs_of(run))
-    process, deadline_s = started(config, *options, max_file_bytes=max_file_bytes), time.monotonic() + 300
+def finish_apart(config: Path) -> None:
+    """In a process with a hash seed of its own."""
+    command = [sys.executable, "-m", "tests.support.killable_run", str(config)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def kill_when(
+    condition: Callable[[], bool], config: Path, *options: str, delay_s: float = 0.0, max_file_bytes: int | None = None
+) -> None:
+    """Start the run and end it at once and without a word, so long after the condition holds."""
+    process = start_run(config, options, log=log_of(config), max_file_bytes=max_file_bytes)
+    deadline_s = time.monotonic() + TIMEOUT_S
     try:
-        while len(legs_of(run)) == num_legs or last_step(run) < step:
-            assert process.poll() is None, log_of(config).read_text()[-4000:]
-            assert time.monotonic() < deadline_s, f"waited 300 s for step {step}"
+        while not condition():
+            assert process.is_alive(), log_of(config).read_text()[-4000:]
+            assert time.monotonic() < deadline_s, f"waited {TIMEOUT_S:g} s for the moment to kill the run"
             time.sleep(0.002)
         time.sleep(delay_s)
-        assert process.poll() is None, "it was done before it could be killed"
+        assert process.is_alive(), "it was done before it could be killed"
     finally:
         process.kill()
-        process.wait()
+        process.join()
+
+
+def kill_after(config: Path, *options: str, step: int, **knobs: Any) -> None:
+    """After this process has measured the step."""
+    run = config.with_suffix("")
+    num_legs = len(legs_of(run))
+    kill_when(lambda: len(legs_of(run)) > num_legs and last_step(run) >= step, config, *options, **knobs)
 
 
 def legs_of(run: Path) -> list[int]:
@@ -149,7 +150,7 @@ def undisturbed(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     @cache
     def run(max_staleness: int) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed") / "run"
-        finish(write_config(models, folder, max_staleness=max_staleness))
+        finish_apart(write_config(models, folder, max_staleness=max_staleness))
         return folder
 
     return run
@@ -222,15 +223,7 @@ def test_a_run_goes_on_from_its_copy_where_nothing_else_is_left_of_it(
     run, copy = tmp_path / "run", tmp_path / "copies" / "run"
     config = write_config(models, run, max_staleness=1)
     config.write_text(f"{config.read_text()}storage: {{url: 'file://{copy.parent}'}}\n")
-    process, deadline_s = started(config), time.monotonic() + 300
-    try:
-        while not (copy / "checkpoints" / "step-000004" / "manifest.json").exists():
-            assert process.poll() is None, log_of(config).read_text()[-4000:]
-            assert time.monotonic() < deadline_s, "waited 300 s for the copy of a checkpoint"
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.wait()
+    kill_when((copy / "checkpoints" / "step-000004" / "manifest.json").exists, config)
     shutil.rmtree(run)
     finish(config, "--resume")
 

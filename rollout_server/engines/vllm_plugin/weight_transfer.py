@@ -59,6 +59,14 @@ async def init_transfer(engine: "AsyncLLM", transfer_info: Mapping[str, object])
     await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(transfer_info)))
 
 
+class UpdateRefused(RuntimeError):
+    """An update that the engine could not take. It goes on under the weights it had."""
+
+
+class WeightsLost(RuntimeError):
+    """An update that ended half-way: layers may be without data, and no step may run on them. Restart the engine."""
+
+
 async def apply_update(engine: "AsyncLLM", update: WeightUpdate) -> None:
     """Take new weights between two steps of the engine. Requests in flight wait, then go on under the new weights.
 
@@ -67,18 +75,46 @@ async def apply_update(engine: "AsyncLLM", update: WeightUpdate) -> None:
     of the old ones. (With ``clear_cache=False`` a running request goes on with its old cache, and the prefix cache
     can't be cleared while the request holds blocks.) What a request wrote before stays as it is.
 
-    Raises whatever the transfer raises, and RuntimeError if the prefix cache still holds blocks. The engine is resumed
-    in either case; until a later update goes through, its weights must not be trusted. One call at a time per engine.
+    Raises UpdateRefused where every layer is as it was before; the engine is resumed then. Raises WeightsLost where the
+    update failed, or was cancelled, after it had begun: the engine stays paused. One call at a time per engine.
     """
     try:
         await engine.pause_generation(mode="keep", clear_cache=True)
-        await engine.start_weight_update()
-        await engine.update_weights(WeightTransferUpdateRequest(update_info=dict(update.transfer_info)))
-        await engine.finish_weight_update(weight_version=str(update.version))
-        if not await engine.reset_prefix_cache():
-            raise RuntimeError(f"prefix cache still holds blocks of the weights before version {update.version}")
-    finally:
+    except BaseException:
         await engine.resume_generation()
+        raise
+    try:
+        await _load(engine, update)
+    except UpdateRefused:
+        await engine.resume_generation()
+        raise
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        raise WeightsLost(f"the update to weight version {update.version} failed half-way: {reason}") from error
+    await engine.resume_generation()
+
+
+async def _load(engine: "AsyncLLM", update: WeightUpdate) -> None:
+    await engine.start_weight_update()
+    try:
+        await engine.update_weights(WeightTransferUpdateRequest(update_info=dict(update.transfer_info)))
+    except Exception as error:
+        if _rolls_back(engine):
+            raise UpdateRefused(str(error)) from error
+        raise
+    await engine.finish_weight_update(weight_version=str(update.version))
+    if not await engine.reset_prefix_cache():
+        raise RuntimeError("the prefix cache still holds blocks of the weights before")
+
+
+def _rolls_back(engine: "AsyncLLM") -> bool:
+    """Whether an update that fails in the engine's worker leaves its weights as they were.
+
+    ``host_memory`` does (see below). But of several workers one may fail while the others load; and vLLM's own backends
+    leave the layers that they did not come to without data.
+    """
+    config = engine.vllm_config
+    return bool(config.weight_transfer_config.backend == HOST_MEMORY and config.parallel_config.world_size == 1)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import socket
 import threading
 import time
@@ -28,6 +27,7 @@ from rollout_server.inspector.app import create_app
 from rollout_server.inspector.live_records import LiveRequest
 from rollout_server.rollouts import LiveContext, RolloutSpec
 from rollout_server.traces.reader import TraceReader
+from tests.support.ray_heads import joined
 
 STUDENT_MODEL = Path(__file__).parents[3] / "deploy" / "demo" / "models" / "student"
 TEACHER = HashedScript(vocabulary_size=32, seed=1, eos_token_id=2, eos_probability=0.02)
@@ -90,11 +90,9 @@ class LiveRun:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+def _cluster(ray_address: str) -> Iterator[None]:
+    with joined(ray_address):
+        yield
 
 
 @pytest.fixture

@@ -14,11 +14,13 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from tests.deploy.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
-from tests.deploy.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
+from tests.support.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
+from tests.support.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
 
-RUN_TIMEOUT_S = 400.0
+RUN_TIMEOUT_S = 240.0
 SEATS = ["EngineActor", "EngineActor", "LearnerActor", "RolloutActor"]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_student_teacher_rollouts_and_learner_work_together_from_four_nodes(four
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["max_probe_nats"] < 1e-3
-    assert not four_nodes.listed("placement-groups", "CREATED")
+    assert not four_nodes.listed("placement_groups", "CREATED")
 
 
 def has_nodes(head: Head, num_nodes: int) -> bool:

@@ -1,4 +1,7 @@
-"""Jobs on a real Ray cluster of one node, started for these tests and asking for a token, as users submit them."""
+"""Jobs on a real Ray cluster of one node, started for these tests and asking for a token, as users submit them.
+
+What does not look at engines runs jobs whose engines follow a script, which are there in less time.
+"""
 
 import re
 import shlex
@@ -14,9 +17,17 @@ from uuid import uuid4
 import pytest
 
 from deploy.cluster.submit import entrypoint
-from tests.deploy.ray_heads import DEMO, SHORT, Head, free_ports, started_head, wait_for
+from tests.support.ray_heads import DEMO, SHORT, Head, free_ports, started_head, wait_for
 
-RUN_TIMEOUT_S, STOP_TIMEOUT_S = 400.0, 20.0
+RUN_TIMEOUT_S, STOP_TIMEOUT_S = 200.0, 20.0
+ENDLESS = [*SHORT[1:], "trainer.num_steps=1000"]
+PRODUCT = ["deploy.cluster.submit"]
+SCRIPTED = ["tests.support.scripted_run", "submit"]
+
+pytestmark = pytest.mark.timeout(300)
+on_both_engines = pytest.mark.parametrize(
+    "program", [SCRIPTED, pytest.param(PRODUCT, marks=pytest.mark.slow)], ids=["scripted", "vllm"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +36,11 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def submit(head: Head, *settings: str, resume: bool = False, stop_with_me: bool = False) -> subprocess.Popen[str]:
-    """``make submit``."""
-    command = [sys.executable, "-m", "deploy.cluster.submit", DEMO, "--address", head.address]
+def submit(
+    head: Head, *settings: str, program: list[str] = PRODUCT, resume: bool = False, stop_with_me: bool = False
+) -> subprocess.Popen[str]:
+    """``make submit``, or the same of a run on scripted engines."""
+    command = [sys.executable, "-m", *program, DEMO, "--address", head.address]
     command += ["--resume"] if resume else []
     command += ["--stop-with-me"] if stop_with_me else []
     for setting in settings:
@@ -50,13 +63,15 @@ def assert_nothing_is_left(head: Head) -> None:
     """Ray's lists follow what happened by a moment, its own supervisor of the job included."""
     wait_for(lambda: not head.processes(), "the run's processes to end", STOP_TIMEOUT_S)
     wait_for(lambda: not head.listed("actors", "ALIVE"), "the actors to end", STOP_TIMEOUT_S)
-    wait_for(lambda: not head.listed("placement-groups", "CREATED"), "the placement group to go", STOP_TIMEOUT_S)
+    wait_for(lambda: not head.listed("placement_groups", "CREATED"), "the placement group to go", STOP_TIMEOUT_S)
 
 
+@on_both_engines
 def test_a_submitted_run_shows_its_progress_leaves_its_folder_here_and_can_be_resumed(
-    head: Head, tmp_path: Path
+    head: Head, tmp_path: Path, program: list[str]
 ) -> None:
-    job = submit(head, *SHORT, f"run_dir={tmp_path / 'run'}", "checkpoints.every_steps=1")
+    settings = [*SHORT, f"run_dir={tmp_path / 'run'}", "checkpoints.every_steps=1"]
+    job = submit(head, *settings, program=program)
     log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
     assert job.returncode == 0, log
     places = [log.index(text) for text in ("starting the engines", "step 1/2  loss", "step 2/2  loss", "run folder  ")]
@@ -65,15 +80,18 @@ def test_a_submitted_run_shows_its_progress_leaves_its_folder_here_and_can_be_re
     assert (tmp_path / "run" / "summary.json").exists()
     assert_nothing_is_left(head)
 
-    job = submit(head, *SHORT, f"run_dir={tmp_path / 'run'}", "checkpoints.every_steps=1", resume=True)
+    job = submit(head, *settings, program=program, resume=True)
     log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
     assert job.returncode == 0, log
     assert f"{tmp_path / 'run'} is finished, after step 2" in log
 
 
-def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, tmp_path: Path) -> None:
-    job = submit(head, f"run_dir={tmp_path / 'run'}")
-    log = read_until(job, "step 1/80")
+@on_both_engines
+def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(
+    head: Head, tmp_path: Path, program: list[str]
+) -> None:
+    job = submit(head, *ENDLESS, f"run_dir={tmp_path / 'run'}", program=program)
+    log = read_until(job, "step 1/1000")
     told = re.search(r"to stop it: (.+)$", log, re.MULTILINE)
     assert told is not None
     stopped_at_s = time.monotonic()
@@ -87,8 +105,8 @@ def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, 
 
 
 def test_a_run_can_be_made_to_stop_with_who_submitted_it(head: Head, tmp_path: Path) -> None:
-    job = submit(head, f"run_dir={tmp_path / 'run'}", stop_with_me=True)
-    log = read_until(job, "step 1/80")
+    job = submit(head, *ENDLESS, f"run_dir={tmp_path / 'run'}", program=SCRIPTED, stop_with_me=True)
+    log = read_until(job, "step 1/1000")
     assert "asks for no token" not in log
     job.send_signal(signal.SIGTERM)
     rest, _ = job.communicate(timeout=30)  # what a container gets
@@ -154,3 +172,17 @@ def test_the_entrypoint_keeps_words_with_blanks_and_quotes_together() -> None:
         "--set",
         "run_dir=r",
     ]
+
+
+def test_the_doctor_finds_the_cluster(head: Head) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy", "doctor"],
+        env=head.environment | {"RAY_ADDRESS": head.gcs_address, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if " Ray " in line]
+    assert line.startswith("ok"), done.stdout
+    assert line.endswith(f"1 node with 0 GPUs at {head.gcs_address}, with a token")

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.writer import TraceWriter
-from tests.rollout_server.inspector.conftest import HOSTILE, decode, texts
+from tests.support.inspected import HOSTILE, decode, texts
 
 API = "/api/v1/runs"
 HOSTILE_RUN = urllib.parse.quote("[x] ' .. <b>", safe="")

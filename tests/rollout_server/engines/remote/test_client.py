@@ -1,7 +1,6 @@
 """A scripted engine behind a real Ray actor: the controller can't tell it from one in its own process."""
 
 import asyncio
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -23,6 +22,7 @@ from rollout_server.engines.remote.messages import News, Orders
 from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 from rollout_server.pool import generate_all
+from tests.support.ray_heads import joined
 
 SCRIPT = HashedScript(vocabulary_size=32, seed=1, eos_probability=0.01)
 K = 4
@@ -83,11 +83,9 @@ async def exhaust(stream: AsyncGenerator[Written, None]) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
+def _cluster(ray_address: str) -> Iterator[None]:
+    with joined(ray_address):
+        yield
 
 
 @pytest.fixture

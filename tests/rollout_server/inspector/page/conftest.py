@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from rollout_server.inspector.app import create_app
 from rollout_server.traces.writer import TraceWriter
 from tests.data.record_demo import DEMO_RUN
-from tests.rollout_server.inspector.conftest import live_rollouts as live_rollouts  # the fixture
+from tests.support.browser import find_browser
 
 ROOT = Path(__file__).parents[4]
 TOKEN = "open-sesame-open-sesame"
@@ -112,10 +112,9 @@ def attached_address(runs_dir: Path, port: int, live_rollouts) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium of the system where there is one, else Playwright's own (``playwright install chromium``)."""
     with sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if path is None and not Path(playwright.chromium.executable_path).exists():
+        path = find_browser(playwright)
+        if path is None:
             pytest.skip("needs a browser: make browser")
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS, chromium_sandbox=False)
         yield browser

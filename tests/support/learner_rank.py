@@ -1,4 +1,4 @@
-"""One rank of a learner, in a process of its own: ``python -m tests.trainer.at_work FOLDER RANK NUM_RANKS HOST:PORT``.
+"""One rank of a learner in a process of its own: ``python -m tests.support.learner_rank FOLDER RANK RANKS HOST:PORT``.
 
 Runs every case in FOLDER/cases.pkl and leaves what this rank saw in FOLDER/seen-RANK.pkl. Not a test: test_ranks.py
 starts it and looks.
@@ -148,6 +148,6 @@ def main(folder: Path, rank: int, num_ranks: int, address: str) -> None:
 
 
 if __name__ == "__main__":
-    from tests.trainer import at_work  # what is pickled belongs to the module and not to this script
+    from tests.support import learner_rank  # what is pickled belongs to the module and not to this script
 
-    at_work.main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    learner_rank.main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

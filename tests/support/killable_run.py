@@ -1,4 +1,4 @@
-"""A small run that can be killed: ``python -m tests.trainer.interrupted CONFIG [--resume]``.
+"""A small run that can be killed: ``python -m tests.support.killable_run CONFIG [--resume]``.
 
 Everything but Ray and vLLM is the product's: loop, learner, controller, traces, checkpoints, the run's folder. The
 student engine writes by another script for each weight version, so that a resumed run whose engine holds any other
@@ -28,7 +28,7 @@ from deploy.run.run import RunActors, run
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.rollouts import Rollouts, RolloutSpec
-from tests.trainer.unprobed import Unprobed
+from tests.support.unprobed import Unprobed
 from trainer.learner import Learner, StepReport
 
 TOP_LOGPROBS = 8

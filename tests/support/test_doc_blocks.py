@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import BlockError, Reader, blocks_of
+from tests.support.doc_blocks import BlockError, Reader, blocks_of
 
 
 @pytest.fixture

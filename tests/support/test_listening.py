@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.deploy.listening import outward_listeners
+from tests.support.listening import outward_listeners
 
 LISTEN = """
 import socket, sys

@@ -26,7 +26,7 @@ from rollout_server.actors import EngineActor
 from rollout_server.engines.protocol import EngineFacts, EngineSpec, GoOn, WriteRequest, Written
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.traces.reader import TraceReader
-from tests.trainer.unprobed import Unprobed
+from tests.support.unprobed import Unprobed
 from trainer.actors import LearnerActor
 from trainer.probe_statistics import ProbeNoise, ProbeReport
 
