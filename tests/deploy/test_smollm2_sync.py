@@ -138,9 +138,9 @@ async def test_an_engine_must_hold_what_it_was_sent(
     await asyncio.to_thread(sender.send, 0)  # an earlier case may have trained it
     probes = {name: SyncProbe(learner.model) for name in ("stale", "old head", "right")}
     before = await rows()
-    start_limits = ProbeLimits.choose(tolerance=None, both_float32=False, noise=None)
+    start_limits = ProbeLimits.choose(tolerance=None, in_float32=False, noise=None)
     noise = probes["right"].measure_noise(texts, before, start_limits)
-    limits = ProbeLimits.choose(tolerance=None, both_float32=False, noise=noise)
+    limits = ProbeLimits.choose(tolerance=None, in_float32=False, noise=noise)
     for probe in probes.values():
         probe.read_before(texts, before)
     learner.step(sequences)
