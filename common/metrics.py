@@ -63,6 +63,10 @@ STEP_METRICS = _gauges(
     ("train/tokens_per_s", "tokens/s", "trained tokens over the seconds of the learner's step"),
     ("sync/seconds", "s", "sending, loading and probing new weights"),
     ("sync/probe_nats", "nats", "largest log-prob difference between trainer and engine after the sync"),
+    ("sync/probe_p99_nats", "nats", "log-prob difference below which 99% of them are"),
+    ("sync/probe_rms_nats", "nats", "root mean square of the log-prob differences"),
+    ("sync/followed", "share", "change of the trainer's log-probs over the step that the engine's made, too"),
+    ("sync/followed_output_layer", "share", "the same of what the output layer alone changed"),
     ("sync/weight_version", "version", "weights the student engines hold"),
 )
 EVALUATION_METRICS = _gauges(

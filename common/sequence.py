@@ -72,6 +72,10 @@ class TopLogprobs:
     def k(self) -> int:
         return int(self.token_ids.shape[1])
 
+    def best(self, k: int) -> "TopLogprobs":
+        """The same rows with at most the k best of each."""
+        return TopLogprobs(self.token_ids[:, :k], self.logprobs[:, :k])
+
     @classmethod
     def empty(cls, k: int) -> Self:
         return cls(np.empty((0, k), np.int32), np.empty((0, k), np.float32))

@@ -72,11 +72,57 @@ def _options(
 
 
 @app.command()
-def config(file: ConfigFile, overrides: Overrides = None) -> None:
+def config(
+    file: ConfigFile,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print instead how the run would lie on GPUs, and what each of them holds.")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="With --plan: GPUs of a machine. Default: those of this one.")
+    ] = None,
+    gpu_gib: Annotated[float | None, typer.Option(min=1.0, help="With --gpus: memory of each, GiB.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --gpus: machines that have so many.")] = 1,
+) -> None:
     """Print every setting of a run and where its value came from: default, file or --set."""
     from common.config.source import dump_config, read_config
 
-    typer.echo(dump_config(read_config(file, overrides or [])), nl=False)
+    if (gpus is None) != (gpu_gib is None):
+        raise UserError("--gpus and --gpu-gib go together, such as --gpus 2 --gpu-gib 24")
+    if gpus is not None and not plan:
+        raise UserError("--gpus belongs to --plan")
+    resolved = read_config(file, overrides or [])
+    if not plan:
+        typer.echo(dump_config(resolved), nl=False)
+        return
+    from deploy.reporting.plan_table import print_plan
+
+    print_plan(resolved.config, file, num_nodes=nodes, gpus=gpus, gpu_gib=gpu_gib)
+
+
+@app.command()
+def doctor(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="YAML file with a run's settings, to be looked at as well.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings and the facts as JSON.")] = False,
+) -> None:
+    """Say whether this machine can do runs: versions, GPUs, driver, memory, disk, hub, Ray. Starts none.
+
+    Each line is ok, a warning or a failure and says what to do. Exit code 1 where there is a failure.
+    """
+    from deploy.doctor.examine import examine
+    from deploy.doctor.report import as_json as to_json
+    from deploy.doctor.report import print_findings
+
+    facts, findings = examine(file, overrides or [])
+    if as_json:
+        typer.echo(to_json(facts, findings))
+    else:
+        print_findings(findings)
+    if any(finding.level == "failure" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -45,6 +45,7 @@ def prepare(config: RunConfig, *, cursor: PromptCursor | None = None) -> Inputs:
     ``cursor`` is where a resumed run goes on in the prompts.
     """
     refuse_missing_packages(config.logging)
+    _check_vllm_options(config)
     remote_code = config.engines.trust_remote_code
     student = load_tokenizer(config.models.student, key="models.student", trust_remote_code=remote_code)
     teacher = load_tokenizer(config.models.teacher, key="models.teacher", trust_remote_code=remote_code)
@@ -77,6 +78,16 @@ def prepare(config: RunConfig, *, cursor: PromptCursor | None = None) -> Inputs:
         max_model_len=max_model_len,
         top_logprobs=min(config.engines.top_logprobs, *(text.vocab_size for text in text_configs.values())),
     )
+
+
+def _check_vllm_options(config: RunConfig) -> None:
+    """Refuse what vLLM does not know. It takes seconds to import, so only where it is asked."""
+    engines = {"student": config.engines.student, "teacher": config.engines.teacher}
+    for role, settings in engines.items():
+        if settings.vllm:
+            from rollout_server.engines.vllm_options import checked_options
+
+            checked_options(settings.vllm, key=f"engines.{role}.vllm")
 
 
 def _answers(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> AnswerReader | None:
@@ -112,6 +123,8 @@ def _text_config(config: RunConfig, role: Role) -> PreTrainedConfig:
         loaded = AutoConfig.from_pretrained(model, trust_remote_code=config.engines.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"models.{role}: can't read the config of {model!r}: {one_line(error)}") from error
+    if role == "student" and getattr(loaded, "quantization_config", None) is not None:
+        raise UserError(f"models.student: {model} holds quantized weights; expected weights that can be trained")
     return loaded.get_text_config()
 
 

@@ -61,7 +61,13 @@ class EngineActor:
         self._engine = self._start_engine(spec)
         self._streams = StreamMultiplexer(self._engine)
         facts = self._engine.facts
-        await check_engine(self._engine, name=spec.name, prefix=self_test_prefix, top_logprobs=facts.top_logprobs)
+        await check_engine(
+            self._engine,
+            name=spec.name,
+            prefix=self_test_prefix,
+            top_logprobs=facts.top_logprobs,
+            dtype=facts.dtype,
+        )
         self._exporting = asyncio.create_task(self._export(spec))
         freeze_heap()
         return facts

@@ -1,7 +1,7 @@
-"""Writes one sequence under any policy and hands its decisions over as they are made. Knows nothing of Ray or HTTP.
+"""Generates one sequence under any policy and streams its decisions as they are made. Knows nothing of Ray or HTTP.
 
-It uses the run's engines and nothing else of the run: what it writes is in no trace, no batch and no measurement of the
-training. At most ``MAX_AT_ONCE`` are written at once, for training goes first.
+It uses the run's engines and nothing else of the run: its sequences enter no trace, no batch and no metric of the
+training. At most ``MAX_AT_ONCE`` run at once, because the training has priority.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ from rollout_server.traces.columns import TokenColumns
 
 MAX_AT_ONCE = 4
 TIMEOUT_S = 600.0
-_LOOK_EVERY_S = 0.05  # what was decided meanwhile travels as one piece
-_CHUNK_TOKENS = 8  # at most: smaller than a run's, so that tokens appear as they are written; changes none of them
+_POLL_EVERY_S = 0.05  # what was decided in between is one piece
+_CHUNK_TOKENS = 8  # at most; smaller than a run's, so that tokens appear early; changes no token
 
 
 class LiveWriter:
@@ -61,7 +61,7 @@ class LiveWriter:
         then nothing of it keeps running in an engine. Raises LiveRefusal before anything is written, LiveFailure after.
         """
         if self._num_running >= MAX_AT_ONCE:
-            raise LiveRefusal("busy", f"{MAX_AT_ONCE} sequences are being written for others; training goes first")
+            raise LiveRefusal("busy", f"{MAX_AT_ONCE} sequences are running for others; the training has priority")
         policy = request.policy or self._spec.policy
         token_ids = self._token_ids(request)
         sampling = self._sampling(request, token_ids.size)
@@ -77,7 +77,7 @@ class LiveWriter:
             num_shown = 0
             while True:
                 left_s = started_s + TIMEOUT_S - time.perf_counter()
-                await asyncio.wait({writing}, timeout=min(_LOOK_EVERY_S, max(left_s, 0.0)))
+                await asyncio.wait({writing}, timeout=min(_POLL_EVERY_S, max(left_s, 0.0)))
                 is_done = writing.done()
                 if builder.num_parts > num_shown:
                     piece = self._piece(builder, policy, num_shown, known_texts)
@@ -109,7 +109,7 @@ class LiveWriter:
         )
 
     def _token_ids(self, request: LiveRequest) -> Ids:
-        """[P] As the run's own prompts are tokenised."""
+        """[P] Tokenized as the run's own prompts are."""
         if not isinstance(request.prompt, str):
             vocabulary_size = len(self._tokenizer)
             if not all(0 <= token_id < vocabulary_size for token_id in request.prompt):
@@ -125,7 +125,7 @@ class LiveWriter:
         return np.asarray(encoding["input_ids"], np.int32)
 
     def _sampling(self, request: LiveRequest, num_prompt_tokens: int) -> Sampling:
-        """The run's, with what the request changes, within what the context leaves."""
+        """The run's sampling settings with the request's changes, limited by the context."""
         context = self._context.max_model_len
         room = context - num_prompt_tokens
         if num_prompt_tokens < 1 or room < 1:
@@ -177,10 +177,10 @@ class LiveWriter:
 
 
 def _prompt(token_ids: Ids, request: LiveRequest, policy: Policy) -> Prompt:
-    """With a name that is nobody else's. The same seed gives the same tokens every time."""
+    """A prompt with a unique id. The same seed gives the same tokens every time."""
     prompt = Prompt(prompt_id=f"live-{uuid4().hex}", token_ids=token_ids, seed=derive_seed("live", request.seed))
     if make_policy(policy).takes_given_answer(prompt.seed):
-        raise LiveRefusal("invalid", f"policy {policy.type} reads given answers, and a live prompt has none")
+        raise LiveRefusal("invalid", f"policy {policy.type} uses the dataset's answers, and a live prompt has none")
     return prompt
 
 

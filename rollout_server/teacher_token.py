@@ -12,7 +12,7 @@ import numpy as np
 from common.config import Sampling
 from common.seeds import derive_seed
 from common.sequence import TopLogprobs
-from rollout_server.engines.protocol import Engine, WriteRequest, Written
+from rollout_server.engines.protocol import MAX_EXCLUDED, Engine, WriteRequest, Written
 
 _ROUNDING = 1e-6
 """A list that lacks less than this of the mass holds the whole vocabulary: float32 log-probs don't sum to 1 exactly."""
@@ -40,11 +40,13 @@ def draw_place(row: TopLogprobs, *, temperature: float, seed: int) -> int | None
 async def draw_token(row: TopLogprobs, request: WriteRequest, teacher: Engine) -> Written:
     """The teacher's next token from the row at hand, or from the teacher itself where the draw falls outside the list.
 
-    ``can_draw`` must hold. A drawn token has no finish reason; one that the teacher generated has.
+    Of a list longer than what a request can exclude only its head is drawn from. ``can_draw`` must hold. A drawn token
+    has no finish reason; one that the teacher generated has.
     """
-    place = draw_place(row, temperature=request.temperature, seed=request.seed)
+    head = row.best(MAX_EXCLUDED)
+    place = draw_place(head, temperature=request.temperature, seed=request.seed)
     if place is None:
-        listed = tuple(row.token_ids[0].tolist())
+        listed = tuple(head.token_ids[0].tolist())
         # Another seed: that the first one fell outside the list is correlated with what it would draw there.
         seed = derive_seed(request.seed, "unlisted")
         return await teacher.generate(replace(request, excluded_token_ids=listed, seed=seed))

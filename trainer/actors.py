@@ -21,17 +21,20 @@ from common.health import Health
 from common.logs import set_up_logging
 from common.sequence import Ids, MixedSequence, TopLogprobs
 from common.waiting import WaitedTooLong
-from common.weights import WeightUpdate, WeightVersion
+from common.weights import SyncBackend, WeightUpdate, WeightVersion
+from trainer.probe_statistics import ProbeNoise, ProbeReport
 
 if TYPE_CHECKING:
     from trainer.learner import StepReport
-    from trainer.probe import ProbeReport
+    from trainer.probe import ProbeLimits
     from trainer.weight_sender import WeightSender
 
 T = TypeVar("T")
 
 HEALTH_GROUP = "health"
 """Ray's name for the thread of a LearnerActor that tells its health."""
+
+_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 _GRACE_S = 5.0  # after one rank's error, for others to say why: the first to notice is seldom the cause
 
@@ -42,6 +45,8 @@ class LearnerSpec:
 
     student: str  # folder or hub name
     trainer: Trainer
+    device: Literal["cpu", "cuda"]  # cuda: each rank's bundle has a GPU
+    sync_backend: SyncBackend
     seed: int
     trust_remote_code: bool
 
@@ -51,11 +56,24 @@ class TransferSpec:
     """How the learner reaches the student engines."""
 
     students: Sequence[ActorHandle]
-    backend: Literal["host_memory", "nccl"]
+    backend: SyncBackend
     workers_per_engine: int  # tensor-parallel ranks
     engine_dtype: str
     timeout_s: float
-    probe_tolerance: float  # nats
+    probe_tolerance: float | None  # nats, of the rms; None for what ``probe_noise`` says
+    probe_noise: ProbeNoise | None  # None until it has been measured
+
+
+def allocator_settings(spec: LearnerSpec) -> dict[str, str]:
+    """Environment of a learner's process. Segments that grow, because steps of other lengths each leave holes in fixed
+    ones.
+
+    Not for ``ipc``: such segments are shared by taking over file descriptors, which containers forbid
+    (pytorch#165685). What the user has set stays.
+    """
+    if spec.device == "cpu" or spec.sync_backend == "ipc" or _ALLOCATOR_VARIABLES & os.environ.keys():
+        return {}
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 class LearnerRankDied(RuntimeError):
@@ -91,16 +109,24 @@ class LearnerActor:
 
     def start(self, meeting_point: str) -> None:
         """Meet the other ranks and load the model, or this rank's part of it."""
+        spec = self._spec
+        os.environ.update(allocator_settings(spec))  # torch reads it when it first allocates on a GPU
+
         from trainer.learner import Learner, learner_device
+        from trainer.probe import SyncProbe
         from trainer.ranks import join
 
-        spec = self._spec
-        ranks = join(
-            self._rank, spec.trainer.num_ranks, meeting_point, learner_device(), timeout_s=spec.trainer.step_timeout_s
-        )
+        device = learner_device(spec.device)
+        ranks = join(self._rank, spec.trainer.num_ranks, meeting_point, device, timeout_s=spec.trainer.step_timeout_s)
         self._learner = Learner(
-            spec.student, spec.trainer, seed=spec.seed, trust_remote_code=spec.trust_remote_code, ranks=ranks
+            spec.student,
+            spec.trainer,
+            seed=spec.seed,
+            trust_remote_code=spec.trust_remote_code,
+            device=device,
+            ranks=ranks,
         )
+        self._probe = SyncProbe(self._learner.model, self._learner.whole_copy)
 
     def connect(self, spec: TransferSpec) -> None:
         """Open the weight transfer to all student engines; again, once others are behind the same handles."""
@@ -128,7 +154,8 @@ class LearnerActor:
         source = LearnerWeights(self._learner.model, dtype=getattr(torch, spec.engine_dtype))
         client = OneCallClient(init=init, load=load)
         self._sender = build_sender(spec.backend, source, client, rank=self._rank, rendezvous=rendezvous)
-        self._probe_tolerance = spec.probe_tolerance
+        self._probe_tolerance, self._probe_noise = spec.probe_tolerance, spec.probe_noise
+        self._both_float32 = spec.engine_dtype == self._spec.trainer.dtype == "float32"
 
     def step(self, references: "Sequence[tuple[ray.ObjectRef[list[MixedSequence]], int]]") -> "StepReport":
         """``references``: each sequence as its place among those that came together."""
@@ -139,16 +166,24 @@ class LearnerActor:
     def sync(self, version: WeightVersion) -> None:
         self._connected().send(version)
 
-    def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> "ProbeReport":
-        from trainer.probe import check_sync
+    def measure_probe_noise(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeNoise:
+        """While the engines hold what this rank holds."""
+        self._probe_noise = self._probe.measure_noise(texts, rows_of_engines, self._probe_limits())
+        return self._probe_noise
 
-        return check_sync(
-            self._learner.model,
-            self._connected().previous_weights,
-            texts,
-            rows,
-            tolerance=self._probe_tolerance,
-            whole_copy=self._learner.whole_copy,
+    def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
+        """Before a step."""
+        self._probe.read_before(texts, rows_of_engines)
+
+    def check_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeReport:
+        """After its sync."""
+        return self._probe.check(texts, rows_of_engines, self._probe_limits(), self._connected().previous_weights)
+
+    def _probe_limits(self) -> "ProbeLimits":
+        from trainer.probe import ProbeLimits
+
+        return ProbeLimits.choose(
+            tolerance=self._probe_tolerance, both_float32=self._both_float32, noise=self._probe_noise
         )
 
     def save(self, folder: Path) -> None:
@@ -185,8 +220,18 @@ class RemoteLearner:
         calls = [rank.sync.remote(version) for rank in self._ranks]
         await every_rank(calls, f"the sync of weight version {version}", timeout_s=self._sync_timeout_s)
 
-    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> "ProbeReport":
-        calls = [rank.check_probe.remote(texts, rows) for rank in self._ranks]
+    async def measure_probe_noise(
+        self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]
+    ) -> ProbeNoise:
+        calls = [rank.measure_probe_noise.remote(texts, rows_of_engines) for rank in self._ranks]
+        return await every_rank(calls, "the probe before any training", timeout_s=self._sync_timeout_s)
+
+    async def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
+        calls = [rank.read_probe.remote(texts, rows_of_engines) for rank in self._ranks]
+        await every_rank(calls, "the learner's probe before a step", timeout_s=self._sync_timeout_s)
+
+    async def check_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeReport:
+        calls = [rank.check_probe.remote(texts, rows_of_engines) for rank in self._ranks]
         return await every_rank(calls, "the learner's probe", timeout_s=self._sync_timeout_s)
 
     async def save(self, folder: Path) -> None:

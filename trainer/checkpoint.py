@@ -167,7 +167,8 @@ def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
 def save_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object], ranks: Ranks
 ) -> None:
-    """Model, optimizer, scheduler and torch's random state. Every rank writes its part into the same folder, at once.
+    """Model, optimizer, scheduler and torch's random state on the CPU: no other is drawn from. Every rank writes its
+    part into the same folder, at once.
 
     Raises OSError, on every rank, if one can't.
     """
@@ -180,16 +181,20 @@ def save_tensors(
 def load_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object], ranks: Ranks
 ) -> dict[str, object]:
-    """Put back what ``save_tensors`` wrote, in place, on every rank. Returns the scheduler's state.
+    """Put back what ``save_tensors`` wrote, in place, on every rank and on whatever device the model is. Returns the
+    scheduler's state.
 
     Raises OSError if it can't.
     """
+    kernels = [group["fused"] for group in optimizer.param_groups]  # which ones is for this device to say
     tensors = _tensors(model, optimizer, scheduler)
     try:
         load(tensors, storage_reader=CheckpointReader(folder), planner=CheckpointPlanner(), no_dist=ranks.mesh is None)
     except CheckpointException as error:
         raise OSError(f"can't read {folder}: {error}") from error
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    for group, fused in zip(optimizer.param_groups, kernels, strict=True):
+        group["fused"] = fused
     torch.set_rng_state(tensors["rng"])
     scheduler_state: dict[str, object] = tensors["scheduler"]
     return scheduler_state

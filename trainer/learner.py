@@ -15,6 +15,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config import Trainer
+from common.errors import UserError
 from common.files import fsync
 from common.sequence import MixedSequence, TokenSource
 from trainer.batch import MicroBatch, collate, divide, empty_micro_batch
@@ -42,6 +44,8 @@ from trainer.pretrained import (
 from trainer.ranks import ALONE, Ranks
 from trainer.sharding import checkpoint_activations, shard, whole, whole_copy, whole_weights
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
@@ -60,15 +64,23 @@ class StepReport:
 
 
 class Learner:
-    """The student, in float32 master weights, on the GPU where there is one."""
+    """The student, in float32 master weights, on one device. Default: the GPU that this process sees first, else the
+    CPU."""
 
     def __init__(
-        self, student: str, config: Trainer, *, seed: int, trust_remote_code: bool = False, ranks: Ranks = ALONE
+        self,
+        student: str,
+        config: Trainer,
+        *,
+        seed: int,
+        trust_remote_code: bool = False,
+        device: torch.device | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         torch.manual_seed(seed)
         self.config = config
         self.ranks = ranks
-        self.device = learner_device()
+        self.device = device or learner_device()
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         self.tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
@@ -101,6 +113,8 @@ class Learner:
         positions = [
             self._backward(micro_batch, share) for micro_batch, share in zip(micro_batches, shares, strict=True)
         ]
+        # Moved once a step: each move waits for all that the device has been given.
+        positions = [position.to(_CPU) for position in positions]
         self._refuse_broken(micro_batches, positions, len(sources))
         sums = self.ranks.sum(_sums(micro_batches, shares, positions)).tolist()
         grad_norm = self._clip(sequences)
@@ -222,14 +236,10 @@ class Learner:
         return by_source[sources.long()]
 
     def _backward(self, micro_batch: MicroBatch, shares: Tensor) -> PositionLosses:
-        """Add this micro-batch's share of the step's gradient. The losses come back detached, on the CPU."""
+        """Add this micro-batch's share of the step's gradient. The losses come back detached."""
         positions = self.position_losses(micro_batch, shares)
         positions.total.backward()  # type: ignore[no-untyped-call]
-        return PositionLosses(
-            total=positions.total.detach().cpu(),
-            losses=positions.losses.cpu(),
-            covered_mass=positions.covered_mass.cpu(),
-        )
+        return positions.detached()
 
     def _refuse_broken(self, micro_batches: list[MicroBatch], positions: list[PositionLosses], num_tokens: int) -> None:
         """Drop the gradient and name the sequences if any rank has a loss that is not finite.
@@ -263,14 +273,21 @@ class Learner:
 # ---------------------------------------------------------------------------------------------------------- optimizer
 
 
-def make_optimizer(model: PreTrainedModel, config: Trainer) -> torch.optim.AdamW:
-    """AdamW. Weight decay is for matrices; biases and norms go without, as in the Hugging Face Trainer."""
+def make_optimizer(model: nn.Module, config: Trainer) -> torch.optim.AdamW:
+    """AdamW, on a GPU in one kernel. Weight decay is for matrices; biases and norms go without, as in the Hugging Face
+    Trainer.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True if parameters[0].device.type == "cuda" else None,
+    )
 
 
 def learning_rate_factor(step: int, config: Trainer) -> float:
@@ -284,9 +301,29 @@ def learning_rate_factor(step: int, config: Trainer) -> float:
     return max(0.0, min(1.0, warmup, decay))
 
 
-def learner_device() -> torch.device:
-    """The GPU that this process sees first, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def learner_device(wanted: Literal["cpu", "cuda"] | None = None) -> torch.device:
+    """The device that is wanted. Default: the GPU that this process sees first, else the CPU.
+
+    Raises UserError where a GPU is wanted and torch sees none: a learner would train on the CPU without a word.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            raise UserError(
+                f"placement.use_gpus: the learner has a GPU, but torch {torch.__version__} is built without CUDA; "
+                "expected the cuda environment (docs/install.md), or placement.use_gpus false"
+            )
+        raise UserError(
+            f"placement.use_gpus: the learner has a GPU that torch {torch.__version__} can't use; expected "
+            f"{driver_for(torch.version.cuda)} (see nvidia-smi), or placement.use_gpus false"
+        )
+    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def driver_for(cuda_version: str) -> str:
+    """The NVIDIA driver that a version of CUDA needs, in words."""
+    if cuda_version.startswith("13."):
+        return f"an NVIDIA driver 580 or newer, for CUDA {cuda_version}"
+    return f"an NVIDIA driver that supports CUDA {cuda_version}"
 
 
 def _sums(micro_batches: list[MicroBatch], shares: list[Tensor], positions: list[PositionLosses]) -> Tensor:

@@ -22,9 +22,11 @@ from common.waiting import both
 from common.weights import WeightVersion
 from trainer.evaluate import evaluate
 from trainer.learner import StepReport
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeReport
 from trainer.prompts import PromptStream
 from trainer.reports import Batch, Collected, Evaluated, StepDone, SyncReport, Trained, staleness, summarise
+
+_MAX_PROBE_TOKENS = 256  # of a text: the learner reads it in float32, and a few hundred positions tell enough
 
 
 class Rollouts(Protocol):
@@ -44,7 +46,10 @@ class Learner(Protocol):
 
     async def step(self, references: Sequence[Any]) -> StepReport: ...
     async def sync(self, version: WeightVersion) -> None: ...
-    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport: ...
+    async def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None: ...
+    async def check_probe(
+        self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]
+    ) -> ProbeReport: ...
 
 
 class StaleSequences(RuntimeError):
@@ -93,7 +98,7 @@ async def distill(
     being written.
     """
     if start.step > 0:
-        probe_texts = [prompt.token_ids for prompt in prompts.peek(num_probe_prompts)]
+        probe_texts = probe_texts_of(prompts.peek(num_probe_prompts))
         await _synchronise(rollouts, learner, version=start.step, probe_texts=probe_texts)
     elif held_out is not None:
         yield await _evaluate(rollouts, held_out, step=0)
@@ -107,6 +112,8 @@ async def distill(
         if not batch.items:  # every prompt of it is set aside: the weights stay as they are
             await learner.sync(step)
         else:
+            probe_texts = [_probe_text(sequence) for sequence in batch.sequences[:num_probe_prompts]]
+            reading_s = await _read_before_step(rollouts, learner, probe_texts)
             references = [item.reference for item in batch.items]
             if config.max_staleness > 0 and step < config.num_steps:
                 next_prompts = prompts.take(config.prompts_per_step)
@@ -114,8 +121,7 @@ async def distill(
             else:
                 training = await learner.step(references)
 
-            probe_texts = [_probe_text(sequence) for sequence in batch.sequences[:num_probe_prompts]]
-            sync = await _synchronise(rollouts, learner, version=step, probe_texts=probe_texts)
+            sync = await _synchronise(rollouts, learner, version=step, probe_texts=probe_texts, reading_s=reading_s)
             yield Trained(step=step, rollout=summarise(batch, version=step - 1), training=training, sync=sync)
 
         if held_out is not None and (step % held_out.every_steps == 0 or step == config.num_steps):
@@ -160,15 +166,26 @@ async def _refuse_stale(batch: Batch, rollouts: Rollouts, *, step: int, max_stal
     )
 
 
+async def _read_before_step(rollouts: Rollouts, learner: Learner, probe_texts: Sequence[Ids]) -> float:
+    """Have both sides read the probe texts with the old weights, for the check after the sync. The seconds it took."""
+    started_s = time.perf_counter()
+    await learner.read_probe(probe_texts, await rollouts.probe(probe_texts))
+    return time.perf_counter() - started_s
+
+
 async def _synchronise(
-    rollouts: Rollouts, learner: Learner, *, version: WeightVersion, probe_texts: Sequence[Ids]
+    rollouts: Rollouts,
+    learner: Learner,
+    *,
+    version: WeightVersion,
+    probe_texts: Sequence[Ids],
+    reading_s: float = 0.0,
 ) -> SyncReport:
-    """Bring the learner's weights to the student engines and check that both now say the same."""
+    """Bring the learner's weights to the student engines and check that they hold them."""
     started_s = time.perf_counter()
     await learner.sync(version)
-    probes = [await learner.check_probe(probe_texts, rows) for rows in await rollouts.probe(probe_texts)]
-    worst = max(probes, key=lambda probe: probe.max_difference)
-    return SyncReport(version=version, seconds=time.perf_counter() - started_s, probe=worst)
+    probe = await learner.check_probe(probe_texts, await rollouts.probe(probe_texts))
+    return SyncReport(version=version, seconds=reading_s + time.perf_counter() - started_s, probe=probe)
 
 
 async def _evaluate(rollouts: Rollouts, held_out: HeldOut, *, step: int) -> Evaluated:
@@ -185,4 +202,10 @@ def _probe_text(sequence: MixedSequence) -> Ids:
     """[P + T - 1] Prompt and new tokens but the last: reading a text predicts one more token, for which a sequence that
     fills the context leaves no room.
     """
-    return np.concatenate([sequence.prompt.token_ids, sequence.token_ids[:-1]])
+    text: Ids = np.concatenate([sequence.prompt.token_ids, sequence.token_ids[:-1]])[:_MAX_PROBE_TOKENS]
+    return text
+
+
+def probe_texts_of(prompts: Sequence[Prompt]) -> list[Ids]:
+    """Each prompt once, however many samples of it are wanted."""
+    return [prompt.token_ids[:_MAX_PROBE_TOKENS] for prompt in prompts if prompt.sample_index == 0]

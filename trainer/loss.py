@@ -14,7 +14,7 @@ Liger's fused linear cross-entropy (arXiv 2410.10989): logits are computed once,
 overwritten by their gradient.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,16 @@ class PositionLosses:
 
     def __post_init__(self) -> None:
         assert self.losses.shape == self.covered_mass.shape, (self.losses.shape, self.covered_mass.shape)
+
+    def detached(self) -> "PositionLosses":
+        """The same, without the way back."""
+        return replace(self, total=self.total.detach())
+
+    def to(self, device: torch.device) -> "PositionLosses":
+        """The same on a device."""
+        return PositionLosses(
+            total=self.total.to(device), losses=self.losses.to(device), covered_mass=self.covered_mass.to(device)
+        )
 
 
 def distillation_losses(

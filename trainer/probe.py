@@ -1,28 +1,42 @@
-"""The probe after a weight sync: do learner and student engine still say the same? If not, which parameters are old?
+"""The probe around a weight sync: does the student engine hold the weights it was sent? If not, which are old?
 
 A sync that goes wrong raises nothing: a head that was left out, a stale prefix cache or a wrong dtype shows only in the
-engine's log-probs. So they are compared with the learner's on fixed texts. Knows neither vLLM nor Ray.
+engine's log-probs. So they are compared with the learner's on a few texts, in two ways:
 
-n = tokens of a text, k = length of the engine's top list, V = vocabulary. Row j of a text belongs to position j + 1:
-the distribution of that token given tokens 0..j. The last row is the token to come.
+- how far they are apart, against what they differed by at the start, where both held the same weights;
+- how they changed, against how the learner's changed: read before the step and again after the sync.
+
+The first catches what is far off, the second an engine that missed one step. Knows neither vLLM nor Ray.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.sequence import Floats, Ids, TopLogprobs
 from trainer.lora import parameters_for
-from trainer.pretrained import hidden_states
-from trainer.sharding import whole
+from trainer.probe_diagnosis import diagnose, explain_by
+from trainer.probe_reading import apply_output_layer, in_float32, read
+from trainer.probe_statistics import (
+    Change,
+    Followed,
+    ProbeNoise,
+    ProbeReport,
+    Share,
+    compare_probe,
+    followed,
+    logprobs_of,
+    rms_of,
+    together,
+)
 
-EVERY_PARAMETER = "every parameter"
+FLOAT32_TOLERANCE = 1e-3  # nats, each difference, where both sides compute in float32
+NOISE_FACTOR = 4.0  # how far the differences may grow over those at the start; see docs/decisions/2026-11-27-probe.md
+MAX_NOISE = 0.5  # nats, rms, at the start: more than rounding in half precision ever made of one model
 
 
 class WeightSyncError(RuntimeError):
@@ -30,164 +44,185 @@ class WeightSyncError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeReport:
-    """Where engine and learner differ most."""
+class ProbeLimits:
+    """What engine and learner may differ by. Nats."""
 
-    max_difference: float  # nats, absolute; inf where the engine's row is not known
-    text_index: int
-    position: int  # of the token in its text
-    token_id: int
-    engine_logprob: float  # nats
-    learner_logprob: float  # nats
-    num_compared: int  # log-probs in all texts
+    rms: float = float("inf")
+    p99: float = float("inf")
+    max_difference: float = float("inf")
+
+    @classmethod
+    def choose(cls, *, tolerance: float | None, both_float32: bool, noise: ProbeNoise | None) -> "ProbeLimits":
+        """``tolerance`` is the user's, of the rms. ``noise`` is None until it has been measured."""
+        if tolerance is not None:
+            return cls(rms=tolerance)
+        if both_float32:
+            return cls(max_difference=FLOAT32_TOLERANCE)
+        if noise is None:
+            return cls(rms=MAX_NOISE)
+        return cls(rms=NOISE_FACTOR * noise.rms, p99=NOISE_FACTOR * noise.p99)
+
+    @property
+    def allowed_rms(self) -> float:
+        return min(self.rms, self.max_difference)
+
+    def allow(self, report: ProbeReport) -> bool:
+        return report.rms <= self.rms and report.p99 <= self.p99 and report.max_difference <= self.max_difference
 
     def __str__(self) -> str:
-        return (
-            f"{self.max_difference:.3g} nats (token {self.token_id} at position {self.position} of probe text "
-            f"{self.text_index}: engine {self.engine_logprob:.4f}, learner {self.learner_logprob:.4f})"
-        )
+        limits = {"rms": self.rms, "99% within": self.p99, "none above": self.max_difference}
+        return ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items() if limit < float("inf"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
-    """The parameter group whose previous values explain the engine best."""
+class _Before:
+    """What one engine and the learner said of the probe texts before the step."""
 
-    group: str  # "lm_head.weight", "model.layers.3", EVERY_PARAMETER
-    max_difference: float  # nats that remain between engine and learner with this group put back
+    rows: Sequence[TopLogprobs]
+    learner: list[Floats]  # [n, k] nats, of the rows' ids
+    hidden: list[Tensor]  # [n, H] the learner's
 
-
-def compare_probe(engine_rows: list[TopLogprobs], learner_logprobs: list[Floats]) -> ProbeReport:
-    """The largest difference over all texts. Both lists hold one [n, k] array per text, for the engine's ids."""
-    assert engine_rows, "a probe needs at least one text"
-    reports = [
-        _compare_text(text_index, rows, logprobs)
-        for text_index, (rows, logprobs) in enumerate(zip(engine_rows, learner_logprobs, strict=True))
-    ]
-    worst = max(reports, key=lambda report: report.max_difference)
-    return ProbeReport(
-        max_difference=worst.max_difference,
-        text_index=worst.text_index,
-        position=worst.position,
-        token_id=worst.token_id,
-        engine_logprob=worst.engine_logprob,
-        learner_logprob=worst.learner_logprob,
-        num_compared=sum(report.num_compared for report in reports),
-    )
-
-
-def _compare_text(text_index: int, rows: TopLogprobs, learner_logprobs: Floats) -> ProbeReport:
-    assert rows.logprobs.shape == learner_logprobs.shape, (rows.logprobs.shape, learner_logprobs.shape)
-    differences = np.abs(rows.logprobs - learner_logprobs)
-    differences = np.where(np.isnan(differences), np.inf, differences)  # unknown is not equal
-    row, rank = np.unravel_index(differences.argmax(), differences.shape)
-    return ProbeReport(
-        max_difference=float(differences[row, rank]),
-        text_index=text_index,
-        position=int(row) + 1,
-        token_id=int(rows.token_ids[row, rank]),
-        engine_logprob=float(rows.logprobs[row, rank]),
-        learner_logprob=float(learner_logprobs[row, rank]),
-        num_compared=differences.size,
-    )
-
-
-@torch.no_grad()
-def read_probe(
-    model: PreTrainedModel,
-    texts: Sequence[Ids],
-    engine_rows: Sequence[TopLogprobs],
-    previous: Mapping[str, Tensor] | None = None,
-) -> list[Floats]:
-    """The model's own log-probs, nats, [n, k] per text, of the ids in the engine's rows.
-
-    With ``previous``, as if these parameters had these values, one by one: a tied head and its embedding are apart
-    here, as they are in an engine; then no part of the model may be split over ranks. It is left as it is.
-    """
-    device = model.device
-    was_training = model.training
-    model.eval()
-    try:
+    @property
+    def noise(self) -> list[TopLogprobs]:
+        """Of the rows' ids, nats: what the engine's rounding makes of the same weights."""
         return [
-            _read_text(model, torch.from_numpy(text).long().to(device), rows, previous or {})
-            for text, rows in zip(texts, engine_rows, strict=True)
+            TopLogprobs(rows.token_ids, rows.logprobs - learner)
+            for rows, learner in zip(self.rows, self.learner, strict=True)
         ]
-    finally:
-        model.train(was_training)
 
 
-def _read_text(model: PreTrainedModel, text_n: Tensor, rows: TopLogprobs, previous: Mapping[str, Tensor]) -> Floats:
-    assert len(rows) == text_n.numel(), f"expected a row for each of positions 1..{text_n.numel()}, got {len(rows)}"
-    if previous:
-        inputs = {"input_ids": text_n[None], "use_cache": False}
-        answer: Any = functional_call(model, dict(previous), kwargs=inputs, tie_weights=False)
-        logits_nV = answer.logits[0]
-    else:
-        head = model.get_output_embeddings()
-        bias_V = None if head.bias is None else whole(head.bias)
-        hidden_nH = hidden_states(model, text_n[None], torch.ones_like(text_n)[None])[0]
-        logits_nV = nn.functional.linear(hidden_nH, whole(head.weight), bias_V)
-    logprobs_nV = logits_nV.float().log_softmax(dim=-1)
-    ids_nk = torch.from_numpy(rows.token_ids).long().clamp(min=0).to(text_n.device)  # -1 in unknown rows
-    logprobs: Floats = logprobs_nV.gather(1, ids_nk).cpu().numpy()
-    return logprobs
+class SyncProbe:
+    """A learner rank's side of the probe. Every rank calls every method, with the same arguments.
 
-
-def parameter_group(name: str) -> str:
-    """The group to look at: the layer for a parameter of a layer, else the parameter itself."""
-    segments = name.split(".")
-    layer = next((i for i, segment in enumerate(segments) if segment.isdigit()), None)
-    return name if layer is None else ".".join(segments[: layer + 1])
-
-
-def diagnose(
-    model: PreTrainedModel, previous: Mapping[str, Tensor], texts: Sequence[Ids], engine_rows: list[TopLogprobs]
-) -> Diagnosis:
-    """Which group, put back to its ``previous`` values (all names, tied ones included), explains the engine best.
-
-    Tries each group alone and all together: one forward pass over the texts for each.
+    ``rows_of_engines`` are each student engine's rows of all texts.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    candidates: dict[str, dict[str, Tensor]] = {EVERY_PARAMETER: {}}
-    for name, parameter in parameters.items():
-        old_value = previous[name].to(dtype=parameter.dtype, device=parameter.device)
-        candidates.setdefault(parameter_group(name), {})[name] = old_value
-        candidates[EVERY_PARAMETER][name] = old_value
-    remaining = {
-        group: compare_probe(engine_rows, read_probe(model, texts, engine_rows, old_values)).max_difference
-        for group, old_values in candidates.items()
-    }
-    best = min(remaining, key=lambda group: remaining[group])
-    return Diagnosis(group=best, max_difference=remaining[best])
 
+    def __init__(self, model: PreTrainedModel, whole_copy: Callable[[], PreTrainedModel | None] | None = None) -> None:
+        """``whole_copy`` gives the model with no part of it split, None on ranks above 0; by default it is whole."""
+        self._model = model
+        self._whole_copy = whole_copy or (lambda: model)
+        self._texts: list[Ids] = []
+        self._before: list[_Before] = []  # one an engine, of these texts
 
-def check_sync(
-    model: PreTrainedModel,
-    read_previous: Callable[[], Mapping[str, Tensor] | None],
-    texts: Sequence[Ids],
-    engine_rows: list[TopLogprobs],
-    *,
-    tolerance: float,
-    whole_copy: Callable[[], PreTrainedModel | None] | None = None,
-) -> ProbeReport:
-    """WeightSyncError if the engine's rows are more than ``tolerance`` nats from the learner's, naming the group.
+    def measure_noise(
+        self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]], limits: ProbeLimits
+    ) -> ProbeNoise:
+        """What the engines differ by now, where they are known to hold the learner's weights; that of the one that
+        differs most. Raises WeightSyncError if that is beyond the limits: then they are not the same model.
+        """
+        logprobs, _ = self._read(texts, rows_of_engines)
+        worst = max(map(compare_probe, rows_of_engines, logprobs), key=lambda report: report.rms)
+        if not limits.allow(worst):
+            raise WeightSyncError(
+                f"student engine and learner differ before any training: {worst}, expected {limits}; vLLM and "
+                "transformers read models.student differently, by engines.student or by its architecture; "
+                "sync.probe_tolerance allows more"
+            )
+        return ProbeNoise(rms=worst.rms, p99=worst.p99)
 
-    ``read_previous`` gives the weights before this sync, or None where they are not kept; ``whole_copy`` the model with
-    no part of it split, None on learner ranks above 0; by default it is whole. Both are called only on a difference.
-    """
-    report = compare_probe(engine_rows, read_probe(model, texts, engine_rows))
-    if report.max_difference <= tolerance:
-        return report
-    found = f"student engine and learner differ by {report}, expected at most {tolerance:g}"
-    unsplit, previous = whole_copy() if whole_copy is not None else model, read_previous()
-    if unsplit is None or previous is None:
-        raise WeightSyncError(f"{found}; the previous weights are not kept, so no parameter group can be named")
-    diagnosis = diagnose(unsplit, parameters_for(unsplit, previous), texts, engine_rows)
-    if diagnosis.max_difference <= max(tolerance, 0.1 * report.max_difference):
-        raise WeightSyncError(
-            f"{found}; student engine behaves as if {diagnosis.group} had kept its old values "
-            f"(that leaves {diagnosis.max_difference:.3g} nats)"
+    def read_before(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
+        """Remember what both sides say before the step whose sync is to be checked."""
+        logprobs, hidden = self._read(texts, rows_of_engines)
+        self._texts = list(texts)
+        self._before = [
+            _Before(rows=rows, learner=learner, hidden=hidden)
+            for rows, learner in zip(rows_of_engines, logprobs, strict=True)
+        ]
+
+    def check(
+        self,
+        texts: Sequence[Ids],
+        rows_of_engines: Sequence[Sequence[TopLogprobs]],
+        limits: ProbeLimits,
+        read_previous: Callable[[], Mapping[str, Tensor] | None] = lambda: None,
+    ) -> ProbeReport:
+        """The report of the engine that differs most. WeightSyncError for the first one that is beyond the limits or
+        did not follow the learner, naming the parameters.
+
+        ``read_previous`` gives the weights before this sync, or None where they are not kept. It is called, and the
+        whole copy made, only to name parameters.
+        """
+        is_same = len(texts) == len(self._texts) and all(map(np.array_equal, texts, self._texts))
+        is_known = is_same and len(self._before) == len(rows_of_engines)
+        befores = self._before if is_known else [None] * len(rows_of_engines)
+        self._before = []
+        logprobs, _ = self._read(texts, [*rows_of_engines, *(it.rows for it in befores if it is not None)])
+        reports = []
+        for number, (rows, before) in enumerate(zip(rows_of_engines, befores, strict=True)):
+            report = compare_probe(rows, logprobs[number])
+            shares = None
+            if before is not None:
+                shares = followed(self._change(before, rows, logprobs[len(rows_of_engines) + number]))
+                report = replace(
+                    report, followed=_value(shares.everything), followed_output_layer=_value(shares.output_layer)
+                )
+            if (reason := _refusal(report, limits, shares)) is not None:
+                name = "student engine" if len(rows_of_engines) == 1 else f"student engine {number}"
+                explanation = self._explain(texts, rows, logprobs[number], before, shares, limits, read_previous)
+                raise WeightSyncError(f"{name} {reason}; {explanation}")
+            reports.append(report)
+        return max(reports, key=lambda report: report.rms)
+
+    def _read(
+        self, texts: Sequence[Ids], lists: Sequence[Sequence[TopLogprobs]]
+    ) -> tuple[list[list[Floats]], list[Tensor]]:
+        """Log-probs of each list's ids, in one pass over the texts, and the hidden states."""
+        widths = [rows[0].k for rows in lists]
+        ids = [np.concatenate([rows[text].token_ids for rows in lists], axis=1) for text in range(len(texts))]
+        reading = read(self._model, texts, ids)
+        of_texts = [np.split(logprobs, np.cumsum(widths)[:-1], axis=1) for logprobs in reading.logprobs]
+        return [list(of_list) for of_list in zip(*of_texts, strict=True)], reading.hidden
+
+    def _change(self, before: _Before, rows: Sequence[TopLogprobs], learner_now: list[Floats]) -> Change:
+        """At the ids that the engine listed before."""
+        ids = [it.token_ids for it in before.rows]
+        with in_float32(self._model):
+            with_new_head = apply_output_layer(self._model.get_output_embeddings(), before.hidden, ids)
+        return Change(
+            engine=together(map(logprobs_of, rows, ids)) - together([it.logprobs for it in before.rows]),
+            learner=together(learner_now) - together(before.learner),
+            output_layer=together(with_new_head) - together(before.learner),
+            noise_rms=rms_of(together([it.logprobs for it in before.noise])),
         )
-    raise WeightSyncError(
-        f"{found}; no one parameter group's old values explain it "
-        f"({diagnosis.group} comes closest and leaves {diagnosis.max_difference:.3g} nats)"
-    )
+
+    def _explain(
+        self,
+        texts: Sequence[Ids],
+        rows: Sequence[TopLogprobs],
+        learner: list[Floats],
+        before: _Before | None,
+        shares: Followed | None,
+        limits: ProbeLimits,
+        read_previous: Callable[[], Mapping[str, Tensor] | None],
+    ) -> str:
+        """Which parameters' old values are behind it, as far as can be told."""
+        unsplit, previous = self._whole_copy(), read_previous()
+        if unsplit is None or previous is None:
+            return explain_by(shares, self._model)
+        noise = None if before is None else list(map(logprobs_of, before.noise, [it.token_ids for it in rows]))
+        try:
+            old = parameters_for(unsplit, previous)
+            return str(diagnose(unsplit, old, texts, rows, learner, noise, allowed_rms=limits.allowed_rms))
+        except torch.OutOfMemoryError:
+            return "there is no memory to try which parameters are old"
+
+
+def _refusal(report: ProbeReport, limits: ProbeLimits, shares: Followed | None) -> str | None:
+    """What is wrong with an engine; None where nothing is."""
+    if not limits.allow(report):
+        return f"and learner differ: {report}, expected {limits}"
+    if shares is None:
+        return None
+    parts = {"": shares.everything, " by its output layer": shares.output_layer, " by its other layers": shares.rest}
+    for part, share in parts.items():
+        if share is not None and share.is_stale:
+            return (
+                f"did not follow the learner: of what the step changed{part} it made {share.value:.2f} "
+                f"+- {share.standard_error:.2g}, expected 1"
+            )
+    return None
+
+
+def _value(share: Share | None) -> float | None:
+    """Of a share that tells anything."""
+    return share.value if share is not None and share.is_known else None

@@ -1,7 +1,7 @@
 """The learner's ranks: how they find each other, and what each needs to know of all. Knows neither Ray nor the model.
 
-With one rank there is no group, and every method gives back what it was given. gloo between processors; NCCL between
-GPUs, which has not been run on a GPU.
+With one rank there is no group, and every method gives back what it was given. gloo between processors, NCCL between
+GPUs.
 """
 
 import ipaddress

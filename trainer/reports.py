@@ -10,7 +10,7 @@ from common.sequence import MixedSequence
 from common.weights import WeightVersion
 from trainer.evaluate import EvaluationReport
 from trainer.learner import StepReport
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeReport
 from trainer.prompts import PromptCursor
 
 
@@ -54,7 +54,7 @@ class RolloutReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """One weight sync: send and load, then the probe; that of the replica that differs most."""
+    """One weight sync: send and load, and the probe around it; that of the replica that differs most."""
 
     version: WeightVersion
     seconds: float

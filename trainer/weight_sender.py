@@ -1,15 +1,16 @@
 """The learner's half of the weight transfer: what is sent, through which backend, and what an engine gets to see.
 
-Everything goes through vLLM's own trainer-side interface, so ``nccl`` is vLLM's code and ``host_memory``, for machines
-without NCCL, is the one backend written here. Knows nothing of Ray: whoever builds the client says how to reach
-engines.
+Everything goes through vLLM's own trainer-side interface: ``nccl`` and ``ipc`` are vLLM's code; ``host_memory``, which
+needs no GPU, is the one backend written here. Knows nothing of Ray: whoever builds the client says how engines are
+reached.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file
@@ -25,7 +26,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.utils.network_utils import get_ip, get_open_port
 
-from common.weights import WeightUpdate, WeightVersion
+from common.errors import UserError
+from common.ipc_handles import plain_handles
+from common.weights import NCCL_BUFFER_BYTES, NCCL_NUM_BUFFERS, SyncBackend, WeightUpdate, WeightVersion
 from trainer.lora import adapted_layers, checkpoint_names, merged_weight
 from trainer.weight_files import SAFETENSORS_DTYPES, WeightFolder, write_safetensors
 
@@ -58,6 +61,11 @@ class LearnerWeights(WeightSource):  # type: ignore[misc]
             raise ValueError(f"engine dtype must be one of {', '.join(map(str, SAFETENSORS_DTYPES))}, got {dtype}")
         self._model = model
         self._dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._model.parameters()).device
 
     def metadata(self) -> list[ParamMeta]:
         return [
@@ -97,7 +105,7 @@ class OneCallClient:
         """The engine starts it when it gets the update."""
 
     def update_weights(self, update_info: Any) -> None:
-        update = WeightUpdate(version=self.version, transfer_info=update_info)
+        update = WeightUpdate(version=self.version, transfer_info=plain_handles(update_info))
         self._load(update)
         self.last_update = update
 
@@ -136,17 +144,29 @@ class Rendezvous:
 class WeightSender:
     """What a learner rank holds. Every rank calls every method; only rank 0 talks to engines."""
 
-    def __init__(self, engine: TrainerWeightTransferEngine, client: OneCallClient) -> None:
+    def __init__(
+        self,
+        engine: TrainerWeightTransferEngine,
+        client: OneCallClient,
+        *,
+        synchronise: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``synchronise`` returns when the device has done all that it was given."""
         self._engine = engine
         self._client = client
+        self._synchronise = synchronise
 
     def send(self, version: WeightVersion) -> None:
         """Returns when every engine holds the source's present weights under this version."""
         self._client.version = version
+        # vLLM's senders read the weights on streams of their own, which don't wait for the optimizer's.
+        self._synchronise()
         self._engine.send_weights()
 
     def previous_weights(self) -> dict[str, Tensor] | None:
-        """What engines held before the last send, for the diagnosis. None where no copy is kept (nccl, ranks > 0)."""
+        """What engines held before the last send, for the diagnosis. None where no copy is kept (ipc, nccl, ranks
+        above 0).
+        """
         return self._engine.previous_weights() if isinstance(self._engine, HostMemoryTrainerEngine) else None
 
     def current_update(self) -> WeightUpdate | None:
@@ -158,7 +178,7 @@ class WeightSender:
 
 
 def build_sender(
-    backend: Literal["host_memory", "nccl"],
+    backend: SyncBackend,
     source: LearnerWeights,
     client: OneCallClient,
     *,
@@ -167,25 +187,45 @@ def build_sender(
 ) -> WeightSender:
     """Open the transfer, on every learner rank and after the engines are up; blocks until the engines have joined.
 
-    ``source`` must still hold what the engines loaded at start. ``nccl`` is vLLM's own backend, needs a GPU on both
-    sides and a rendezvous; this branch has been built to vLLM's interface and has not been run on a GPU.
+    ``source`` must still hold what the engines loaded at start. ``ipc`` and ``nccl`` are vLLM's own backends and need a
+    GPU on both sides: for ``ipc`` the same one, for ``nccl`` another one each, and a rendezvous.
     """
-    init_info: TrainerInitInfo
+    init_info = _init_info(backend, rank, rendezvous, source.device)
+    engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
+    return WeightSender(engine, client, synchronise=partial(wait_for_device, source.device))
+
+
+def _init_info(backend: SyncBackend, rank: int, rendezvous: Rendezvous | None, device: torch.device) -> TrainerInitInfo:
+    """What opens vLLM's half. Raises UserError where it needs a GPU that the learner is not on."""
+    if backend != "host_memory" and rank == 0 and device.type == "cpu":
+        raise UserError(f"sync.backend is {backend}, which needs the learner on a GPU, but it is on the CPU")
     match backend:
         case "host_memory":
-            init_info = HostMemoryTrainerInitInfo(rank=rank)
+            return HostMemoryTrainerInitInfo(rank=rank)
+        case "ipc":
+            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+            # Packed, it would take one buffer again and again, in a call each, and an update is one call here.
+            return IPCTrainerInitInfo(rank=rank, packed=False)
         case "nccl":
             if rendezvous is None:
                 raise ValueError("sync.backend = nccl needs a rendezvous (address, port, world size), got none")
             from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-            init_info = NCCLTrainerInitInfo(
+            return NCCLTrainerInitInfo(
                 rank=rank,
                 master_address=rendezvous.master_address,
                 master_port=rendezvous.master_port,
                 world_size=rendezvous.world_size,
+                packed_buffer_size_bytes=NCCL_BUFFER_BYTES,
+                packed_num_buffers=NCCL_NUM_BUFFERS,
             )
-    return WeightSender(WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source), client)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Return when every stream of the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 # --------------------------------------------------------------------------------------------- through host memory

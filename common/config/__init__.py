@@ -20,6 +20,7 @@ from common.config.divergences import (
     SkewedKL,
 )
 from common.config.engines import (
+    OWN_GPU_SHARE,
     Engines,
     EngineSettings,
     Models,
@@ -54,6 +55,8 @@ from common.config.recording import (
     Wandb,
 )
 from common.config.run import (
+    LAYOUTS,
+    Layout,
     Placement,
     RunConfig,
 )
@@ -68,6 +71,8 @@ from common.config.training import (
 
 __all__ = [
     "JSD",
+    "LAYOUTS",
+    "OWN_GPU_SHARE",
     "SKD",
     "TVD",
     "AdaSwitch",
@@ -83,6 +88,7 @@ __all__ = [
     "Fixed",
     "ForwardKL",
     "Fraction",
+    "Layout",
     "LoRA",
     "Logging",
     "Loss",

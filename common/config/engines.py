@@ -1,12 +1,16 @@
 """The models, the engines that run them, and how they write."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from common.config.part import Part, Positive, Seconds
+from common.config.vllm_options import refusal, students_refusal
 
 Gib = Annotated[float, Field(gt=0.0)]
+
+OWN_GPU_SHARE = 0.9
+"""What an engine uses of a GPU that it shares with no other actor."""
 
 
 class Models(Part):
@@ -30,9 +34,11 @@ class EngineSettings(Part):
     enable_expert_parallel: bool = False
     """Give each GPU whole experts of a mixture-of-experts model instead of a slice of every expert."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on GPUs and on processors with AVX512-BF16, else float32."""
+    """auto: bfloat16 on GPUs and on processors with AVX512-BF16; on GPUs without it float16, or float32 for models that
+    overflow in that; else float32."""
     quantization: str | None = None
-    """How the weights are quantized, in vLLM's terms (fp8, awq, gptq, ...). Default: what the model's config says."""
+    """How the weights are quantized, in vLLM's terms (fp8, awq, gptq, ...). Default: what the model's config says. The
+    student's can't be."""
     kv_cache_dtype: str = "auto"
     """What the key-value cache is stored in, in vLLM's terms (fp8, ...). auto: the engine's dtype."""
     max_model_len: Positive | None = None
@@ -40,9 +46,12 @@ class EngineSettings(Part):
     max_num_seqs: Positive = 64
     """Sequences one engine runs at once."""
     max_num_batched_tokens: Positive | None = None
-    """Tokens one engine step computes at most. More scores faster and takes more memory."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    """Share of a GPU's memory the engine may use. GPUs only."""
+    """Tokens one engine step computes at most. More scores faster and takes more memory. Default: on GPUs 8192, from 70
+    GiB on 16384, less where scoring would take more than a tenth of the engine's memory; on processors the context,
+    8192 at least."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Share of each GPU's memory that the engine may use, for scoring too. GPUs only. Default: 0.9 of a GPU of its own;
+    on a shared one what the memory plan gives it."""
     gpu_memory_gib: Gib | None = None
     """The same in GiB; it comes before the share. GPUs only."""
     kv_cache_gib: Gib | None = None
@@ -58,8 +67,19 @@ class EngineSettings(Part):
     """
     enforce_eager: bool = False
     """Skip graph capture: starts sooner, decodes slower on GPUs."""
-    vllm: dict[str, JsonValue] = {}
+    vllm: dict[str, JsonValue] = Field(default={})
     """Any other argument of vLLM's engine, by its name there. Checked against vLLM's own names at the start."""
+
+    @model_validator(mode="after")
+    def _vllm_has_no_argument_that_is_ours(self) -> Self:
+        if (reason := refusal(self.vllm)) is not None:
+            raise ValueError(reason)
+        return self
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one engine, which is as many processes of vLLM's. All of them are on one machine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class Engines(Part):
@@ -76,6 +96,18 @@ class Engines(Part):
     trainer.step_timeout_s for a step's next sequence."""
     trust_remote_code: bool = False
     """Run code that ships inside a model's folder."""
+
+    @model_validator(mode="after")
+    def _the_student_is_not_quantized(self) -> Self:
+        """It gets the weights in training, each step. What it writes and what is trained would be two models."""
+        if self.student.quantization is not None:
+            raise ValueError(
+                "student.quantization must be null: its weights are those in training, as they are; quantize the "
+                f"teacher, got {self.student.quantization}"
+            )
+        if (reason := students_refusal(self.student.vllm)) is not None:
+            raise ValueError(f"student.{reason}")
+        return self
 
 
 class Sampling(Part):

@@ -27,6 +27,8 @@ _EXPECTED = {
     "too_short": "must have at least {min_length} entries",
 }
 _LONGEST_SHOWN = 80
+_REPLACED = {"placement.learner": "placement.layout (spread for own_gpu, shared_student for student_gpu)"}
+"""Keys of earlier versions, and what says the same now."""
 
 
 def one_line_each(error: ValidationError, values: Mapping[str, object], origins: Mapping[str, str]) -> str:
@@ -66,6 +68,8 @@ def _unknown_key(location: tuple[int | str, ...], values: Mapping[str, object], 
     assert part is not None, f"only a part refuses unknown keys, got {key}"
     name, prefix = str(location[-1]), f"{parent}." if parent else ""
     refusal = f"{key} is not a setting{_from(key, origins)}"
+    if replacement := _REPLACED.get(key):
+        return f"{refusal}; it is {replacement} now"
     if similar := difflib.get_close_matches(name, part.model_fields, n=1):
         return f"{refusal}; did you mean {prefix}{similar[0]}?"
     if others := _types_that_have(name, location):

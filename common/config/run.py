@@ -5,25 +5,31 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from common.config.data import Data, Evaluation
-from common.config.engines import Engines, Models, Sampling
+from common.config.engines import Engines, EngineSettings, Models, Sampling
 from common.config.part import Part, Seconds
 from common.config.policies import SKD, AdaSwitch, Dataset, Mixture, Policy, Relay
 from common.config.recording import Checkpoints, Logging, Storage, Trace
 from common.config.supervision import Supervision
 from common.config.training import Sync, Trainer
 
+Layout = Literal["one_gpu", "shared_student", "spread"]
+"""How a run lies on GPUs."""
+LAYOUTS: tuple[Layout, ...] = ("spread", "shared_student", "one_gpu")
+"""All of them, the one with the most GPUs first."""
+
 
 class Placement(Part):
-    """Where Ray puts the actors: one bundle per engine, one per rank of the learner."""
+    """Where Ray puts the actors: bundles of GPUs, and who shares one."""
 
     address: str | None = None
     """A running cluster. Default: the one RAY_ADDRESS names or a job runs in, else one is started on this machine."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     use_gpus: Literal["auto", True, False] = "auto"
-    """auto: one GPU per tensor-parallel rank and one per rank of the learner where the cluster has any."""
-    learner: Literal["own_gpu", "student_gpu"] = "own_gpu"
-    """student_gpu: on the student engine's GPU, so that a run fits on two. Leave the learner its memory through
-    engines.student.gpu_memory_utilization."""
+    """auto: where the cluster has any, and the installed torch and vLLM are CUDA builds."""
+    layout: Literal["auto", "one_gpu", "shared_student", "spread"] = "auto"
+    """one_gpu: teacher, student and learner share one GPU. shared_student: student and learner share one, each teacher
+    engine has its own. spread: each engine and each rank of the learner has its own. auto: the first of spread,
+    shared_student and one_gpu for which the cluster has the GPUs and their memory suffices; the log says which."""
     timeout_s: Seconds = 300.0
     """How long to wait for the resources; also for others in place of a lost node's."""
 
@@ -51,20 +57,37 @@ class RunConfig(Part):
     placement: Placement = Placement()
 
     @model_validator(mode="after")
-    def _a_shared_gpu_can_be_shared(self) -> Self:
-        if self.placement.learner == "student_gpu":
-            student = self.engines.student
-            if student.tensor_parallel_size > 1 or student.num_replicas > 1:
-                raise ValueError(
-                    "placement.learner must be own_gpu where engines.student has several GPUs "
-                    "(tensor_parallel_size, num_replicas), got student_gpu"
-                )
-            if self.sync.backend == "nccl":
-                raise ValueError("sync.backend must not be nccl where placement.learner is student_gpu, got nccl")
-            if self.trainer.num_ranks > 1:
-                raise ValueError(
-                    f"trainer.num_ranks must be 1 where placement.learner is student_gpu, got {self.trainer.num_ranks}"
-                )
+    def _the_layout_is_possible(self) -> Self:
+        if self.placement.layout != "auto" and (conflict := self.layout_conflict(self.placement.layout)) is not None:
+            raise ValueError(conflict)
+        return self
+
+    def layout_conflict(self, layout: Layout) -> str | None:
+        """The first setting that this layout can't be had with; None where there is none."""
+        if layout == "spread":
+            shared = "sync.backend must not be ipc where placement.layout is spread, which shares no GPU, got ipc"
+            return shared if self.sync.backend == "ipc" else None
+        alone = {"trainer.num_ranks": self.trainer.num_ranks}
+        for role in ("student", "teacher") if layout == "one_gpu" else ("student",):
+            settings: EngineSettings = getattr(self.engines, role)
+            for name in ("num_replicas", "tensor_parallel_size", "pipeline_parallel_size"):
+                alone[f"engines.{role}.{name}"] = getattr(settings, name)
+        for key, number in alone.items():
+            if number > 1:
+                return f"{key} must be 1 where placement.layout is {layout}, got {number}"
+        if self.sync.backend == "nccl":
+            return f"sync.backend must not be nccl where placement.layout is {layout}, which shares a GPU, got nccl"
+        return None
+
+    @model_validator(mode="after")
+    def _ipc_stays_on_one_gpu(self) -> Self:
+        student = self.engines.student
+        num_gpus = student.num_replicas * student.tensor_parallel_size * student.pipeline_parallel_size
+        if self.sync.backend == "ipc" and (num_gpus > 1 or self.trainer.num_ranks > 1):
+            raise ValueError(
+                "sync.backend must not be ipc unless one student engine on one GPU and one rank of the learner share "
+                f"that GPU, got {num_gpus} GPUs of engines.student and trainer.num_ranks {self.trainer.num_ranks}"
+            )
         return self
 
     @property

@@ -67,7 +67,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConf
         raise UserError(one_line_each(error, values, origins)) from error
     return ResolvedConfig(
         config=config,
-        origins=MappingProxyType({key: origins.get(key, "default") for key, _ in config_leaves(config)}),
+        origins=MappingProxyType({key: _origin_of(key, origins) for key, _ in config_leaves(config)}),
     )
 
 
@@ -118,7 +118,8 @@ def _outer_first_then_type(override: tuple[list[str], object]) -> tuple[int, boo
 
 
 def _given(value: object, origin: Origin) -> "Given | Tree":
-    return _given_mapping(value, origin) if isinstance(value, dict) else Given(value, origin)
+    """An empty mapping may be a leaf's value, and then has an origin."""
+    return _given_mapping(value, origin) if isinstance(value, dict) and value else Given(value, origin)
 
 
 def _given_mapping(mapping: dict[str, object], origin: Origin) -> Tree:
@@ -146,6 +147,8 @@ def _completed(tree: Tree, part: type[Part]) -> Tree:
     for name, field in part.model_fields.items():
         missing_part = field.is_required() and bool(parts_of(field))
         child = tree.get(name, {} if missing_part else None)
+        if _value(child) == {} and parts_of(field):
+            child = {}
         if not isinstance(child, dict):
             continue
         chosen = choose_part(field, _value(child.get("type")))
@@ -169,6 +172,12 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Given]]:
             yield from _leaves(entry, f"{prefix}{name}.")
         else:
             yield prefix + name, entry
+
+
+def _origin_of(key: str, origins: Mapping[str, Origin]) -> Origin:
+    """Where a leaf came from. One that is a mapping may come from several places: the last of them."""
+    given = {origin for name, origin in origins.items() if name == key or name.startswith(f"{key}.")}
+    return "--set" if "--set" in given else "file" if "file" in given else "default"
 
 
 def config_leaves(part: Part, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -87,10 +87,12 @@ class Trainer(Part):
 class Sync(Part):
     """How new weights reach the student engines."""
 
-    backend: Literal["auto", "host_memory", "nccl"] = "auto"
-    """auto: nccl where the learner has a GPU of its own, else host_memory (shared memory of one machine)."""
+    backend: Literal["auto", "host_memory", "ipc", "nccl"] = "auto"
+    """auto: nccl where learner and student engines have GPUs of their own, else host_memory (shared memory of one
+    machine). ipc: from process to process on a GPU that both share."""
     timeout_s: Seconds = 600.0
     probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
-    """Nats. The run stops when trainer and engine differ by more on the probe prompts after a sync. Default: 1e-3 when
-    both compute in float32, else 0.25."""
+    """Nats. The run stops when trainer and engine differ by more, in the root mean square over the probe's log-probs.
+    Default: 1e-3 for each of them when both compute in float32, else four times what they differ by before the first
+    step."""
     num_probe_prompts: Positive = 4

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
@@ -18,18 +18,27 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import RunConfig
 from common.errors import RunEnds, UserError
 from common.run_dir import RunDir
+from common.sequence import Prompt
 from common.waiting import within
 from deploy.cluster.attach import NAMESPACE
-from deploy.cluster.placement import CPUS_PER_ACTOR, Seat, SeatingPlan, seat
-from deploy.cluster.reservation import connect, reserve, shortage_of, use_gpus
+from deploy.cluster.builds import Builds, choose_device
+from deploy.cluster.model_shape import read_shapes
+from deploy.cluster.placement import CPUS_PER_ACTOR, Seat
+from deploy.cluster.plan import Plan, make_plan, processor_plan, refuse_unfit
+from deploy.cluster.reservation import connect, gpu_nodes, num_gpus, reserve, shortage_of
 from deploy.preflight import Inputs
-from deploy.supervision.workers import Process, RunWorkers
+from deploy.supervision.workers import Process, RunWorkers, start_in_turn
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
 from trainer.actors import HEALTH_GROUP, LearnerActor, LearnerSpec, RemoteLearner, TransferSpec, every_rank
+from trainer.loop import probe_texts_of
+from trainer.probe_statistics import ProbeNoise
 
 logger = logging.getLogger(__name__)
+
+_NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+"""Ray hides the GPUs of others from an actor that has some, and none from one that has none."""
 
 _STOP_TIMEOUT_S = (
     8.0  # less than what ``deploy.cluster.submit`` has Ray wait between asking a job to stop and killing it
@@ -72,27 +81,38 @@ class Cluster:
     def __init__(
         self,
         config: RunConfig,
-        plan: SeatingPlan,
+        plan: Plan,
         group: PlacementGroup,
         actor_classes: ActorClasses,
         *,
-        use_gpus: bool,
+        hides_gpus: bool,
     ) -> None:
+        """``hides_gpus``: from actors that have none, where there are some that a package could use."""
         self._config = config
-        self._plan = plan
+        self.plan = plan
+        self._seating = plan.seating
         self._group = group
         self._actor_classes = actor_classes
-        self._use_gpus = use_gpus
+        self._hides_gpus = hides_gpus
         self._actors: list[ActorHandle] = []
+        self._probe_noise: ProbeNoise | None = None  # until it has been measured
+
+    async def start(self, inputs: Inputs, folder: RunDir, *, name: str) -> tuple[Pair, SpawnedLearner]:
+        """Engines, rollouts and learner, side by side. On a GPU that they share they start one after the other, the
+        learner last: it takes memory as it needs it, and an engine measures what is free as it starts.
+        """
+        learner = None if self._seating.learner_shares_gpu else self.spawn_learner()
+        pair = await self.start_pair(inputs, folder, name=name)
+        return pair, learner or self.spawn_learner()
 
     async def start_pair(self, inputs: Inputs, folder: RunDir, *, name: str | None = None) -> Pair:
-        """Start all engines side by side and the rollouts over them, which others find under ``name``.
+        """Start all engines and the rollouts over them, which others find under ``name``.
 
         Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
         """
-        students = self._spawn_engines("student", self._plan.students, inputs, folder)
-        teachers = self._spawn_engines("teacher", self._plan.teachers, inputs, folder)
-        student_facts, teacher_facts = await asyncio.gather(_start_engines(students), _start_engines(teachers))
+        students = self._spawn_engines("student", self._seating.students, inputs, folder)
+        teachers = self._spawn_engines("teacher", self._seating.teachers, inputs, folder)
+        facts: dict[str, EngineFacts] = await start_in_turn([*teachers, *students], _start)
         spec = RolloutSpec(
             policy=self._config.policy,
             sampling=self._config.sampling,
@@ -104,7 +124,9 @@ class Cluster:
             trust_remote_code=self._config.engines.trust_remote_code,
         )
         # No engine's handle among what Ray keeps for a restart: it warns of arguments that refer to anything.
-        rollouts = self._spawn(RolloutActor, self._plan.rollouts, spec, [], [], self._config.models.student, name=name)
+        rollouts = self._spawn(
+            RolloutActor, self._seating.rollouts, spec, [], [], self._config.models.student, name=name
+        )
         addresses = self._addresses(students), self._addresses(teachers)
 
         async def connect() -> None:
@@ -116,8 +138,8 @@ class Cluster:
             students=students,
             teachers=teachers,
             controller=Process(name="controller", handle=rollouts, start=connect),
-            student_facts=student_facts,
-            teacher_facts=teacher_facts,
+            student_facts=facts[students[0].name],
+            teacher_facts=facts[teachers[0].name],
             rollouts=RemoteRollouts(rollouts, timeout_s=self._config.trainer.step_timeout_s),
         )
 
@@ -133,6 +155,7 @@ class Cluster:
             return Process(
                 name=name,
                 handle=engine,
+                bundle=place.bundle,
                 start=lambda: _answer(engine.start.remote(spec, prefix), f"a {role} engine to start", timeout_s),
             )
 
@@ -149,12 +172,14 @@ class Cluster:
         spec = LearnerSpec(
             student=self._config.models.student,
             trainer=self._config.trainer,
+            device="cpu" if self.plan.layout is None else "cuda",
+            sync_backend=self.plan.sync_backend,
             seed=self._config.seed,
             trust_remote_code=self._config.engines.trust_remote_code,
         )
         ranks = [
             self._spawn(self._actor_classes.learner, place, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
-            for rank, place in enumerate(self._plan.learner)
+            for rank, place in enumerate(self._seating.learner)
         ]
         return SpawnedLearner(ranks=ranks, started=_start_ranks(ranks))
 
@@ -166,6 +191,15 @@ class Cluster:
         return RemoteLearner(
             learner.ranks, step_timeout_s=config.trainer.step_timeout_s, sync_timeout_s=config.sync.timeout_s
         )
+
+    async def measure_probe_noise(self, learner: RemoteLearner, pair: Pair, prompts: Sequence[Prompt]) -> ProbeNoise:
+        """What the probe finds now, while engines and learner hold what they loaded, whatever step the run goes on
+        from. Learners that are started again are told. Raises WeightSyncError where they are not the same model.
+        """
+        texts = probe_texts_of(prompts)
+        rows = await pair.rollouts.probe(texts)
+        self._probe_noise = await _unwrapped(learner.measure_probe_noise(texts, rows))
+        return self._probe_noise
 
     async def refuse_unshared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
         """Raise UserError where a machine that writes into the run's folder has another one of that name."""
@@ -204,10 +238,10 @@ class Cluster:
             ],
             start_learner=start_learner,
             connect=lambda: self._connect(learner.ranks, pair),
-            students_share_a_group=self._backend == "nccl",
+            students_share_a_group=self.plan.sync_backend == "nccl",
             placement_timeout_s=self._config.placement.timeout_s,
             call_timeout_s=self._config.engines.call_timeout_s,
-            shortage=lambda: shortage_of(self._group, self._plan, self._config.placement.strategy),
+            shortage=lambda: shortage_of(self._group, self._seating, self._config.placement.strategy),
         )
 
     async def _connect(self, ranks: list[ActorHandle], pair: Pair) -> None:
@@ -215,11 +249,12 @@ class Cluster:
         config = self._config
         transfer = TransferSpec(
             students=[student.handle for student in pair.students],
-            backend=self._backend,
-            workers_per_engine=config.engines.student.tensor_parallel_size,
+            backend=self.plan.sync_backend,
+            workers_per_engine=config.engines.student.num_gpus,
             engine_dtype=pair.student_facts.dtype,
             timeout_s=config.sync.timeout_s,
-            probe_tolerance=self._probe_tolerance(pair.student_facts),
+            probe_tolerance=config.sync.probe_tolerance,
+            probe_noise=self._probe_noise,
         )
         calls = [rank.connect.remote(transfer) for rank in ranks]
         what, timeout_s = "the weight transfer to open", config.engines.start_timeout_s
@@ -253,6 +288,7 @@ class Cluster:
             **({"name": name, "namespace": NAMESPACE} if name else {}),
             max_restarts=-1,
             max_task_retries=0,
+            **({"runtime_env": _NO_GPU} if self._hides_gpus and not place.num_gpus else {}),
             num_cpus=CPUS_PER_ACTOR,
             num_gpus=place.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -265,37 +301,22 @@ class Cluster:
     def _engine_spec(self, role: Literal["student", "teacher"], inputs: Inputs, run: str) -> EngineSpec:
         engines, models = self._config.engines, self._config.models
         settings = engines.student if role == "student" else engines.teacher
+        budget = self.plan.budgets.get(role)
         return EngineSpec(
             name=role,
             run=run,
             model=models.student if role == "student" else models.teacher,
-            settings=settings.model_copy(update={"max_model_len": inputs.max_model_len}),
+            settings=settings.model_copy(
+                update={"max_model_len": inputs.max_model_len, **(asdict(budget) if budget is not None else {})}
+            ),
             top_logprobs=inputs.top_logprobs,
             trust_remote_code=engines.trust_remote_code,
-            weight_transfer_backend=self._backend if role == "student" else None,
+            weight_transfer_backend=self.plan.sync_backend if role == "student" else None,
         )
-
-    @property
-    def _backend(self) -> Literal["host_memory", "nccl"]:
-        """NCCL can't join two processes on one GPU, so a learner that shares one goes through host memory."""
-        if self._config.sync.backend != "auto":
-            return self._config.sync.backend
-        return "nccl" if self._use_gpus and self._config.placement.learner == "own_gpu" else "host_memory"
-
-    def _probe_tolerance(self, student: EngineFacts) -> float:
-        if self._config.sync.probe_tolerance is not None:
-            return self._config.sync.probe_tolerance
-        return 1e-3 if student.dtype == self._config.trainer.dtype == "float32" else 0.25
 
 
 def _numbered(name: str, number: int) -> list[str]:
     return [name] if number == 1 else [f"{name} {each}" for each in range(number)]
-
-
-async def _start_engines(replicas: list[Process]) -> EngineFacts:
-    """All replicas of a role side by side; what they have in common."""
-    facts: list[EngineFacts] = await asyncio.gather(*map(_start, replicas))
-    return facts[0]
 
 
 async def _start(process: Process) -> Any:
@@ -318,21 +339,35 @@ def _start_ranks(ranks: list[ActorHandle]) -> list[Any]:
 
 
 @asynccontextmanager
-async def joined(config: RunConfig, actor_classes: ActorClasses | None = None) -> AsyncIterator[Cluster]:
+async def joined(
+    config: RunConfig, actor_classes: ActorClasses | None = None, *, with_learner: bool = True
+) -> AsyncIterator[Cluster]:
     """Connect to Ray and reserve a run's resources; end all its actors and give everything back in the end.
 
-    Raises UserError when the resources never come.
+    Raises UserError when the run does not fit on what the cluster has, or the resources never come.
     """
     connect(config.placement.address)
-    gpus = use_gpus(config.placement.use_gpus)
-    plan = seat(config, use_gpus=gpus)
-    group = await reserve(plan, strategy=config.placement.strategy, timeout_s=config.placement.timeout_s)
-    cluster = Cluster(config, plan, group, actor_classes or ActorClasses(), use_gpus=gpus)
+    plan = _plan(config, with_learner=with_learner)
+    logger.info("placement: %s", plan)
+    placement = config.placement
+    group = await reserve(plan.seating, strategy=placement.strategy, timeout_s=placement.timeout_s)
+    hides_gpus = num_gpus() > 0 or Builds.installed().torch == "CUDA"
+    cluster = Cluster(config, plan, group, actor_classes or ActorClasses(), hides_gpus=hides_gpus)
     try:
         yield cluster
     finally:
         await cluster.stop()
         remove_placement_group(group)
+
+
+def _plan(config: RunConfig, *, with_learner: bool) -> Plan:
+    """How a run lies on the cluster that has been joined. Raises UserError where it can't."""
+    device = choose_device(config.placement.use_gpus, num_gpus=num_gpus(), builds=Builds.installed())
+    if not device.use_gpus:
+        return processor_plan(config, device.why, with_learner=with_learner)
+    plan = make_plan(config, read_shapes(config), gpu_nodes(), with_learner=with_learner)
+    refuse_unfit(plan)
+    return plan
 
 
 async def _answer(call: Any, what: str, timeout_s: float) -> Any:

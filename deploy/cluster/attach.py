@@ -1,7 +1,7 @@
-"""The inspector's way to live runs: rollout actors found by name on a Ray cluster. Implements ``LiveRollouts``.
+"""Live runs for the inspector: rollout actors found by name on a Ray cluster. Implements ``LiveRollouts``.
 
-A training gives its rollout actor a name that holds the run's (``live_name``). Whoever joins the cluster finds it
-there for as long as the run lasts. Several runs may have one name; then the name alone does not say which is meant.
+A training gives its rollout actor a name that contains the run's (``live_name``). Every process on the cluster can find
+it there while the run lasts. Where several runs have one name, the name alone is ambiguous.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ _LIST_TIMEOUT_S = 10.0
 
 
 def live_name(run: str) -> str:
-    """The name a run's rollout actor takes: the run's and what makes it unique on the cluster."""
+    """A name for a run's rollout actor: the run's, and a suffix that makes it unique on the cluster."""
     return f"{_PREFIX}{run}/{uuid4().hex[:8]}"
 
 
@@ -42,17 +42,17 @@ def attach(address: str) -> LiveRollouts:
 
 
 class AttachedRollouts:
-    """Every live run of the cluster this process has joined."""
+    """The live runs of the cluster that this process has joined."""
 
     def __init__(self, *, piece_timeout_s: float = 120.0) -> None:
         self._piece_timeout_s = piece_timeout_s
 
     async def runs(self) -> list[str]:
-        """Names of the live runs, one for each, sorted."""
+        """The names of the live runs, sorted, one for each run."""
         return sorted(run for run, _ in await self._actors())
 
     async def generate(self, run: str | None, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
-        """See the protocol. Closing it ends the writing in the run's engines."""
+        """See the protocol. Closing it cancels the requests in the run's engines."""
         handle = await self._handle(run)
         references = handle.write_live.options(num_returns="streaming").remote(request)
         try:
@@ -68,7 +68,7 @@ class AttachedRollouts:
         except (RayActorError, WaitedTooLong) as error:
             raise LiveFailure(one_line(error)) from error
         finally:
-            # Not what the actor called meanwhile: one exchange with an engine serves every stream, the training's too.
+            # Not the actor's own calls: one exchange with an engine serves every stream, the training's too.
             with suppress(RayError):
                 ray.cancel(references, recursive=False)
 
@@ -81,11 +81,11 @@ class AttachedRollouts:
             raise SeveralRunsLive(sorted(name_of_run for name_of_run, _ in found))
         try:
             return ray.get_actor(wanted[0], namespace=NAMESPACE)
-        except ValueError as error:  # it ended a moment ago
+        except ValueError as error:  # it has just ended
             raise RunNotLive([]) from error
 
     async def _actors(self) -> list[tuple[str, str]]:
-        """(run, actor's name) of every rollout actor that has a name."""
+        """(run, actor name) of every named rollout actor."""
         listed = await within(
             _LIST_TIMEOUT_S, asyncio.to_thread(list_named_actors, all_namespaces=True), "the cluster's list of actors"
         )

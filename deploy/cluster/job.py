@@ -1,6 +1,7 @@
-"""A job on a running Ray cluster, as who submitted it sees it: its log, how it is, and its end.
+"""A job on a running Ray cluster, as its submitter sees it: log, status and end.
 
-Nothing here waits for ever, but for a job that goes on: a head that loses power answers nothing and closes nothing.
+Every wait here has a time-out, except for a job that is running: a head node that loses power answers nothing and
+closes no connection.
 """
 
 import asyncio
@@ -17,18 +18,18 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from common.errors import one_line
 
 FAILURES = (OSError, RuntimeError, aiohttp.ClientError)
-"""What Ray's client raises where it gets no answer, or none it can use; errors of ``requests`` are OSErrors."""
+"""What Ray's client raises without a usable answer; errors of ``requests`` are OSErrors."""
 
 _CONNECT_S = 10.0
 _REOPEN_AFTER_S = 1.0
 _LONGEST_PAUSE_S = 15.0
-_QUIET_S = 300.0  # a log that says nothing for so long is opened again: its connection may be dead
+_QUIET_S = 300.0  # a log that is silent for this long is opened again, because its connection may be dead
 _LAST_LINES_S = 20.0
 _STOP_POLL_S = 0.5
 
 
 class Jobs(Protocol):
-    """What is asked of Ray's client."""
+    """What is used of Ray's client."""
 
     def get_job_info(self, job_id: str) -> JobDetails: ...
 
@@ -36,14 +37,14 @@ class Jobs(Protocol):
 
 
 class JobClient(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's, which by itself waits for ever for an answer. Here it is one of ``FAILURES``."""
+    """Ray's client with a time-out, which it lacks; a time-out is one of ``FAILURES``."""
 
     def __init__(self, address: str, *, timeout_s: float = 60.0) -> None:
         self._timeout_s = timeout_s
         super().__init__(address)
 
     def asks_for_token(self) -> bool:
-        """Whether the cluster asks its clients for a token. Without one, everyone who reaches it can run code there."""
+        """Whether the cluster asks clients for a token. Otherwise everyone who can reach it can run code there."""
         answer = self._do_request("GET", "/api/authentication_mode")
         return not answer.ok or answer.json()["authentication_mode"] != "disabled"
 
@@ -54,8 +55,8 @@ class JobClient(JobSubmissionClient):  # type: ignore[misc]
 async def follow(jobs: Jobs, job_id: str, *, ask_every_s: float = 60.0, patience_s: float = 300.0) -> int:
     """The run's exit code. Copies the job's log to stdout; stops when the job has ended, however long that takes.
 
-    Whether it has is asked every ``ask_every_s`` and when the log closes, which says nothing: Ray also closes the log
-    of a running job. Raises one of ``FAILURES`` where the cluster has not answered for ``patience_s``.
+    The status is polled every ``ask_every_s`` and when the log closes, because Ray also closes the log of a running
+    job. Raises one of ``FAILURES`` where the cluster has not answered for ``patience_s``.
     """
     log = _Log(jobs, job_id)
     copying: asyncio.Task[None] | None = None
@@ -65,7 +66,7 @@ async def follow(jobs: Jobs, job_id: str, *, ask_every_s: float = 60.0, patience
                 copying = asyncio.create_task(log.copy(_QUIET_S))
             await asyncio.wait({copying}, timeout=ask_every_s)
             if copying.done():
-                await asyncio.sleep(_REOPEN_AFTER_S)  # the log's end may also come a moment before the job's
+                await asyncio.sleep(_REOPEN_AFTER_S)  # the log may end a moment before the job
     finally:
         if copying is not None:
             copying.cancel()
@@ -82,7 +83,7 @@ async def follow(jobs: Jobs, job_id: str, *, ask_every_s: float = 60.0, patience
 
 
 def stop(jobs: JobClient, job_id: str, *, within_s: float = 25.0) -> str:
-    """Ask the job to end and wait for that; how it ended. Raises one of ``FAILURES`` where it does not in time."""
+    """Stop the job, wait for its end and return its status. Raises one of ``FAILURES`` if it does not end in time."""
     deadline_s = time.monotonic() + within_s
     jobs.stop_job(job_id)
     while not (status := jobs.get_job_info(job_id).status).is_terminal():
@@ -93,12 +94,12 @@ def stop(jobs: JobClient, job_id: str, *, within_s: float = 25.0) -> str:
 
 
 async def _details(jobs: Jobs, job_id: str, patience_s: float) -> JobDetails:
-    """How the job is. The first failure is told, the last one raised."""
+    """The job's status. The first failure is printed, the last one raised."""
 
     def tell(state: RetryCallState) -> None:
         if state.attempt_number == 1:
             assert state.outcome is not None
-            typer.echo(f"no answer from the cluster ({one_line(state.outcome.exception())}); asking again", err=True)
+            typer.echo(f"no answer from the cluster ({one_line(state.outcome.exception())}); trying again", err=True)
 
     retrying = AsyncRetrying(
         retry=retry_if_exception_type(FAILURES),
@@ -111,16 +112,16 @@ async def _details(jobs: Jobs, job_id: str, patience_s: float) -> JobDetails:
 
 
 class _Log:
-    """A job's log on stdout, every character once: what is opened again begins at its beginning."""
+    """A job's log on stdout, every character once, although a reopened log starts at its beginning."""
 
     def __init__(self, jobs: Jobs, job_id: str) -> None:
         self._jobs = jobs
         self._job_id = job_id
-        self._num_shown = 0  # characters
+        self._num_shown = 0  # characters printed so far
         self._is_told = False
 
     async def copy(self, quiet_s: float) -> None:
-        """Show what is new until the log closes, breaks, or says nothing for ``quiet_s``. Breaks are told once."""
+        """Print what is new until the log closes, breaks, or is silent for ``quiet_s``. The first break is reported."""
         num_seen = 0
         try:
             async with aclosing(self._jobs.tail_job_logs(self._job_id)) as log:
@@ -135,5 +136,5 @@ class _Log:
             return
         except FAILURES as error:
             if not self._is_told:
-                typer.echo(f"the job's log broke off ({one_line(error)}); opening it again", err=True)
+                typer.echo(f"the job's log was interrupted ({one_line(error)}); opening it again", err=True)
             self._is_told = True

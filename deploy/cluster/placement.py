@@ -1,18 +1,21 @@
 """Which actor sits where: a run's bundles, as one Ray placement group. Pure; ``cluster`` asks Ray for them.
 
-    one bundle per engine    its GPUs
-    one for the rollouts     no GPU
-    one per learner rank     one GPU; or none of its own: then the only rank sits with the student engine
+    processors       a bundle for each engine, for each rank of the learner and for the rollouts, no GPU
+    spread           the same, each engine and each rank with its GPUs
+    shared_student   each teacher engine with its GPUs; the student engine and the learner in one bundle of one GPU
+    one_gpu          teacher, student and learner in one bundle of one GPU
 
-GPU seats follow Ray's interface and have not been run on a GPU.
+Actors that share a bundle of one GPU share that GPU. They are started one after the other, the learner last: an engine
+measures what is free as it starts. Their shares are Ray's bookkeeping; who gets how much memory is for ``plan``.
 """
 
 from dataclasses import dataclass
 
-from common.config import EngineSettings, RunConfig
+from common.config import EngineSettings, Layout, RunConfig
 
 # Threads are set where they are used; Ray's CPUs only have to add up to less than the smallest machine has.
 CPUS_PER_ACTOR = 0.25
+_HALF, _THIRD = 0.5, 0.3333  # Ray counts GPUs in steps of 0.0001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,31 +34,38 @@ class SeatingPlan:
     students: list[Seat]
     teachers: list[Seat]
     rollouts: Seat
-    learner: list[Seat]  # one per rank
+    learner: list[Seat]  # one per rank; none where nothing is trained
+
+    @property
+    def learner_shares_gpu(self) -> bool:
+        """With the student engine, and in ``one_gpu`` with the teacher's too."""
+        return bool(self.learner) and self.learner[0].bundle == self.students[0].bundle
 
 
-def seat(config: RunConfig, *, use_gpus: bool) -> SeatingPlan:
-    """The seats of one run."""
+def seat(config: RunConfig, layout: Layout | None, *, with_learner: bool = True) -> SeatingPlan:
+    """The seats of one run. No layout: on processors."""
+    engines = config.engines
+    num_ranks = config.trainer.num_ranks if with_learner else 0
     bundles: list[dict[str, float]] = []
 
-    def new_seat(num_gpus: float, share: float = 1.0) -> Seat:
-        """A bundle of its own; ``share`` is the actor's part of the bundle's GPUs."""
-        num_gpus = num_gpus if use_gpus else 0.0
-        bundles.append({"CPU": CPUS_PER_ACTOR, **({"GPU": num_gpus} if num_gpus else {})})
-        return Seat(bundle=len(bundles) - 1, num_gpus=num_gpus * share)
+    def own(num_gpus: int) -> Seat:
+        num_gpus = 0 if layout is None else num_gpus
+        bundles.append({"CPU": CPUS_PER_ACTOR, **({"GPU": float(num_gpus)} if num_gpus else {})})
+        return Seat(bundle=len(bundles) - 1, num_gpus=num_gpus)
 
-    engines = config.engines
-    shares_gpu = config.placement.learner == "student_gpu"
+    def engine_seats(settings: EngineSettings) -> list[Seat]:
+        return [own(settings.num_gpus) for _ in range(settings.num_replicas)]
 
-    def engine_seats(settings: EngineSettings, share: float = 1.0) -> list[Seat]:
-        return [new_seat(settings.tensor_parallel_size, share) for _ in range(settings.num_replicas)]
-
-    students = engine_seats(engines.student, share=0.5 if shares_gpu else 1.0)
-    teachers = engine_seats(engines.teacher)
-    rollouts = new_seat(0)
-    if shares_gpu:
-        learner = students[:1]
-        bundles[students[0].bundle]["CPU"] += CPUS_PER_ACTOR
+    if layout is None or layout == "spread":
+        students, teachers = engine_seats(engines.student), engine_seats(engines.teacher)
+        rollouts = own(0)
+        learner = [own(1) for _ in range(num_ranks)]
     else:
-        learner = [new_seat(1) for _ in range(config.trainer.num_ranks)]
+        share = _THIRD if layout == "one_gpu" else _HALF
+        num_sharers = 1 + (layout == "one_gpu") + num_ranks
+        bundles.append({"CPU": num_sharers * CPUS_PER_ACTOR, "GPU": 1.0})
+        shared = Seat(bundle=0, num_gpus=share)
+        students, learner = [shared], [shared] * num_ranks
+        teachers = [shared] if layout == "one_gpu" else engine_seats(engines.teacher)
+        rollouts = own(0)
     return SeatingPlan(bundles=bundles, students=students, teachers=teachers, rollouts=rollouts, learner=learner)

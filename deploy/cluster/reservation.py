@@ -6,14 +6,16 @@ import os
 import re
 import socket
 import time
-from typing import Literal
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import UserError, one_line
+from deploy.cluster.gpus import Gpu, gpus_of_this_machine, smallest_gib
 from deploy.cluster.placement import SeatingPlan
+from deploy.cluster.plan import Node
 from deploy.cluster.shortage import describe_shortage
 from deploy.cluster.sigterm import end_in_order_on_sigterm
 
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SAY_WHAT_IS_MISSING_EVERY_S = 10.0
 _ANSWERS_WITHIN_S = 10.0
+_NODE_ANSWERS_WITHIN_S = 60.0  # a worker process has to start there
 
 
 def connect(address: str | None) -> None:
@@ -59,12 +62,31 @@ def _refuse_silent(named: str | None) -> None:
         socket.create_connection((match[1], int(match[2])), timeout=_ANSWERS_WITHIN_S).close()
 
 
-def use_gpus(wanted: Literal["auto"] | bool) -> bool:
-    """Whether a run does. Raises UserError where it is told to and there are none."""
-    num_gpus = ray.cluster_resources().get("GPU", 0)
-    if wanted is True and not num_gpus:
-        raise UserError("placement.use_gpus is true, but the cluster has no GPU")
-    return bool(num_gpus) if wanted == "auto" else wanted
+def num_gpus() -> int:
+    """Of the whole cluster, used or not."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def gpu_nodes() -> tuple[Node, ...]:
+    """The cluster's machines that have GPUs, each with the memory of its smallest, which is asked for there."""
+    counts = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]}
+    ask = ray.remote(num_cpus=0, max_retries=0)(gpus_of_this_machine)
+    asked = {
+        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node, number in counts.items()
+        if number
+    }
+    return tuple(Node(num_gpus=counts[node], gpu_gib=smallest_gib(_answer(gpus))) for node, gpus in asked.items())
+
+
+def _answer(gpus: "ray.ObjectRef[list[Gpu]]") -> list[Gpu]:
+    """What a node says of its GPUs; nothing where it does not answer."""
+    try:
+        answer: list[Gpu] = ray.get(gpus, timeout=_NODE_ANSWERS_WITHIN_S)
+    except RayError as error:
+        logger.warning("a node does not say how large its GPUs are: %s", one_line(error))
+        return []
+    return answer
 
 
 async def reserve(plan: SeatingPlan, *, strategy: str, timeout_s: float) -> PlacementGroup:

@@ -1,10 +1,10 @@
 """``make submit``: this checkout's code as a job on a running Ray cluster, followed to its end.
 
-What plain ``ray job submit`` does, and besides: the configuration is checked before anything is uploaded, a relative
-``run_dir`` is this machine's (a job's own folder is Ray's, which clears it away), a stopped run gets time to end its
-actors, and the exit code is the run's.
+Beyond plain ``ray job submit``: the configuration is checked before anything is uploaded, a relative ``run_dir`` is on
+this machine (Ray deletes a job's own folder), a stopped run gets time to shut down its actors, and the exit code is
+the run's.
 
-Exit codes: the run's own (see ``cli``), 130 for one that was stopped or left, 1 where the job or the
+Exit codes: the run's own (see ``cli``), 130 for a run that was stopped or left running, 1 where the job or the
 connection failed.
 """
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[2]
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
-# Between asking a stopped job to end and killing it. Ray's own 3 s is less than engines need.
+# Between asking a stopped job to end and killing it. Ray's default of 3 s is less than engines need.
 STOP_WAIT_S = 15
 TRAIN = ("python", "-m", "deploy.cli", "train")
 """What the job runs."""
-# Beyond what .gitignore names and what Ray leaves out by itself (.git, .venv, __pycache__): a run needs none of it.
+# A run needs none of these. Ray leaves out what .gitignore names, .git, .venv and __pycache__ by itself.
 _LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
 
 
@@ -47,13 +47,17 @@ def main(
     address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = DEFAULT_ADDRESS,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest run of this run_dir, from its last good checkpoint.")
+        bool, typer.Option("--resume", help="Resume the newest run of this run_dir from its last good checkpoint.")
     ] = False,
     upload: Annotated[
-        bool, typer.Option(help="Send this checkout. Without: the cluster has the package, and CONFIG under its path.")
+        bool,
+        typer.Option(
+            help="Upload this checkout. Without it, the cluster must have the package and CONFIG under the same path."
+        ),
     ] = True,
     stop_with_me: Annotated[
-        bool, typer.Option("--stop-with-me", help="At Ctrl-C or SIGTERM stop the run too, instead of leaving it on.")
+        bool,
+        typer.Option("--stop-with-me", help="At Ctrl-C or SIGTERM stop the run too, instead of leaving it running."),
     ] = False,
 ) -> None:
     """Run a distillation as a job on a Ray cluster and follow its log; the exit code is the run's."""
@@ -77,7 +81,7 @@ def submit(
     stop_with_me: bool = False,
     program: Sequence[str] = TRAIN,
 ) -> int:
-    """The run's exit code, when it has ended. Raises UserError where the job can't be submitted."""
+    """Wait for the run and return its exit code. Raises UserError where the job can't be submitted."""
     config = read_config(file, list(overrides)).config
     command = entrypoint(
         _in_checkout(file) if upload else file.absolute(),
@@ -92,17 +96,17 @@ def submit(
 
     from deploy.cluster.job import FAILURES, JobClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it names every ignored file, and every closed connection
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it logs every ignored file and every closed connection
     runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
     if upload:
         runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
-    job_id = f"raysubmit_{secrets.token_hex(8)}"  # ours, so that it can be stopped before Ray has said that it has it
+    job_id = f"raysubmit_{secrets.token_hex(8)}"  # chosen here, so that the job can be stopped before Ray has answered
     if stop_with_me:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         client = JobClient(address)
         if not client.asks_for_token():
-            typer.echo(f"warning: {address} asks for no token: whoever reaches it can run code there", err=True)
+            typer.echo(f"warning: {address} asks for no token: everyone who can reach it can run code there", err=True)
         try:
             client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job_id)
         except KeyboardInterrupt:
@@ -117,7 +121,7 @@ def submit(
 
 
 def _follow(client: "JobClient", job_id: str, address: str, *, stop_with_me: bool) -> int:
-    """The exit code, where the job is followed to its end, left or lost."""
+    """The exit code: the job is followed to its end, left running, or its connection is lost."""
     from ray.exceptions import AuthenticationError
 
     from deploy.cluster.job import FAILURES, follow
@@ -134,10 +138,13 @@ def _follow(client: "JobClient", job_id: str, address: str, *, stop_with_me: boo
         if stop_with_me:
             _stop(client, job_id, address)
         else:
-            typer.echo(f"\nthe job goes on; to see it: {to_see_it}", err=True)
+            typer.echo(f"\nthe job is still running; to follow it: {to_see_it}", err=True)
         return 130
     except (AuthenticationError, *FAILURES) as error:
-        typer.echo(f"lost sight of job {job_id}: it may go on; {to_see_it} ({one_line(error)})", err=True)
+        typer.echo(
+            f"lost the connection to job {job_id}, which may still be running: {to_see_it} ({one_line(error)})",
+            err=True,
+        )
         return 1
 
 
@@ -150,11 +157,13 @@ def _stop(client: "JobClient", job_id: str, address: str) -> None:
     try:
         typer.echo(f"job {job_id}: {stop(client, job_id).lower()}", err=True)
     except (AuthenticationError, *FAILURES) as error:
-        typer.echo(f"the job may go on ({one_line(error)}); to stop it: {_ray_job(address)} stop {job_id}", err=True)
+        typer.echo(
+            f"the job may still be running ({one_line(error)}); to stop it: {_ray_job(address)} stop {job_id}", err=True
+        )
 
 
 def _ray_job(address: str) -> str:
-    """What works in the user's shell as it is: with the token, if there is one, and where no environment is active."""
+    """A command that works in the user's shell: with the token, if there is one, and without an active environment."""
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     ray = "ray" if shutil.which("ray") else shlex.quote(str(Path(sys.executable).with_name("ray")))
     return f"{token}RAY_API_SERVER_ADDRESS={address} {ray} job"
@@ -164,7 +173,7 @@ def entrypoint(
     file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False, program: Sequence[str] = TRAIN
 ) -> str:
     """The job's shell command. Where the cluster is on this machine, or shares its disk, this environment's programs
-    are found first; elsewhere this folder does not exist and the cluster's own are.
+    come first; elsewhere this folder does not exist, and the cluster's programs are used.
     """
     settings = [*overrides, f"run_dir={run_dir}"]
     words = [*program, str(file), *(["--resume"] if resume else [])]
@@ -174,9 +183,9 @@ def entrypoint(
 
 
 def use_token_where_there_is_one() -> None:
-    """What ``ray start`` does by itself and Ray's job client does not: with a token at hand, send it.
+    """Have Ray's job client send the token if there is one, as ``ray start`` does by default.
 
-    Before Ray is imported, which reads this once.
+    Call it before Ray is imported, because Ray reads the setting once.
     """
     at_hand = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     if at_hand or (Path.home() / ".ray" / "auth_token").exists():
@@ -184,11 +193,11 @@ def use_token_where_there_is_one() -> None:
 
 
 def _in_checkout(file: Path) -> Path:
-    """The file's path in the uploaded folder."""
+    """The file's path relative to the uploaded folder."""
     try:
         return file.resolve().relative_to(REPOSITORY)
     except ValueError as error:
-        raise UserError(f"{file}: must lie in {REPOSITORY}, which is what the job gets to see") from error
+        raise UserError(f"{file}: must be in {REPOSITORY}, the folder that is uploaded to the job") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Hold the lock file against the Python Packaging Advisory Database, through pip-audit.
+"""Hold lock files against the Python Packaging Advisory Database, through pip-audit. Each pinned version is asked about
+once, however many of the files have it.
 
 Exit code 1 on a finding that ``audit.toml`` does not allow, and on a permission that has ended. Where the service can't
 be asked, that is said and, unless ``--required`` is given, is no failure: nothing was checked, nothing was found.
@@ -8,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,10 +81,10 @@ def judge(packages: Sequence[dict[str, Any]], permissions: Sequence[Permission],
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lock_file", type=Path)
+    parser.add_argument("lock_files", type=Path, nargs="+")
     parser.add_argument("--required", action="store_true", help="fail where the service can't be asked")
     options = parser.parse_args(arguments)
-    packages, reason = _ask(options.lock_file)
+    packages, reason = _ask_about(pins_to_ask_about([file.read_text() for file in options.lock_files]))
     verdict = judge(packages, read_permissions(ALLOWED_FILE), date.today())
     if not verdict.was_possible:
         print(f"audit: NOTHING WAS CHECKED, the advisory service can't be asked: {reason}")
@@ -96,10 +98,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(verdict.problems))
 
 
-def _ask(lock_file: Path) -> tuple[list[dict[str, Any]], str]:
+def pins_to_ask_about(lock_texts: Sequence[str]) -> list[list[str]]:
+    """All pins, each once, in as few lists as there are versions of one package: pip-audit takes one at a time."""
+    lists: list[dict[str, str]] = []
+    for line in dict.fromkeys(line for text in lock_texts for line in text.splitlines()):
+        if "==" in line and not line.startswith("#"):
+            name = line.partition("==")[0].lower()
+            free = next((pins for pins in lists if name not in pins), None)
+            if free is None:
+                lists.append(free := {})
+            free[name] = line
+    return [list(pins.values()) for pins in lists]
+
+
+def _ask_about(lists_of_pins: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], str]:
+    """All answers, and why one is missing."""
+    packages: list[dict[str, Any]] = []
+    reason = "it knows none of the packages"
+    with tempfile.TemporaryDirectory() as folder:
+        for number, pins in enumerate(lists_of_pins):
+            requirements = Path(folder) / f"{number}.txt"
+            requirements.write_text("\n".join(pins) + "\n")
+            answers, why_not = _ask(requirements)
+            if not answers:
+                packages += [{"name": pin.partition("==")[0], "skip_reason": why_not} for pin in pins]
+                reason = why_not
+            packages += answers
+    return packages, reason
+
+
+def _ask(requirements: Path) -> tuple[list[dict[str, Any]], str]:
     """pip-audit's answer for each package; none where it got none. And why not, in a line."""
     command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--no-deps", "--format", "json"]
-    command += ["--progress-spinner", "off", "--requirement", str(lock_file)]
+    command += ["--progress-spinner", "off", "--requirement", str(requirements)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What a run shows of itself while it goes on, in a terminal and in a pipe. Knows numbers, not where they come from."""
+"""A run's progress, in a terminal and in a pipe. Knows numbers, not where they come from."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from deploy.reporting.terminal import make_console, plain
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLine:
-    """What a training step shows of itself."""
+    """The numbers shown for one training step."""
 
     step: int  # from 1
     loss: float  # nats
@@ -25,8 +25,8 @@ class StepLine:
     rollout_s: float
     train_s: float
     sync_s: float
-    accuracy: float | None = None  # held out, where this step was evaluated
-    probe: float | None = None  # nats; largest log-prob difference between trainer and engine after the sync
+    accuracy: float | None = None  # held-out accuracy, where this step was evaluated
+    probe: float | None = None  # nats, rms; log-prob difference between trainer and engine after the sync
 
     def text(self) -> str:
         parts = [
@@ -59,12 +59,12 @@ class ProgressDisplay:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``first_step`` is where a resumed run goes on; ``clock`` tells seconds."""
+        """``first_step`` is the first one of this process, after a resume; ``clock`` returns seconds."""
         self._total_steps = total_steps
         self._first_step = first_step
         self._console = console or make_console(stderr=True)
         self._clock = clock
-        self._started_at_s: float | None = None  # of the first step; starting engines is no part of a step's time
+        self._started_at_s: float | None = None  # of the first step; the start of the engines does not count
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -89,7 +89,7 @@ class ProgressDisplay:
             self._progress.stop()
 
     def note(self, message: str) -> None:
-        """Say what happens between steps."""
+        """Show what happens between steps."""
         if self._progress is not None:
             self._progress.update(self._task, description=message)
         self._console.print(plain(message), soft_wrap=True)

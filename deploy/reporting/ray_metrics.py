@@ -8,7 +8,7 @@ _BY_NAME = {metric.name: metric for metric in (*STEP_METRICS, *EVALUATION_METRIC
 
 
 class RayTracker:
-    """Each measurement as a gauge, until the next one. Those that are not in the table are left out."""
+    """Each measurement is a gauge until the next one. Measurements that are not in the table are left out."""
 
     def __init__(self, run: str) -> None:
         self._exported = Exported([STEP, *_BY_NAME.values()], {"run": run})
@@ -20,4 +20,4 @@ class RayTracker:
                 self._exported.add(_BY_NAME[name], value)
 
     def close(self, outcome: Outcome) -> None:
-        """Ray forgets them with the process."""
+        """Ray drops the gauges when the process ends."""

@@ -1,7 +1,7 @@
-"""What a finished run and its trace look like in a terminal, and in a pipe. Knows records, never where they come from.
+"""How a finished run and its trace look in a terminal and in a pipe. Knows records, not where they come from.
 
-Nothing is told by colour alone: the teacher's tokens stand between « and », and every switch opens a new pair. Text
-that models wrote is shown as it is, never as markup, with control characters made visible.
+Nothing depends on color alone: the teacher's tokens are between « and », and every switch opens a new pair. Text that
+models wrote is never interpreted as markup, and control characters are made visible.
 """
 
 import io
@@ -85,7 +85,7 @@ def print_sequence(trace: SequenceTrace, console: Console | None = None) -> None
 
 
 def visible(text: str) -> str:
-    """Control characters as escapes (``\\n``, ``\\x1b``), everything else as it is."""
+    """Control characters as escapes (``\\n``, ``\\x1b``), everything else unchanged."""
     return "".join(
         character if character.isprintable() or character == " " else character.encode("unicode_escape").decode()
         for character in text
@@ -146,9 +146,10 @@ _ROWS: dict[str, tuple[str, str]] = {
     "sync_s": ("seconds in weight sync", "{:.1f}"),
     "seconds": ("seconds in all", "{:.1f}"),
     "max_probe_nats": ("largest probe difference, nats", "{:.1e}"),
+    "max_probe_rms_nats": ("  root mean square of a sync's, at most", "{:.1e}"),
     "resumed": ("resumed", "{}"),
     "faults": ("faults", "{}"),
-    "prompts_set_aside": ("prompts set aside", "{}"),
+    "prompts_set_aside": ("prompts quarantined", "{}"),
     "steps": ("steps", "{}"),
     "sequences": ("sequences", "{}"),
     "tokens": ("tokens", "{}"),
@@ -164,8 +165,8 @@ _ROWS: dict[str, tuple[str, str]] = {
 
 
 def print_summary(summary: Mapping[str, object], console: Console | None = None) -> None:
-    """The final table: known rows under their names, in the order above, then whatever else there is. None, or nothing
-    in a list, is ``-``.
+    """The final table: known rows under their names, in the order above, then all others. None and an empty list are
+    shown as ``-``.
     """
     table = _table("", "")
     for key in sorted(summary, key=[*_ROWS, *summary].index):
@@ -178,7 +179,7 @@ def print_summary(summary: Mapping[str, object], console: Console | None = None)
 
 
 def _table(*columns: str) -> Table:
-    """Columns by name; those whose name ends in ``>`` are set to the right. In a narrow terminal cells are folded."""
+    """Columns by name; those whose name ends in ``>`` are right-aligned. In a narrow terminal cells are folded."""
     table = Table(box=None, show_header=any(columns), header_style="bold", pad_edge=False)
     for name in columns:
         table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
@@ -186,7 +187,7 @@ def _table(*columns: str) -> Table:
 
 
 def plain(text: str) -> Text:
-    """Text that is never taken for markup and never moves the cursor."""
+    """Text that is never interpreted as markup and never moves the cursor."""
     return Text(visible(text))
 
 

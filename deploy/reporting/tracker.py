@@ -1,4 +1,4 @@
-"""What a tracker is, for who feeds one (``trackers``) and who is one."""
+"""The interface of a tracker."""
 
 from collections.abc import Mapping
 from typing import Literal, Protocol

@@ -1,8 +1,8 @@
-"""Where metrics are shown besides the run's own file: TensorBoard and Ray always, W&B and MLflow when configured.
+"""Where metrics go besides ``metrics.jsonl``: TensorBoard and Ray always, W&B and MLflow when configured.
 
-Owns how they are opened, fed and closed. A tracker that can't be opened stops the run before anything has been spent;
-one that fails later does not: it is told once, and what it did not get is counted. ``metrics.jsonl`` has it all.
-What a tracker needs to let a client in is taken from the environment by its own package and never written by us.
+Owns how trackers are opened, fed and closed. A tracker that can't be opened stops the run before it starts. One that
+fails later does not: the failure is logged once, and the records it missed are counted; ``metrics.jsonl`` has them all.
+Credentials are read from the environment by the tracker's own package and never written by us.
 """
 
 import json
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_QUEUED_RECORDS = 1000  # a tracker that far behind loses records instead of holding up the run
+_QUEUED_RECORDS = 1000  # a tracker further behind loses records instead of delaying the run
 _CLOSE_TIMEOUT_S = 60.0
-_MLFLOW_BATCH = 100  # parameters a server takes in one call
+_MLFLOW_BATCH = 100  # parameters that a server accepts in one call
 
 
 class Trackers:
@@ -42,7 +42,7 @@ class Trackers:
     def open(cls, config: RunConfig, run_folder: Path) -> Self:
         """Raises UserError naming the key of one that can't be opened.
 
-        A run that is taken up again goes on under the ids it had, which are kept in ``trackers.json``.
+        A resumed run continues under its previous ids, which are kept in ``trackers.json``.
         """
         ids_file = run_folder / "trackers.json"
         ids: dict[str, str] = json.loads(ids_file.read_text()) if ids_file.exists() else {}
@@ -64,13 +64,13 @@ class Trackers:
         return cls(trackers)
 
     def log(self, metrics: Metrics) -> None:
-        """Hand on one record, with its ``step``. Returns at once."""
+        """Queue one record, with its ``step``. Returns at once."""
         for feed in self._feeds:
             feed.put(metrics)
 
     @property
     def num_lost(self) -> dict[str, int]:
-        """Records that each tracker did not get."""
+        """How many records each tracker missed."""
         return {feed.name: feed.num_lost for feed in self._feeds}
 
     def __enter__(self) -> Self:
@@ -84,9 +84,9 @@ class Trackers:
 
 
 class _Feed:
-    """A tracker and the thread that feeds it, so that a slow network never holds up a step.
+    """A tracker and the thread that feeds it, so that a slow network never delays a step.
 
-    Consumes what ``put`` queues, in order; waits for the next record; stops at ``close``, having handed on the rest.
+    Consumes what ``put`` queues, in order; waits for the next record; stops at ``close``, after sending the rest.
     """
 
     def __init__(self, name: str, tracker: Tracker) -> None:
@@ -114,26 +114,26 @@ class _Feed:
         except queue.Full:
             pass
         if self._thread.is_alive():
-            logger.warning("%s did not end within %g s and is left behind", self.name, _CLOSE_TIMEOUT_S)
+            logger.warning("%s did not close within %g s and is abandoned", self.name, _CLOSE_TIMEOUT_S)
         if self.num_lost:
-            logger.warning("%s did not get %d records; metrics.jsonl has them", self.name, self.num_lost)
+            logger.warning("%s missed %d records; metrics.jsonl has them", self.name, self.num_lost)
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except Exception as error:  # whatever a tracker's package and its network raise; the run goes on
+            except Exception as error:  # any error of a tracker's package or its network: the run continues
                 self._lose(f"failed: {type(error).__name__}: {error}")
 
     def _lose(self, reason: str) -> None:
         self.num_lost += 1
         if not self._is_told:
             self._is_told = True
-            logger.warning("%s %s; the run goes on without it where it fails, this is said once", self.name, reason)
+            logger.warning("%s %s; the run continues without it; further failures are not logged", self.name, reason)
 
 
 class TensorBoardTracker:
-    """Event files in the run's folder. What a run that was taken up again repeats replaces what was there."""
+    """Event files in the run directory. Steps that a resumed run repeats replace the earlier ones."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -154,7 +154,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases; in mode offline a folder that ``wandb sync`` sends later."""
+    """A run of Weights & Biases; in offline mode a folder that ``wandb sync`` sends later."""
 
     def __init__(self, settings: Wandb, config: RunConfig, run_folder: Path, run_id: str | None) -> None:
         import wandb
@@ -224,7 +224,7 @@ def refuse_missing_packages(config: Logging) -> None:
 
 
 def _refuse_password_in_environment() -> None:
-    """MLflow's errors quote the address, and errors are logged."""
+    """Because MLflow's errors quote the address, and errors are logged."""
     if "@" in urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).netloc:
         raise UserError(
             "logging.mlflow: the environment's MLFLOW_TRACKING_URI must not hold a user or a password, for errors "
@@ -235,13 +235,13 @@ def _refuse_password_in_environment() -> None:
 def _opened(key: str, make: Callable[..., T], *arguments: object) -> T:
     try:
         return make(*arguments)
-    except Exception as error:  # the packages' own errors, and the network's
+    except Exception as error:  # errors of the packages and of the network
         reason = one_line(error)
         raise UserError(f"{key}: can't be opened: {type(error).__name__}: {reason}") from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves under their dotted keys."""
+    """The leaves under their dotted keys."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         leaves.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})

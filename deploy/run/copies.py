@@ -1,7 +1,7 @@
-"""A run's folder, kept copied in a store while the run goes on, and fetched from there to be resumed elsewhere.
+"""Copies a run directory to a store while the run continues, and fetches it from there to resume elsewhere.
 
-What is there at any moment can be read, and resumed from: a segment's folder counts when it has both files, a
-checkpoint when it has its manifest, which goes last and is removed first.
+The copy can be read and resumed from at any moment: a segment counts when both its files are there, a checkpoint when
+its manifest is, which is copied last and removed first.
 """
 
 import logging
@@ -27,23 +27,23 @@ logger = logging.getLogger(__name__)
 
 _LAST = "manifest.json"
 _REWRITTEN_NEVER = ("traces/", "checkpoints/", "student/")
-_AFTER_A_FAILURE_S = 10.0  # how long a run that failed is kept from ending
+_AFTER_A_FAILURE_S = 10.0  # how long a failed run waits for its copy
 
 _Stamp = tuple[int, int]  # bytes, modification time in ns
 
 
 class Copying:
-    """Copies what has changed whenever it is told that something has. A context: leaving it waits for the rest.
+    """Copies what has changed whenever ``changed`` is called. Leaving the context waits for the rest.
 
-    Consumes the run's folder; produces its copy; waits, in a thread of its own, to be told; stops when it is left. What
-    fails is logged and tried again the next time: a store that is away ends no run.
+    Consumes the run directory; produces its copy; waits for ``changed`` in a thread of its own; stops when the context
+    is left. A failure is logged and tried again the next time: a store that is away does not end the run.
     """
 
     def __init__(self, folder: Path, store: Store, *, timeout_s: float) -> None:
         self._folder = folder
         self._store = store
         self._timeout_s = timeout_s
-        self._copied: dict[str, _Stamp] | None = None  # None until the store has been looked at
+        self._copied: dict[str, _Stamp] | None = None  # None until the store has been listed
         self._at_start = _files(folder)
         self._changed, self._ending = Event(), Event()
         self._is_whole = False
@@ -54,7 +54,7 @@ class Copying:
         return self
 
     def changed(self) -> None:
-        """Something is there to be copied. Returns at once; what is told while a copy is made is one copy more."""
+        """Request a copy. Returns at once; calls during a copy cause one more copy after it."""
         self._changed.set()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -63,9 +63,11 @@ class Copying:
         self._changed.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            logger.warning("waited %g s for the copy of %s in %s, not whole", timeout_s, self._folder, self._store.url)
+            logger.warning(
+                "waited %g s for the copy of %s in %s; it is incomplete", timeout_s, self._folder, self._store.url
+            )
         elif not self._is_whole:
-            logger.warning("the copy of %s in %s is not whole", self._folder, self._store.url)
+            logger.warning("the copy of %s in %s is incomplete", self._folder, self._store.url)
 
     def _work(self) -> None:
         is_last = False
@@ -76,12 +78,12 @@ class Copying:
             try:
                 self._copy()
                 self._is_whole = True
-            except Exception as failure:  # the store's, of whatever kind: the run goes on
+            except Exception as failure:  # any error of the store: the run continues
                 self._is_whole = False
                 logger.warning("copying to %s failed, tried again after the next step: %s", self._store.url, failure)
 
     def _copy(self) -> None:
-        """Bring the store to where the folder is."""
+        """Bring the store up to date with the run directory."""
         if self._copied is None:
             self._copied = self._already_there(self._store.versions())
         files = _files(self._folder)
@@ -92,14 +94,14 @@ class Copying:
                 except FileNotFoundError:
                     if (self._folder / name).exists():
                         raise
-                    continue  # an old checkpoint, removed meanwhile
+                    continue  # an old checkpoint that was removed
                 self._copied[name] = files[name]
         for name in sorted(self._copied.keys() - _files(self._folder).keys(), key=_goes_last, reverse=True):
             self._store.remove(name)
             del self._copied[name]
 
     def _already_there(self, stored: dict[str, Version]) -> dict[str, _Stamp]:
-        """What needs no copying: files of the run as it was resumed that never change. The rest counts as outdated."""
+        """Files that need no copy: those of the resumed run that never change. All others count as outdated."""
         return {
             name: self._at_start[name]
             if name in self._at_start
@@ -112,7 +114,7 @@ class Copying:
 
 @contextmanager
 def kept_copied(config: Storage, folder: Path) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called when the folder has grown. Where no store is named it does nothing."""
+    """Yields a function to call when the run directory has grown. It does nothing where no store is configured."""
     if config.url is None:
         yield lambda: None
         return
@@ -123,17 +125,17 @@ def kept_copied(config: Storage, folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def copied_names(config: Storage) -> set[str]:
-    """Names of the runs that the store has. Raises UserError where it can't be listed."""
+    """Names of the runs in the store. Raises UserError where it can't be listed."""
     if config.url is None:
         return set()
     return {name.partition("/")[0] for name in _listed(Store(config.url, timeout_s=config.timeout_s))}
 
 
 def fetch_if_ahead(config: RunConfig) -> None:
-    """Bring the run's newest copy here where its last checkpoint is newer than what is here, or nothing is here.
+    """Fetch the run's newest copy if its last checkpoint is newer than the local one, or there is no local one.
 
-    What is here of the same run is kept as far as its own last good checkpoint. May be broken off and called again.
-    Raises UserError where another process is at the run.
+    Local files of the same run are kept up to its own last good checkpoint. May be interrupted and called again.
+    Raises UserError where another process holds the run.
     """
     if config.storage.url is None:
         return
@@ -151,18 +153,18 @@ def fetch_if_ahead(config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with RunDir(folder).locked():
         step = _last_step(RunDir(folder)) or 0
-        if step >= last_step:  # by another process, meanwhile
+        if step >= last_step:  # another process has fetched it
             return
         logger.info("fetching %s from %s", folder, store.url)
         started_s = time.monotonic()
-        # Later segments may have the names of those that are fetched, and be others.
+        # Later local segments may have the names of fetched ones and other content.
         drop_segments_after(folder / "traces", step)
         num_files = _fetch(store.below(folder.name), folder)
     logger.info("fetched %d files of %s in %.1f s", num_files, folder, time.monotonic() - started_s)
 
 
 def _fetch(store: Store, folder: Path) -> int:
-    """Every file that is not here, and those that may have changed. Returns how many."""
+    """Fetch missing files and files that may have changed. Returns how many."""
     here = _files(folder) if folder.is_dir() else {}
     stored = store.versions()
     num_fetched = 0
@@ -177,12 +179,12 @@ def _fetch(store: Store, folder: Path) -> int:
 def _listed(store: Store) -> dict[str, Version]:
     try:
         return store.versions()
-    except Exception as error:  # the store's, of whatever kind
+    except Exception as error:  # any error of the store
         raise UserError(f"storage.url: can't list {store.url}: {type(error).__name__}: {error}") from error
 
 
 def _checkpoints_of(store: Store, run: str) -> dict[int, int]:
-    """The last whole checkpoint's step of each copy of a run: of ``run`` under 1, ``run-2`` under 2, ..."""
+    """The step of the last complete checkpoint of each copy of a run: ``run`` under 1, ``run-2`` under 2, ..."""
     steps: dict[int, int] = {}
     for name in _listed(store):
         match = re.fullmatch(rf"([^/]+)/checkpoints/step-(\d+)/{re.escape(_LAST)}", name)
@@ -193,7 +195,7 @@ def _checkpoints_of(store: Store, run: str) -> dict[int, int]:
 
 
 def _number(name: str, run: str) -> int | None:
-    """Which of the runs of one ``run_dir`` a folder is. None for one of another."""
+    """A folder's number among the runs of one ``run_dir``. None for a folder of another run_dir."""
     if name == run:
         return 1
     rest = name.removeprefix(f"{run}-")
@@ -206,12 +208,12 @@ def _last_step(folder: RunDir) -> int | None:
 
 
 def _files(folder: Path) -> dict[str, _Stamp]:
-    """Whole files, by their path from here, but the lock, which is this machine's."""
+    """Complete files by their relative path, without the lock, which belongs to this machine."""
     found: dict[str, _Stamp] = {}
     for path in _walk(folder):
         try:
             stat = path.stat()
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:  # it has been removed
             continue
         found[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return found
@@ -224,5 +226,5 @@ def _walk(folder: Path) -> Iterable[Path]:
 
 
 def _goes_last(name: str) -> tuple[bool, str]:
-    """A checkpoint counts from its manifest on; a summary says that everything else is there."""
+    """A manifest makes a checkpoint count, and a summary says that everything else is there."""
     return (name.endswith((f"/{_LAST}", "summary.json")), name)

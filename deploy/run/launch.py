@@ -1,4 +1,4 @@
-"""A run on Ray, from the command to its summary: who is started_actors, and how the run ends."""
+"""A run on Ray, from the command to its summary: how its actors start, and how it ends."""
 
 import asyncio
 import logging
@@ -20,6 +20,7 @@ from deploy.preflight import Inputs, prepare
 from deploy.reporting.progress import ProgressDisplay
 from deploy.reporting.terminal import make_console, print_summary
 from deploy.run.copies import fetch_if_ahead
+from deploy.run.provenance import write_placement
 from deploy.run.resume import find_resumable, refuse_other_settings
 from deploy.run.run import RunActors, run
 from deploy.supervision.fatal_errors import clear_end
@@ -73,14 +74,18 @@ async def started_actors(
     """The run's actors, started and connected. They are shut down when the block is left."""
     display.note("starting the engines and the learner")
     async with joined(config, actor_classes) as cluster:
-        learner_actor = cluster.spawn_learner()
-        pair = await cluster.start_pair(inputs, folder, name=live_name(folder.path.name))
+        display.note(f"placement: {cluster.plan}")
+        write_placement(folder.path, str(cluster.plan))
+        pair, learner_actor = await cluster.start(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
         await cluster.refuse_unshared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
+        probe_prompts = inputs.prompts.peek(config.sync.num_probe_prompts)
+        noise = await cluster.measure_probe_noise(learner, pair, probe_prompts)
+        display.note(f"student engine and learner differ by {noise.rms:.2g} nats (rms) with the same weights")
         monitor, restarts = HealthMonitor(config.supervision), RestartPolicy(config.supervision, folder)
         workers = cluster.workers(learner_actor, pair)
-        logger.info("process ids: %s", await workers.register())
+        logger.info("process ids: %s", await workers.process_ids())
         supervised = SupervisedLearner(learner, workers=workers, monitor=monitor, restarts=restarts)
         rollouts = SupervisedRollouts(
             pair.rollouts,
@@ -104,7 +109,7 @@ async def _evaluate(resolved: ResolvedConfig) -> EvaluationReport:
     prompts = inputs.held_out.prompts
     with ProgressDisplay(0) as display:
         display.note("starting the engines")
-        async with joined(config) as cluster:
+        async with joined(config, with_learner=False) as cluster:
             pair = await cluster.start_pair(inputs, RunDir(Path(config.run_dir)))
             display.note(f"evaluating {config.models.student} on {len(prompts)} prompts")
             sequences = await pair.rollouts.evaluate(prompts)
@@ -116,7 +121,7 @@ def _describe(engine: EngineFacts) -> str:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end. SIGTERM, as a job's stop sends it, ends the run as Ctrl-C does: actors are ended first."""
+    """Run to the end. SIGTERM, which stops a job, ends the run as Ctrl-C does: the actors are shut down first."""
 
     async def until_stopped() -> T:
         end_in_order_on_sigterm()

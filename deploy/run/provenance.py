@@ -1,4 +1,4 @@
-"""What a run ran on: versions of what it is made of, and the machine. Written at its start and whenever it is resumed.
+"""What a run ran on: package versions and the machine. Written at its start and at each resume.
 
 Names no host, no user and no path. It is the machine of the driver; engines on other nodes may have other GPUs.
 """
@@ -34,8 +34,8 @@ PACKAGES = (
 
 
 def write_versions(folder: Path, *, after_step: int = 0) -> int:
-    """Add a leg to ``versions.json``: the step it begins after, Python, packages, hardware. Returns the number of legs,
-    which is one more than the run has been resumed.
+    """Add an entry to ``versions.json``: the step it starts after, Python, packages, hardware. Returns the number of
+    entries, which is one more than the run has been resumed.
     """
     path = folder / VERSIONS
     legs: list[dict[str, object]] = json.loads(path.read_text())["legs"] if path.exists() else []
@@ -51,8 +51,16 @@ def write_versions(folder: Path, *, after_step: int = 0) -> int:
     return len(legs)
 
 
+def write_placement(folder: Path, placement: str) -> None:
+    """Add to the leg under way how its actors lie on the cluster, and why."""
+    path = folder / VERSIONS
+    legs: list[dict[str, object]] = json.loads(path.read_text())["legs"]
+    legs[-1]["placement"] = placement
+    write_whole(path, json.dumps({"legs": legs}, indent=2) + "\n")
+
+
 def package_versions() -> dict[str, str]:
-    """Those of PACKAGES that are installed."""
+    """The versions of PACKAGES that are installed."""
     found = {}
     for name in PACKAGES:
         try:

@@ -50,6 +50,10 @@ def metrics_of(record: Trained | Evaluated) -> Metrics:
             "train/tokens_per_s": training.num_tokens / training.seconds,
             "sync/seconds": sync.seconds,
             "sync/probe_nats": sync.probe.max_difference,
+            "sync/probe_p99_nats": sync.probe.p99,
+            "sync/probe_rms_nats": sync.probe.rms,
+            "sync/followed": sync.probe.followed,
+            "sync/followed_output_layer": sync.probe.followed_output_layer,
             "sync/weight_version": sync.version,
         }
     return {name: value for name, value in metrics.items() if value is not None}
@@ -93,6 +97,9 @@ def summarise_run(
         "train_s": sum(line["train/seconds"] for line in trained),
         "sync_s": sum(line["sync/seconds"] for line in trained),
         "max_probe_nats": max((line["sync/probe_nats"] for line in trained), default=None),
+        "max_probe_rms_nats": max(
+            (line["sync/probe_rms_nats"] for line in trained if "sync/probe_rms_nats" in line), default=None
+        ),
         "steps": len(trained),
         "sequences": sum(line["rollout/sequences"] for line in trained),
         "tokens": num_tokens,

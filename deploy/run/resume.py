@@ -1,4 +1,4 @@
-"""Which run ``--resume`` goes on with, from where, and what of it has to go first. Knows neither Ray nor engines."""
+"""Which run ``--resume`` continues, from which checkpoint, and what is rewound first. Knows neither Ray nor engines."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -19,32 +19,32 @@ from trainer.sequence_files import read_sequences
 logger = logging.getLogger(__name__)
 
 MAY_DIFFER = ("run_dir", "trainer.num_steps", "placement", "logging", "checkpoints", "storage", "supervision")
-"""Settings, or parts of them, that a resumed run may change. So it may every time-out."""
+"""Settings, or groups of settings, that may differ in a resumed run. Every time-out may differ too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumable:
-    """A run that can be gone on with, and from where."""
+    """A run that can be resumed, and its checkpoint."""
 
     folder: RunDir
     checkpoint: Path
     state: RunState
 
     def finished_summary(self, num_steps: int) -> dict[str, object] | None:
-        """The run's summary if it has made its ``num_steps`` steps already.
+        """The run's summary if it has finished its ``num_steps`` steps.
 
-        Raises UserError where it has made more and has no summary: those steps can't be taken back.
+        Raises UserError where it has made more steps and has no summary: steps can't be undone.
         """
         summary = self.folder.read_summary()
         if summary is None and self.state.step > num_steps:
             raise UserError(
-                f"trainer.num_steps must be >= {self.state.step}, the steps that {self.folder.path} has made, got "
+                f"trainer.num_steps must be >= {self.state.step}, the steps that {self.folder.path} has finished, got "
                 f"{num_steps}"
             )
         return summary if self.state.step >= num_steps else None
 
     def start(self, collected: Callable[[MixedSequence], Collected]) -> Start:
-        """Where the loop begins; ``collected`` gives a sequence from the checkpoint the reference a learner takes."""
+        """Where the loop starts. ``collected`` turns a sequence from the checkpoint into what rollouts yield."""
         if self.state.ahead_seconds is None:
             return Start(step=self.state.step)
         items = [collected(sequence) for sequence in read_sequences(self.checkpoint / AHEAD)]
@@ -61,32 +61,32 @@ def find_resumable(config: RunConfig) -> Resumable:
         resumable = last_resumable(folder)
         if resumable is not None:
             if folder != folders[-1]:
-                logger.warning("%s has no checkpoint; going on with %s", folders[-1].path, folder.path)
+                logger.warning("%s has no checkpoint; resuming %s", folders[-1].path, folder.path)
             return resumable
     looked = f"none of {', '.join(str(folder.path) for folder in folders)} has one" if folders else "no such folder"
     raise UserError(f"run_dir: {config.run_dir!r} has no checkpoint to resume ({looked}); leave --resume out to start")
 
 
 def found_again(found: Resumable, num_steps: int) -> Resumable:
-    """The same run at its last good checkpoint of now: another process may have gone on with it before the caller had
-    its folder's lock.
+    """The same run at its present last good checkpoint: another process may have continued the run before the caller
+    got its lock.
 
-    Raises UserError where that one has finished it, or left no checkpoint.
+    Raises UserError where that process has finished the run, or left no checkpoint.
     """
     if is_last(found.checkpoint):
         return found
     now = last_resumable(found.folder)
     if now is None:
         raise UserError(
-            f"{found.folder.path}: another process has begun this run anew meanwhile; expected its checkpoint"
+            f"{found.folder.path}: another process has restarted this run from the beginning; expected its checkpoint"
         )
     if now.finished_summary(num_steps) is not None:
-        raise UserError(f"{found.folder.path}: another process has finished this run meanwhile")
+        raise UserError(f"{found.folder.path}: another process has finished this run in the meantime")
     return now
 
 
 def refuse_other_settings(folder: RunDir, resolved: ResolvedConfig) -> None:
-    """Raise UserError naming the first setting that differs from the run's own and is not free to."""
+    """Raise UserError naming the first setting that differs from the run's and may not."""
     try:
         stored = dict(config_leaves(read_config(folder.path / "config.yaml").config))
     except UserError as error:
@@ -101,9 +101,9 @@ def refuse_other_settings(folder: RunDir, resolved: ResolvedConfig) -> None:
 
 
 def rewind(resumable: Resumable, resolved: ResolvedConfig) -> None:
-    """Take the run's folder back to the checkpoint, and store the settings it goes on with.
+    """Rewind the run directory to the checkpoint, and store the settings that the run continues with.
 
-    The caller holds the folder's lock. A crash in here leaves a run that can be resumed from the same checkpoint.
+    The caller holds the run's lock. After a crash in here the run can still be resumed from the same checkpoint.
     """
     folder, state = resumable.folder, resumable.state
     folder.remove_summary()
@@ -122,7 +122,7 @@ def last_resumable(folder: RunDir) -> Resumable | None:
 
 
 def rewind_to_beginning(folder: RunDir) -> None:
-    """Take the run's folder back to where no step has been made."""
+    """Rewind the run directory to before the first step."""
     folder.drop_metrics_after(-1)
     drop_segments_after(folder.traces, 0)
     clear_after(folder.checkpoints, 0)

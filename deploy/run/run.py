@@ -226,6 +226,6 @@ def _show(display: ProgressDisplay, record: Trained | Evaluated) -> None:
             rollout_s=record.rollout.seconds,
             train_s=record.training.seconds,
             sync_s=record.sync.seconds,
-            probe=record.sync.probe.max_difference,
+            probe=record.sync.probe.rms,
         )
     )

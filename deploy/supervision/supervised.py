@@ -24,7 +24,7 @@ from deploy.supervision.quarantine import Data, Quarantine
 from deploy.supervision.restarts import RestartPolicy
 from trainer.learner import StepReport
 from trainer.loop import Learner, Rollouts
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeReport
 from trainer.reports import Collected
 
 T = TypeVar("T")
@@ -102,8 +102,11 @@ class SupervisedLearner:
             await self.recover_rollouts(unhealthy)
         self._restarts.step_finished(version)
 
-    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
-        return await self._guarded(self._learner.check_probe(texts, rows))
+    async def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
+        await self._guarded(self._learner.read_probe(texts, rows_of_engines))
+
+    async def check_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeReport:
+        return await self._guarded(self._learner.check_probe(texts, rows_of_engines))
 
     async def save(self, folder: Path) -> None:
         await self._guarded(self._learner.save(folder))

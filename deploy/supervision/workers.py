@@ -6,9 +6,9 @@ its own is lost. A new process holds nothing until it has been started as the fi
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -17,6 +17,8 @@ from ray.exceptions import RayActorError
 from common.errors import RunEnds
 from common.health import Health
 from common.waiting import WaitedTooLong, within
+
+T = TypeVar("T")
 
 _ASK_S = 2.0  # for an answer from a process that may be gone or new
 _ASK_AGAIN_S = 0.2
@@ -29,6 +31,7 @@ class Process:
     name: str
     handle: ActorHandle
     start: Callable[[], Awaitable[Any]] | None = None  # makes a new process ready; None where its constructor does
+    bundle: int | None = None  # of the placement group; processes in one bundle share its GPU
     health_options: dict[str, Any] = field(default_factory=dict)
     pid: int | None = None  # of the process that answered last
 
@@ -65,6 +68,24 @@ class Process:
     async def _ask(self) -> Health:
         health: Health = await self.handle.health.options(**self.health_options).remote()
         return health
+
+
+async def start_in_turn(processes: Sequence[Process], start: Callable[[Process], Awaitable[T]]) -> dict[str, T]:
+    """``start`` all of them and return the answers by name: side by side, but those that share a GPU one after the
+    other, in the order given, because an engine measures what is free as it starts. Raises the first error when all
+    that had begun have ended.
+    """
+    groups: dict[object, list[Process]] = {}
+    for process in processes:
+        groups.setdefault(process.name if process.bundle is None else process.bundle, []).append(process)
+
+    async def one_after_the_other(group: Sequence[Process]) -> dict[str, T]:
+        return {process.name: await start(process) for process in group}
+
+    answers: dict[str, T] = {}
+    for started in await _all(map(one_after_the_other, groups.values())):
+        answers |= started
+    return answers
 
 
 class RunWorkers:
@@ -114,7 +135,7 @@ class RunWorkers:
         if self._students_are_one and any(student.name in unhealthy for student in self.students):
             unhealthy = unhealthy | {student.name for student in self.students}
         self.students_lack_weights |= any(student.name in unhealthy for student in self.students)
-        await _all(self._restart(process) for process in self.rollout_side if process.name in unhealthy)
+        await start_in_turn([process for process in self.rollout_side if process.name in unhealthy], self._restart)
         if self.controller.name not in unhealthy and self.controller.start is not None:
             await self.controller.start()
         healthy = [engine for engine in (*self.students, *self.teachers) if engine.name not in unhealthy]
@@ -123,7 +144,7 @@ class RunWorkers:
 
     async def restart_learner(self) -> None:
         if self._students_are_one:
-            await _all(map(self._restart, self.students))
+            await start_in_turn(self.students, self._restart)
         await _all(map(self._replace, self.ranks))
         await self._start_learner()
 
@@ -146,8 +167,11 @@ class RunWorkers:
             raise
 
 
-async def _all(calls: Any) -> None:
+async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
     """Wait for every one of them, then raise the first error."""
+    answers: list[T] = []
     for answer in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(answer, BaseException):
             raise answer
+        answers.append(answer)
+    return answers

@@ -12,8 +12,10 @@ import numpy as np
 
 from common.config import EngineSettings
 from common.sequence import FinishReason, Floats, Ids, TopLogprobs
-from common.weights import WeightUpdate, WeightVersion
+from common.weights import SyncBackend, WeightUpdate, WeightVersion
 
+MAX_EXCLUDED = 1024
+"""Tokens that a request can exclude: as many as vLLM's Model Runner V2 has room for. More of them end its engine."""
 _SIGN_OF_LIFE = 256
 """Tokens after which a text that is wanted whole shows that it grows."""
 
@@ -33,7 +35,7 @@ class WriteRequest:
     seed: int
     chunk_tokens: int  # hand over about this many tokens at a time; where exactly to cut is the engine's
     stop_token_ids: tuple[int, ...] = ()  # end after one of these, besides the model's own end-of-sequence token
-    excluded_token_ids: tuple[int, ...] = ()  # never write these
+    excluded_token_ids: tuple[int, ...] = ()  # never write these; at most MAX_EXCLUDED
     sequence_id: str | None = None  # whose text this is; calls of one sequence find their prefix in one replica
     # After so many tokens hand over what is there, and write no more until the reader says how far. Changes no token.
     pause_after: int | None = None
@@ -42,6 +44,7 @@ class WriteRequest:
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1, self.max_tokens
         assert self.chunk_tokens >= 1, self.chunk_tokens
+        assert len(self.excluded_token_ids) <= MAX_EXCLUDED, len(self.excluded_token_ids)
         assert self.pause_after is None or self.pause_after >= 1, self.pause_after
         assert not (self.ignore_eos and self.stop_token_ids), "a text that no token ends has no stop tokens"
 
@@ -104,7 +107,7 @@ class EngineSpec:
     settings: EngineSettings
     top_logprobs: int
     trust_remote_code: bool = False
-    weight_transfer_backend: str | None = None  # None for an engine whose weights never change
+    weight_transfer_backend: SyncBackend | None = None  # None for an engine whose weights never change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

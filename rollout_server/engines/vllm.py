@@ -1,15 +1,13 @@
 """The real engine: vLLM's AsyncLLM behind the Engine protocol. The only module that runs vLLM.
 
-Owns what vLLM must be started with so that its answers mean what the protocol says (raw log-probs, enough of them, no
-detokenisation), and the conversion of its rows to numpy. Knows nothing of Ray, roles or policies.
-
-n = tokens, k = length of a top list. A flat row of vLLM holds k + 1 entries: the token itself, then the k best.
+Owns the requests; ``vllm_args`` decides what vLLM is started with, and ``rows`` turns its log-probs into arrays. Knows
+nothing of Ray, roles or policies.
 """
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from itertools import count
 from typing import Self
@@ -17,20 +15,18 @@ from typing import Self
 import numpy as np
 import torch
 from vllm import SamplingParams
-from vllm.config import WeightTransferConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
 from vllm.inputs import TokensPrompt
-from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
 
 from common.cores import children_on_cores
 from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
 from rollout_server.engines.protocol import (
+    EngineCallError,
     EngineFacts,
     EngineSpec,
     GoOn,
@@ -42,10 +38,14 @@ from rollout_server.engines.protocol import (
     write_whole,
 )
 from rollout_server.engines.room import CacheRoom
-from rollout_server.engines.vllm_plugin.weight_transfer import apply_update, init_transfer
+from rollout_server.engines.rows import own_logprobs, prompt_rows, top_rows
+from rollout_server.engines.vllm_args import Hardware, engine_config, engine_environment
+from rollout_server.engines.vllm_plugin.weight_transfer import WeightsLost, apply_update, init_transfer
 
-_CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
-_CPU_CACHE_GIB = 1.0
+_SESSION, _INTERRUPTIBLE = 0, 1
+"""Priorities. Where the cache is full, vLLM takes blocks from a request of the highest number. Not from a session: its
+asynchronous scheduler drops one, and its text, that it interrupts while the last step of a turn is in flight."""
+
 _NEVER = -100.0  # the logit bias vLLM allows that comes closest to minus infinity
 
 
@@ -57,19 +57,23 @@ class VLLMEngine:
         self._top_logprobs = top_logprobs
         cache = llm.vllm_config.cache_config
         self._block_tokens = int(cache.block_size)
-        self._room = CacheRoom(int(cache.num_gpu_blocks) * self._block_tokens)
+        self._room = CacheRoom((int(cache.num_gpu_blocks) - 1) * self._block_tokens)  # vLLM keeps one block empty
         self._request_numbers = count()
+        self._weights_lost: str | None = None
         self.weight_version = 0
 
     @classmethod
     def start(cls, spec: EngineSpec) -> Self:
         """Load the model and start vLLM's processes. Must run inside a running event loop.
 
-        Raises what vLLM raises when the model can't be loaded or the memory does not suffice.
+        Raises UserError for settings that vLLM refuses, and what vLLM raises when the model can't be loaded or the
+        memory does not suffice.
         """
-        args = _engine_args(spec)
-        with _process_environment(spec):
-            llm = AsyncLLM.from_engine_args(args)
+        hardware = Hardware.detect()
+        config = engine_config(spec, hardware)
+        environment = engine_environment(spec, hardware, dtype=_name_of(config.model_config.dtype))
+        with _processes_with(environment, spec.settings.cpu_cores or os.sched_getaffinity(0)):
+            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         vocabulary = llm.model_config.get_vocab_size()
         assert llm.model_config.logprobs_mode == "raw_logprobs", llm.model_config.logprobs_mode
         return cls(llm, min(spec.top_logprobs, vocabulary))
@@ -79,7 +83,7 @@ class VLLMEngine:
         """What was chosen where the settings left a choice."""
         model = self._llm.model_config
         return EngineFacts(
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=_name_of(model.dtype),
             max_model_len=int(model.max_model_len),
             top_logprobs=self._top_logprobs,
         )
@@ -91,8 +95,8 @@ class VLLMEngine:
 
     @property
     def failure(self) -> str | None:
-        """Why it can't go on: vLLM's own process is gone."""
-        return "vLLM's engine process is dead" if self._llm.errored else None
+        """Why it must be restarted: vLLM's own process is gone, or an update left it without weights."""
+        return self._weights_lost or ("vLLM's engine process is dead" if self._llm.errored else None)
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         """See the protocol. Pieces end where the whole text's length is a multiple of ``chunk_tokens``.
@@ -112,7 +116,7 @@ class VLLMEngine:
         params = self._write_params(request, RequestOutputKind.DELTA)
         held: list[Written] = []
         num_wanted = request.chunk_tokens - request.prefix.size % request.chunk_tokens
-        async with aclosing(self._llm.generate(_prompt(request.prefix), params, self._request_id())) as outputs:
+        async with self._outputs(_prompt(request.prefix), params) as outputs:
             async for output in outputs:
                 held.append(self._written(output.outputs[0]))
                 num_held = sum(map(len, held))
@@ -144,7 +148,7 @@ class VLLMEngine:
 
         params = self._write_params(request, RequestOutputKind.DELTA)
         prompt, num_written, pause_after = request.prefix, 0, request.pause_after
-        async with aclosing(self._llm.generate(inputs(), params, self._request_id())) as outputs:
+        async with self._outputs(inputs(), params, priority=_SESSION) as outputs:
             while True:
                 end = min(pause_after or request.max_tokens, request.max_tokens)
                 turns.put_nowait(turn(prompt, end - num_written))
@@ -164,33 +168,77 @@ class VLLMEngine:
         return await write_whole(self, request)
 
     async def score(self, request: ScoreRequest) -> TopLogprobs:
-        """See the protocol. Reads the prefix cache; asks again without it when a needed row was served from there.
-
-        vLLM returns whatever lies in memory for the rows of cached tokens: the row of position j needs the state of
-        token j - 1, so it is valid only where fewer than j tokens were cached.
-        """
+        """See the protocol. Reads the prefix cache; asks again without it when a needed row was served from there."""
         output = await self._read(request, skip_cache=False)
-        if request.num_rows > 1 and (output.num_cached_tokens or 0) >= request.start:
-            output = await self._read(request, skip_cache=True)
-        next_row = _rows(output.outputs[0].logprobs, 0, 1, self._top_logprobs)
         if request.num_rows == 1:
-            return next_row
-        read = _rows(output.prompt_logprobs, request.start, request.token_ids.size, self._top_logprobs)
-        return TopLogprobs.concatenate([read, next_row])
+            return self._next_row(output)
+        rows = self._prompt_rows(output, request)
+        if rows is None:
+            output = await self._read(request, skip_cache=True)
+            rows = self._prompt_rows(output, request)
+        if rows is None:
+            raise RuntimeError(
+                f"vLLM read a text of {request.token_ids.size} tokens without its cache and returned "
+                f"{len(output.prompt_logprobs)} rows; expected each token's own from {request.start} on"
+            )
+        return TopLogprobs.concatenate([rows, self._next_row(output)])
+
+    def _prompt_rows(self, output: RequestOutput, request: ScoreRequest) -> TopLogprobs | None:
+        num_cached = output.num_cached_tokens or 0
+        return prompt_rows(
+            output.prompt_logprobs, request.token_ids, request.start, self._top_logprobs, num_cached=num_cached
+        )
+
+    def _next_row(self, output: RequestOutput) -> TopLogprobs:
+        """Of the token to come: every request samples one."""
+        return top_rows(output.outputs[0].logprobs, 0, 1, self._top_logprobs)
 
     async def init_weight_transfer(self, transfer_info: Mapping[str, object]) -> None:
         """Open this engine's end of the weight transfer, once, before the first update."""
         await init_transfer(self._llm, transfer_info)
 
     async def load_weights(self, update: WeightUpdate) -> None:
-        """See the protocol. Streams with pauses end before: vLLM can't take the old weights' cache from them."""
+        """See the protocol. Streams with pauses end before: vLLM can't take the old weights' cache from them.
+
+        Raises UpdateRefused where the engine goes on under the weights it had. After WeightsLost it is of no use: every
+        call under way and every later one raises EngineCallError, and ``failure`` says why.
+        """
         async with self._room.hold_all():
-            await apply_update(self._llm, update)
+            self._check_weights()
+            try:
+                await apply_update(self._llm, update)
+            except WeightsLost as lost:
+                self._weights_lost = str(lost)
+                self._llm.output_processor.propagate_error(lost)
+                raise
             self.weight_version = update.version
 
     def shutdown(self) -> None:
         """End vLLM's processes."""
         self._llm.shutdown()
+
+    @asynccontextmanager
+    async def _outputs(
+        self,
+        prompt: TokensPrompt | AsyncGenerator[StreamingInput, None],
+        params: SamplingParams,
+        *,
+        priority: int = _INTERRUPTIBLE,
+    ) -> AsyncGenerator[AsyncGenerator[RequestOutput, None], None]:
+        """What vLLM answers to a request, which ends when the block is left."""
+        self._check_weights()
+        answers = self._llm.generate(prompt, params, str(next(self._request_numbers)), priority=priority)
+        try:
+            async with aclosing(answers) as outputs:
+                yield outputs
+        except EngineGenerateError as error:
+            if self._weights_lost is not None:
+                raise EngineCallError(self._weights_lost) from error
+            raise
+
+    def _check_weights(self) -> None:
+        if self._weights_lost is not None:
+            raise EngineCallError(self._weights_lost)
 
     async def _read(self, request: ScoreRequest, *, skip_cache: bool) -> RequestOutput:
         params = SamplingParams(
@@ -203,7 +251,7 @@ class VLLMEngine:
             skip_reading_prefix_cache=skip_cache,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        async with aclosing(self._llm.generate(_prompt(request.token_ids), params, self._request_id())) as outputs:
+        async with self._outputs(_prompt(request.token_ids), params) as outputs:
             async for output in outputs:
                 return output  # FINAL_ONLY: the first is the last
         raise RuntimeError("vLLM ended a score request without an output")
@@ -225,92 +273,31 @@ class VLLMEngine:
         )
 
     def _written(self, output: CompletionOutput) -> Written:
-        num_tokens = len(output.token_ids)
-        own_entries = output.logprobs.start_indices
         assert output.finish_reason in (None, "stop", "length"), f"vLLM ended a request with {output.finish_reason}"
         return Written(
             token_ids=np.asarray(output.token_ids, np.int32),
-            logprobs=np.asarray(output.logprobs.logprobs, np.float32)[own_entries],
-            top=_rows(output.logprobs, 0, num_tokens, self._top_logprobs),
+            logprobs=own_logprobs(output.logprobs),
+            top=top_rows(output.logprobs, 0, len(output.token_ids), self._top_logprobs),
             weight_version=self.weight_version,
             finish_reason=output.finish_reason,
         )
 
-    def _request_id(self) -> str:
-        return str(next(self._request_numbers))
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _prompt(token_ids: Ids) -> TokensPrompt:
     return TokensPrompt(prompt_token_ids=token_ids.tolist())
 
 
-def _rows(flat: FlatLogprobs, first: int, end: int, k: int) -> TopLogprobs:
-    """Rows first..end-1 of vLLM's flat lists, without each row's leading own entry.
-
-    Where vLLM merged deltas that nobody had taken yet, it drops the second entry of an own token among the k best; such
-    a row is one entry short and out of order at its head.
-    """
-    starts, ends = np.asarray(flat.start_indices[first:end]), np.asarray(flat.end_indices[first:end])
-    lengths, wanted = ends - starts, slice(starts[0], ends[-1])
-    token_ids, logprobs = np.asarray(flat.token_ids[wanted], np.int32), np.asarray(flat.logprobs[wanted], np.float32)
-    entries = (starts - starts[0] + (lengths == k + 1))[:, None] + np.arange(k)
-    top_ids, top_logprobs = token_ids[entries], logprobs[entries]
-    if (lengths == k).any():
-        order = np.argsort(-top_logprobs, axis=1, kind="stable")
-        top_ids, top_logprobs = np.take_along_axis(top_ids, order, 1), np.take_along_axis(top_logprobs, order, 1)
-    return TopLogprobs(top_ids, top_logprobs)
-
-
-def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
-    settings = spec.settings
-    args = AsyncEngineArgs(
-        model=spec.model,
-        trust_remote_code=spec.trust_remote_code,
-        load_format="safetensors",  # by itself vLLM takes pickled weights where there are no others
-        dtype=settings.dtype if settings.dtype != "auto" else _best_dtype(),
-        tensor_parallel_size=settings.tensor_parallel_size,
-        # Its own processes on the actor's GPUs. Left to itself vLLM sees Ray's placement group and asks it for more.
-        distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else None,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=settings.enforce_eager,
-        enable_prefix_caching=True,
-        max_logprobs=-1,  # no limit: k is ours to choose
-        logprobs_mode="raw_logprobs",
-        disable_log_stats=True,
-    )
-    if spec.weight_transfer_backend is not None:
-        args.weight_transfer_config = WeightTransferConfig(backend=spec.weight_transfer_backend)
-    if current_platform.is_cpu():
-        args.kv_cache_memory_bytes = int((settings.kv_cache_gib or _CPU_CACHE_GIB) * 2**30)
-        args.block_size = _CPU_BLOCK_TOKENS
-        # A seeded request whose prompt is prefilled in pieces ends the CPU engine, so prompts go in whole.
-        args.enable_chunked_prefill = False
-        args.max_num_batched_tokens = max(8192, args.create_model_config().max_model_len)
-    return args
-
-
-def _best_dtype() -> str:
-    """bfloat16 wherever the hardware computes in it, else float32, which is far faster there."""
-    if current_platform.is_cpu() and not torch.cpu._is_avx512_bf16_supported():
-        return "float32"
-    return "bfloat16"
-
-
 @contextmanager
-def _process_environment(spec: EngineSpec) -> Iterator[None]:
+def _processes_with(environment: Mapping[str, str], cores: Iterable[int]) -> Iterator[None]:
     """What vLLM's own processes take over at their start: the environment, and the cores they may run on. Put back
     afterwards.
-
-    Their titles tell whose they are: ``student::EngineCore``, ``teacher::Worker``.
     """
-    wanted = {"VLLM_PROCESS_NAME_PREFIX": spec.name}
-    if current_platform.is_cpu():
-        wanted |= {"OMP_NUM_THREADS": str(spec.settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    cores = spec.settings.cpu_cores or os.sched_getaffinity(0)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         with children_on_cores(cores):
             yield

@@ -1,4 +1,4 @@
-"""The inspector's app: routes, errors, page, health and metrics put together."""
+"""The inspector's app: routes, errors, page, health and metrics."""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -20,9 +20,9 @@ _PAGE = Path(__file__).parent / "page"
 def create_app(
     runs_dir: Path, *, hosts: Collection[str], token: str | None = None, live_rollouts: live.LiveRollouts | None = None
 ) -> FastAPI:
-    """The app over the runs in a folder, callable under ``hosts``, guarded by ``token`` where there is one.
+    """The app over the runs in a folder. It answers to the names ``hosts`` and, where there is one, asks for ``token``.
 
-    With ``live_rollouts`` prompts can be tried on runs that are being trained.
+    With ``live_rollouts`` prompts can be tried on runs in training.
     """
 
     @asynccontextmanager
@@ -86,7 +86,7 @@ def _add_metrics(app: FastAPI) -> None:
     )
     seconds = Histogram("adaswitch_inspector_request_seconds", "Until the answer began", ["path"], registry=registry)
     skipped = Gauge(
-        "adaswitch_inspector_skipped_segments", "Unreadable segments of the runs looked at", registry=registry
+        "adaswitch_inspector_skipped_segments", "Unreadable segments of the runs that were opened", registry=registry
     )
     store: RunStore = app.state.store
     skipped.set_function(lambda: sum(len(index.skipped) for _, index in store.opened()))

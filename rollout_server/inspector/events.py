@@ -1,4 +1,4 @@
-"""A run while it is written: server-sent events for new steps; and its tables as files."""
+"""Server-sent events for a run's new steps, and its tables as files."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ from rollout_server.traces.index import QueryTimeout
 router = APIRouter(prefix="/api/v1")
 
 _LOOK_EVERY_S = 1.0
-_SAY_SOMETHING_EVERY = 15  # looks without news
+_KEEP_ALIVE_EVERY = 15  # polls without news
 _MAX_STREAMS = 16
 _EVENT_SCHEMA = {
     "type": "object",
@@ -42,7 +42,7 @@ async def follow_run(
     request: Request,
     max_seconds: Annotated[float, Query(gt=0, le=3600, description="The stream ends after this long.")] = 3600.0,
 ) -> StreamingResponse:
-    """An event ``steps`` for what the trace holds now, and another whenever segments were added or replaced."""
+    """An event ``steps`` for the present trace, and another one whenever segments were added or replaced."""
     await run_in_threadpool(store.index, run, QUERY_TIMEOUT_S)  # a 404 before the stream begins
     if request.app.state.num_streams >= _MAX_STREAMS:
         raise ProblemError(503, "too-many-streams", f"at most {_MAX_STREAMS} event streams at once")
@@ -50,7 +50,7 @@ async def follow_run(
 
 
 async def _events(request: Request, store: RunStore, run: str, max_seconds: float) -> AsyncIterator[str]:
-    """Consumes the trace's changes, produces events, waits a second between looks; stops when the client is gone."""
+    """Consumes the trace's changes, produces events, waits a second between polls; stops when the client is gone."""
     request.app.state.num_streams += 1
     try:
         generation, quiet = -1, 0
@@ -59,12 +59,12 @@ async def _events(request: Request, store: RunStore, run: str, max_seconds: floa
             try:
                 index = await run_in_threadpool(store.index, run, QUERY_TIMEOUT_S)
             except (QueryTimeout, ProblemError):
-                return  # the run is gone or too slow; the client comes again
+                return  # the run is gone or too slow; the client reconnects
             if index.generation != generation:
                 event = await run_in_threadpool(_step_event, store, run, generation)
                 generation, quiet = index.generation, 0
                 yield f"id: {generation}\nevent: steps\ndata: {event.model_dump_json()}\n\n"
-            elif (quiet := quiet + 1) % _SAY_SOMETHING_EVERY == 0:
+            elif (quiet := quiet + 1) % _KEEP_ALIVE_EVERY == 0:
                 yield ": waiting\n\n"
             left_s = end - asyncio.get_running_loop().time()
             if left_s <= 0 or await request.is_disconnected():
@@ -111,7 +111,9 @@ def download(
         raise ProblemError(422, "no-step", "step must be given for table tokens")
     if table == "sequences":
         pieces = files.sequences_file(index, where, format, QUERY_TIMEOUT_S)
-        content = chain([next(pieces)], pieces)  # the first one now: a problem document while there is still a choice
+        content = chain(
+            [next(pieces)], pieces
+        )  # fetch the first one now, while an error can still become a problem document
     else:
         tokens = files.tokens_file(index, step or 0, format)
         if tokens is None:

@@ -1,7 +1,7 @@
-"""Who may ask, and how much they may send. Knows nothing of what is asked.
+"""Access control: who may send requests, and how large they may be. Knows nothing of their content.
 
-One ASGI layer around everything: the Host header (against DNS rebinding), the bearer token, the size of the body, and
-the headers that keep a browser from running or framing anything that is not ours. No cross-origin answers: no CORS.
+One ASGI layer around everything checks the Host header (against DNS rebinding), the bearer token and the size of the
+body, and sets the headers that keep a browser from running or framing foreign content. There is no CORS.
 """
 
 import hmac
@@ -28,7 +28,7 @@ _HEADERS = {
 
 
 class Guard:
-    """``hosts``: names under which this service may be called. ``token``: None lets everybody in."""
+    """``hosts``: names that this service answers to. ``token``: None accepts every client."""
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], token: str | None) -> None:
         self._app = app
@@ -79,7 +79,7 @@ def _host_name(header: str) -> str | None:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body; None when it is too long."""
+    """The complete body, or None when it is too long."""
     body = bytearray()
     while True:
         message = await receive()

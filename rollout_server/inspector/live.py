@@ -1,6 +1,6 @@
-"""Live: one prompt through the controller of a run that is being trained, its decisions streamed as they are made.
+"""Live: one prompt through the controller of a run in training, with its decisions streamed as they are made.
 
-The inspector knows neither Ray nor engines: whoever starts it attached hands in ``LiveRollouts``.
+The inspector knows neither Ray nor engines: the caller that attaches it passes ``LiveRollouts``.
 """
 
 import asyncio
@@ -31,12 +31,12 @@ from rollout_server.inspector.tokens import moving_averages, shown_token
 router = APIRouter(prefix="/api/v1")
 
 MAX_STREAMS = 8
-_LOOK_EVERY_S = 0.25  # whether the client is still there
-_SAY_SOMETHING_EVERY = 40  # looks without news
+_POLL_EVERY_S = 0.25  # whether the client is still connected
+_KEEP_ALIVE_EVERY = 40  # polls without news
 
 
 class RunNotLive(Exception):
-    """No such run is being trained on the cluster. Holds those that are."""
+    """No such run is in training on the cluster. ``runs`` are those that are."""
 
     def __init__(self, runs: list[str]) -> None:
         super().__init__(runs)
@@ -44,18 +44,18 @@ class RunNotLive(Exception):
 
 
 class SeveralRunsLive(RunNotLive):
-    """More than one run fits."""
+    """More than one run matches."""
 
 
 class LiveRollouts(Protocol):
-    """The runs of a cluster while they are trained."""
+    """The runs in training on a cluster."""
 
     async def runs(self) -> list[str]:
-        """Names of the live runs, one for each."""
+        """The names of the live runs, one for each run."""
         ...
 
     def generate(self, run: str | None, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
-        """Yield a LiveStart, LiveTokens, a LiveEnd. Closing it ends the writing in the run's engines.
+        """Yield a LiveStart, LiveTokens, a LiveEnd. Closing it cancels the requests in the run's engines.
 
         ``run`` may be None where one run is live. Raises RunNotLive, SeveralRunsLive or LiveRefusal before the first
         piece, LiveFailure after.
@@ -100,16 +100,16 @@ async def generate(
     live: Annotated[LiveRollouts, Depends(_attached)],
     request: Request,
 ) -> StreamingResponse:
-    """Write one sequence under any policy with a live run's engines, and stream what is decided for every token.
+    """Generate one sequence under any policy with a live run's engines, and stream the decision on every token.
 
-    It runs beside the training and is no part of it. When the client goes away the engines stop.
+    It runs beside the training and is not part of it. When the client disconnects, the engines stop.
     """
     if request.app.state.num_live >= MAX_STREAMS:
         raise ProblemError(429, "too-many-streams", f"at most {MAX_STREAMS} at once", headers={"Retry-After": "5"})
     request.app.state.num_live += 1
     pieces = live.generate(wanted.run, _live_request(wanted))
     try:
-        # What can't be written is refused with a status; after the first piece only an event can say so.
+        # Before the first piece a refusal has a status; after it only an event can report an error.
         first = await anext(pieces)
         assert isinstance(first, LiveStart), first
     except BaseException as error:
@@ -126,7 +126,7 @@ def _live_request(wanted: models.GenerateRequest) -> LiveRequest:
 
 
 def _problem(error: BaseException) -> BaseException:
-    """What a client is told of an error before the first piece."""
+    """An error before the first piece, as the client gets it."""
     match error:
         case SeveralRunsLive():
             return ProblemError(409, "several-runs", "several runs are live; name one as run", errors=error.runs)
@@ -166,17 +166,17 @@ async def _events(request: Request, start: LiveStart, pieces: AsyncGenerator[Liv
 async def _while_connected(
     request: Request, pieces: AsyncGenerator[LivePiece, None]
 ) -> AsyncGenerator[LivePiece | None, None]:
-    """The pieces, and None now and then while none comes. Ends early when the client has gone."""
+    """The pieces, and None from time to time while none comes. Ends early when the client disconnects."""
     quiet = 0
     waiting = asyncio.ensure_future(anext(pieces, None))
     try:
         while True:
-            await asyncio.wait({waiting}, timeout=_LOOK_EVERY_S)
+            await asyncio.wait({waiting}, timeout=_POLL_EVERY_S)
             if await request.is_disconnected():
                 return
             if not waiting.done():
                 quiet += 1
-                if quiet % _SAY_SOMETHING_EVERY == 0:
+                if quiet % _KEEP_ALIVE_EVERY == 0:
                     yield None
                 continue
             piece = waiting.result()

@@ -1,4 +1,4 @@
-"""What is asked of a live run and what it answers, piece by piece. Plain values, so that asking needs no torch."""
+"""A request to a live run and the pieces of its answer. Plain values, so that a client needs no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,21 +11,21 @@ RefusalKind = Literal["invalid", "busy"]
 
 
 class LiveRefusal(Exception):
-    """The run does not write this: the request can't be used, or too many are being written already."""
+    """The run refuses the request: it can't be used, or too many are running already."""
 
     def __init__(self, kind: RefusalKind, detail: str) -> None:
-        super().__init__(kind, detail)  # both, for an exception travels as its arguments
+        super().__init__(kind, detail)  # both, because an exception is pickled as its arguments
         self.kind = kind
         self.detail = detail
 
 
 class LiveFailure(Exception):
-    """The run began to write and could not go on. One line."""
+    """Generation started and then failed. One line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveRequest:
-    """One prompt. None: as the run has it."""
+    """One prompt. None means the run's own setting."""
 
     prompt: str | tuple[int, ...]  # text, or token ids
     as_chat: bool | None = None  # text is a user's message, put into the chat template
@@ -38,7 +38,7 @@ class LiveRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveStart:
-    """First of all: what is going to be written."""
+    """The first piece: what is about to be generated."""
 
     policy: Policy
     prompt_text: str
@@ -54,12 +54,12 @@ class LiveTokens:
     """Tokens that were decided since the last piece, as a trace would hold them."""
 
     tokens: list[TokenRecord]
-    texts: dict[int, str]  # of the alternatives that no piece named before
+    texts: dict[int, str]  # of the alternatives that no earlier piece has named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveEnd:
-    """Last of all."""
+    """The last piece."""
 
     completion_text: str
     finish_reason: FinishReason
@@ -69,7 +69,7 @@ class LiveEnd:
     num_wasted_tokens: int
     mean_divergence: float | None  # nats, where the student proposed
     weight_version_min: int | None
-    weight_version_max: int | None  # larger than the smallest where a weight sync came in between
+    weight_version_max: int | None  # larger than weight_version_min if a weight sync happened meanwhile
     seconds: float
 
 

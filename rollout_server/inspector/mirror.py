@@ -1,6 +1,6 @@
-"""Runs in a store, mirrored into a folder of this machine that the inspector can read.
+"""Mirrors the runs in a store into a local folder that the inspector can read.
 
-Only what it shows: a run's small files and its trace. A segment appears at once and whole, as a run writes it.
+It fetches only what the inspector shows: a run's small files and its trace. A segment appears complete, by a rename.
 """
 
 import logging
@@ -25,14 +25,14 @@ _TIMEOUT_S = 120.0  # for one file, or the list of all
 
 @contextmanager
 def mirrored(url: str) -> Iterator[Path]:
-    """A folder with the store's runs, as they are now and as they go on. Gone with the context.
+    """A folder with the store's runs, kept up to date. It is deleted when the context is left.
 
     Raises UserError where the store can't be listed.
     """
     store = Store(url, timeout_s=_TIMEOUT_S, key="RUNS_DIR")
     try:
         store.versions()
-    except Exception as error:  # the store's, of whatever kind
+    except Exception as error:  # any error of the store
         raise UserError(f"RUNS_DIR: can't list {url}: {type(error).__name__}: {error}") from error
     with tempfile.TemporaryDirectory(prefix="adaswitch-runs-") as name:
         mirror, ended = Mirror(store, Path(name)), Event()
@@ -46,17 +46,17 @@ def mirrored(url: str) -> Iterator[Path]:
 
 
 def _keep_up(mirror: "Mirror", ended: Event) -> None:
-    """Consumes the store's listings; produces files; waits some seconds between looks; stops when ``ended`` is set."""
+    """Consumes the store's listings; produces files; waits some seconds between polls; stops when ``ended`` is set."""
     while not ended.is_set():
         try:
             mirror.refresh()
-        except Exception as error:  # what is here is served until the store can be read again
+        except Exception as error:  # the present files are served until the store can be read again
             logger.warning("the runs of %s can't be brought up to date: %s", mirror.url, error)
         ended.wait(_EVERY_S)
 
 
 class Mirror:
-    """What of a store is in a folder. Not for several threads."""
+    """The part of a store that is in a folder. Not thread-safe."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
@@ -68,7 +68,7 @@ class Mirror:
         return self._store.url
 
     def refresh(self) -> None:
-        """Fetch what is new or another one; drop what is gone."""
+        """Fetch what is new or has changed, and drop what is gone."""
         wanted = self._wanted()
         for name in [name for name in self._here if name not in wanted]:
             self._drop(name)
@@ -78,7 +78,7 @@ class Mirror:
                 self._here[name] = marks
 
     def _wanted(self) -> dict[str, tuple[str, ...]]:
-        """The store's small files and whole segments, with their marks."""
+        """The store's small files and complete segments, with their marks."""
         marks: dict[str, tuple[str, ...]] = {}
         segments: dict[str, dict[str, str]] = {}
         for name, version in self._store.versions().items():
@@ -106,7 +106,7 @@ class Mirror:
         unfinished.rename(place)
 
     def _drop(self, name: str) -> None:
-        """Out of sight at once."""
+        """By a rename first, so that it disappears at once."""
         place = self._folder / name
         if place.is_dir():
             dropped = place.with_name(f".{place.name}.dropped")

@@ -1,4 +1,4 @@
-"""Errors as problem documents (RFC 9457). Knows how they read, not when they arise."""
+"""Errors as problem documents (RFC 9457). Knows their form, not when they occur."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -39,7 +39,7 @@ class ProblemError(Exception):
 def problem_document(
     status: int, detail: str, *, kind: str | None = None, errors: Sequence[str] | None = None
 ) -> Problem:
-    """Without a kind the status says it all."""
+    """Without a kind the status is the whole message."""
     return Problem(
         type=_PREFIX + kind if kind else "about:blank",
         title=HTTPStatus(status).phrase,
@@ -72,7 +72,7 @@ def answers(*statuses: int) -> dict[int | str, dict[str, object]]:
 
 
 def add_to_document(app: FastAPI) -> None:
-    """Put the schema that ``answers`` refers to into the OpenAPI document; FastAPI lists what routes return alone."""
+    """Add the schema that ``answers`` refers to to the OpenAPI document; FastAPI lists only what routes return."""
     make_document = app.openapi
 
     def openapi() -> dict[str, Any]:

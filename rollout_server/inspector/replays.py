@@ -1,4 +1,4 @@
-"""Replay: where would another policy have switched? The policies judge; here is counted and told."""
+"""Replay: where would another policy have switched? The policies decide; this module counts and reports."""
 
 from collections import Counter
 
@@ -32,19 +32,19 @@ def replay_run(run: RunName, request: models.ReplayRequest, store: Store) -> mod
 
 
 def _check_recording(policy: Policy, files: RunFiles) -> None:
-    """Refuse what the recording can't answer."""
+    """Refuse a policy that the recorded values can't answer for."""
     if isinstance(policy, AdaSwitch | Decay):
         wanted = divergence_of(policy)
         recorded = divergence_of(files.policy) if files.policy else None
         if recorded != wanted:
-            known = f"{recorded.model_dump()}" if recorded else "not known, for config.yaml can't be read"
+            known = f"{recorded.model_dump()}" if recorded else "not known, because config.yaml can't be read"
             raise ProblemError(
                 409,
                 "divergence-mismatch",
                 f"policy {policy.type} needs {wanted.model_dump()}; what was recorded is {known}",
             )
     if isinstance(policy, SKD | Relay) and (files.top_logprobs is None or policy.top_k > files.top_logprobs):
-        length = files.top_logprobs or "not known, for config.yaml can't be read"
+        length = files.top_logprobs or "not known, because config.yaml can't be read"
         raise ProblemError(
             409,
             "list-too-short",

@@ -1,7 +1,7 @@
-"""Runs on disk: which there are, what their folders say, and an index of each one's trace.
+"""Runs on disk: their names, the files in their directories, and an index of each trace.
 
-A run's name is looked up in the listing of the runs' folder and never put into a path by itself, so ``..`` or a name
-with a slash is simply a run that does not exist.
+A run's name is looked up in the listing of the folder of runs and never joined to a path directly, so ``..`` or a name
+with a slash is a run that does not exist.
 """
 
 import json
@@ -30,7 +30,7 @@ _POLICY: TypeAdapter[Policy] = TypeAdapter(Policy)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What a run's folder says besides its trace. What can't be read is None or left out, and in ``problems``."""
+    """A run's files besides its trace. What can't be read is None or left out, and listed in ``problems``."""
 
     policy: Policy | None
     top_logprobs: int | None  # length of the recorded teacher's lists
@@ -53,7 +53,7 @@ class _Cached:
 
 @dataclass(slots=True)
 class RunStore:
-    """The runs in one folder. May be used by several threads."""
+    """The runs in one folder. Thread-safe."""
 
     folder: Path
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,18 +86,18 @@ class RunStore:
                 index = self._indexes[name] = TraceIndex(path / TRACES)
             self._indexes.move_to_end(name)
             if len(self._indexes) > _MAX_OPEN_INDEXES:
-                # Not closed by hand: a request may still be at it. It goes when the last of them lets go.
+                # Not closed here: a request may still use it. It is freed with the last reference.
                 self._indexes.popitem(last=False)
         index.refresh(timeout_s)
         return index
 
     def opened(self) -> list[tuple[str, TraceIndex]]:
-        """Runs that were asked about lately, and their indexes."""
+        """Recently used runs, and their indexes."""
         with self._lock:
             return list(self._indexes.items())
 
     def files(self, name: str) -> RunFiles:
-        """What the run's folder says now. Raises a 404."""
+        """The run's files as they are now. Raises a 404."""
         path = self.path(name)
         signature = tuple(_stat(path / file) for file in (CONFIG, METRICS, SUMMARY))
         cached = self._files.get(name)

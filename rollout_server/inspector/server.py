@@ -1,4 +1,4 @@
-"""Where the inspector listens. Loopback unless told otherwise, and then only behind a token."""
+"""The address that the inspector binds: loopback by default, any other only with a token."""
 
 import ipaddress
 import os
@@ -26,7 +26,7 @@ def serve(
 ) -> None:
     """Serve the runs in a folder until interrupted. Raises UserError for a bind that is not safe.
 
-    ``attach`` joins the cluster of the live runs; called when everything else is known to be right.
+    ``attach`` joins the cluster of the live runs; called after everything else has been checked.
     """
     token = read_token(token_env)
     hosts = check_bind(runs_dir, host, token, names)
@@ -55,7 +55,7 @@ def read_token(variable: str | None) -> str | None:
 
 
 def check_bind(runs_dir: Path, host: str, token: str | None, names: list[str]) -> list[str]:
-    """The names this service may be called by. Raises UserError without a folder, or where a token is needed."""
+    """The names that this service answers to. Raises UserError without a folder, or where a token is needed."""
     if not runs_dir.is_dir():
         raise UserError(f"no runs to serve: {runs_dir} is not a folder")
     if is_loopback(host):

@@ -1,4 +1,4 @@
-"""A recorded or live token as a client gets it: with the policy's moving average, and texts for its alternatives."""
+"""A recorded or live token as a client gets it, with the policy's moving average and its alternatives' texts."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from rollout_server.traces.records import TokenRecord
 
 
 def moving_averages(policy: Policy | None, divergences: list[float | None], first: int) -> list[float | None]:
-    """[n - first] nats. What the policy compared each position from ``first`` on with; None where it had no such."""
+    """[n - first] nats. The moving average at each position from ``first`` on; None where the policy has none."""
     if not isinstance(policy, AdaSwitch):
         return [None] * (len(divergences) - first)
     average = moving_average(np.array(divergences, np.float32), policy.window, first).tolist()

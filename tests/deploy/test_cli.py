@@ -200,3 +200,51 @@ def test_the_inspector_never_prints_its_token_nor_a_wrong_one(tmp_path):
     assert statuses == [200, 401]
     assert "Uvicorn running" in printed
     assert "not-to-be-seen" not in printed + answer
+
+
+QWEN = Path(__file__).parents[2] / "deploy" / "configs" / "qwen2.5-gsm8k.yaml"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "placement"),
+    [
+        (
+            1,
+            80,
+            "one_gpu (1 GPU of 80.0 GiB; spread needs 3 GPUs; shared_student needs 2 GPUs), weights by host_memory",
+        ),
+        (2, 24, "shared_student (2 GPUs of 24.0 GiB; spread needs 3 GPUs), weights by host_memory"),
+        (8, 80, "spread (8 GPUs of 80.0 GiB), weights by nccl"),
+    ],
+)
+def test_a_plan_needs_neither_gpu_nor_hub(gpus, gib, placement):
+    result = adaswitch("config", QWEN, "--plan", "--gpus", str(gpus), "--gpu-gib", str(gib))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[0] == f"placement: {placement}"
+    assert "teacher engine   weights                     " in result.stdout
+    assert f"it fits: {min(gpus, 3)} of {gpus} GPUs" in result.stdout
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_ends_with_one_line():
+    result = adaswitch("config", QWEN, "--plan", "--gpus", "1", "--gpu-gib", "16")
+    assert result.exit_code == 2
+    assert "in all" in result.stdout
+    assert result.stderr.startswith("error: placement.layout: no layout fits 1 GPU of 16.0 GiB: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--plan", "--gpus", "1"], ["--plan", "--gpu-gib", "8"], ["--gpus", "1", "--gpu-gib", "8"]]
+)
+def test_a_plan_s_flags_belong_together(config_file, flags):
+    result = adaswitch("config", config_file, *flags)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_a_key_of_an_earlier_version_names_the_new_one(config_file):
+    result = adaswitch("config", config_file, "--set", "placement.learner=student_gpu")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: placement.learner is not a setting (--set); it is placement.layout (spread for own_gpu, shared_student "
+        "for student_gpu) now\n"
+    )

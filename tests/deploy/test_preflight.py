@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,27 @@ def test_a_model_with_code_of_its_own_is_read_where_that_is_trusted(make_config,
     assert prepare(make_config(models=models, engines={"trust_remote_code": True})).stop_token_ids == (EOS_ID,)
     with pytest.raises(UserError, match=r"^models\.student: can't read .*trust_remote_code=True"):
         prepare(make_config(models=models))
+
+
+def test_an_argument_that_vllm_does_not_have_is_refused_before_an_engine_starts(make_config) -> None:
+    with pytest.raises(
+        UserError, match=r"^engines\.teacher\.vllm\.block_sise is not an .*; did you mean block_size\?$"
+    ):
+        prepare(make_config(engines={"teacher": {"vllm": {"seed": 3, "block_sise": 32}}}))
+
+
+def test_a_student_whose_weights_are_quantized_is_refused_and_a_teacher_is_not(make_config, changed_model) -> None:
+    quantized = changed_model("config.json", quantization_config={"quant_method": "fp8"})
+    prepare(make_config(models={"teacher": quantized}))
+    with pytest.raises(UserError, match=r"^models\.student: .*changed holds quantized weights; expected weights that"):
+        prepare(make_config(models={"student": quantized}))
+
+
+def test_vllm_is_not_imported_where_it_is_asked_nothing() -> None:
+    """It takes seconds."""
+    code = (
+        "import sys; from common.config_source import read_config; from deploy.preflight import prepare; "
+        f"config = read_config('{DEMO.parent}/configs/demo.yaml').config; prepare(config); "
+        "assert 'vllm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=DEMO.parents[1])

@@ -294,6 +294,36 @@ async def test_guidance_of_one_token_is_drawn_as_the_teacher_would_draw_it(tempe
     assert deviations.sum() < 20.5, (counts, expected)  # chi-square with 5 degrees of freedom: 1 in 1000 lies above
 
 
+class ExcludingTeacher(ScriptedEngine):
+    """Remembers how many tokens each request excludes."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.num_excluded: list[int] = []
+
+    def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
+        self.num_excluded.append(len(request.excluded_token_ids))
+        return super().stream(request)
+
+
+async def test_a_list_longer_than_a_request_can_exclude_is_drawn_from_as_the_teacher_would() -> None:
+    """Among the 1,024 best, the others on the list of 1,500, and those outside it."""
+    sizes, masses = np.array([1024, 476, 500]), np.array([0.5, 0.3, 0.2])
+    wanted = ConstantScript(tuple(np.repeat(masses / sizes, sizes)))
+    refused = ConstantScript((1e-9,) * 1999 + (1.0,))
+    student, teacher = ScriptedEngine(refused, top_logprobs=1500), ExcludingTeacher(wanted, top_logprobs=1500)
+    controller = make_controller(
+        Decay(initial_threshold=0.1), student, teacher, k=1500, stop_token_ids=(), top_p=1.0, max_new_tokens=1
+    )
+    prompts = [replace(PROMPTS[0], prompt_id=f"p{seed}", seed=seed) for seed in range(400)]
+    drawn = np.concatenate([sequence.token_ids[sequence.switches] for sequence in await collect(controller, prompts)])
+    assert drawn.size == len(prompts)
+    assert set(teacher.num_excluded) == {1024}
+    counts = np.bincount(np.searchsorted(sizes.cumsum(), drawn, side="right"), minlength=3)
+    expected = drawn.size * masses
+    assert ((counts - expected) ** 2 / expected).sum() < 13.8, counts  # 2 degrees of freedom: 1 in 1000 lies above
+
+
 class AskedEngine(ScriptedEngine):
     """Counts the requests to write, apart from those that only read along."""
 

@@ -185,7 +185,7 @@ async def test_only_so_many_are_written_at_once(tokenizer, tmp_path) -> None:
     running = [live.writer.write(PROMPT) for _ in range(MAX_AT_ONCE)]
     for pieces in running:
         await anext(pieces)
-    with pytest.raises(LiveRefusal, match="training goes first") as refusal:
+    with pytest.raises(LiveRefusal, match="the training has priority") as refusal:
         await anext(live.writer.write(PROMPT))
     assert refusal.value.kind == "busy"
     await running[0].aclose()

@@ -28,7 +28,7 @@ from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.traces.reader import TraceReader
 from tests.support.unprobed import Unprobed
 from trainer.actors import LearnerActor
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeNoise, ProbeReport
 
 Run = asyncio.Task[dict[str, object]]
 """A run in this process, to its summary."""
@@ -105,7 +105,12 @@ class StillbornEngineActor(PlayedEngineActor):
 
 
 class UnprobedLearnerActor(LearnerActor):
-    def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
+    def measure_probe_noise(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeNoise:
+        return ProbeNoise(rms=0.0, p99=0.0)
+
+    def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None: ...
+
+    def check_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeReport:
         return Unprobed.report()
 
 

@@ -20,7 +20,8 @@ from common.config import Trainer
 from common.sequence import MixedSequence, TopLogprobs
 from common.weights import WeightUpdate
 from trainer.learner import Learner, StepReport, learner_device
-from trainer.probe import WeightSyncError, check_sync, read_probe
+from trainer.probe import ProbeLimits, SyncProbe, WeightSyncError
+from trainer.probe_reading import read
 from trainer.ranks import join
 from trainer.sharding import whole
 from trainer.weight_sender import LearnerWeights, OneCallClient, build_sender
@@ -96,21 +97,16 @@ def _exports(learner: Learner, case: Case) -> tuple[dict[str, Tensor], dict[str,
     client = OneCallClient(init=lambda _: None, load=load)
     source = LearnerWeights(learner.model, dtype=torch.float32)
     sender = build_sender("host_memory", source, client, rank=learner.ranks.rank)
-    stale = _rows(learner, case)
+    texts, stale = [sequence.token_ids for sequence in case.sequences], _rows(learner, case)
+    probe = SyncProbe(learner.model, learner.whole_copy)
+    probe.read_before(texts, [stale])
     learner.step(case.sequences)
     sender.send(1)
     probes = []
     for rows in (_rows(learner, case), stale):
         try:
-            report = check_sync(
-                learner.model,
-                sender.previous_weights,
-                [sequence.token_ids for sequence in case.sequences[:2]],
-                rows,
-                tolerance=1e-4,
-                whole_copy=learner.whole_copy,
-            )
-            probes.append(f"{report.max_difference:.0e}")
+            report = probe.check(texts, [rows], ProbeLimits(max_difference=1e-4), sender.previous_weights)
+            probes.append(f"{report.max_difference:.0e} {report.followed:.3f} {report.followed_output_layer:.3f}")
         except WeightSyncError as error:
             probes.append(str(error))
     assert case.save_to is not None
@@ -136,10 +132,10 @@ def _resumed_otherwise(learner: Learner, case: Case, save_to: Path) -> list[str]
 
 def _rows(learner: Learner, case: Case) -> list[TopLogprobs]:
     """What an engine with the learner's present weights would say."""
-    texts = [sequence.token_ids for sequence in case.sequences[:2]]
-    asked = [sequence.teacher_top for sequence in case.sequences[:2]]
-    read = read_probe(learner.model, texts, asked)
-    return [TopLogprobs(rows.token_ids, logprobs) for rows, logprobs in zip(asked, read, strict=True)]
+    texts = [sequence.token_ids for sequence in case.sequences]
+    ids = [sequence.teacher_top.token_ids for sequence in case.sequences]
+    reading = read(learner.model, texts, ids)
+    return [TopLogprobs(token_ids, logprobs) for token_ids, logprobs in zip(ids, reading.logprobs, strict=True)]
 
 
 def main(folder: Path, rank: int, num_ranks: int, address: str) -> None:

@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 
 from common.sequence import Ids, TopLogprobs
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeReport
 
 
 class Unprobed:
     """A learner that does not look whether the engine says what it says itself."""
 
-    async def check_probe(self, texts: Sequence[Ids], rows: list[TopLogprobs]) -> ProbeReport:
+    async def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None: ...
+
+    async def check_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeReport:
         return self.report()
 
     @staticmethod
     def report() -> ProbeReport:
         return ProbeReport(
+            rms=0.0,
+            p99=0.0,
             max_difference=0.0,
             text_index=0,
             position=1,

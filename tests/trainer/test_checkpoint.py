@@ -7,14 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from common.config import LoRA, Trainer
 from common.errors import UserError
 from common.sequence import MixedSequence
-from trainer.checkpoint import RunState, clear_after, find_last_good, prune, write_checkpoint
+from trainer.checkpoint import (
+    RunState,
+    clear_after,
+    find_last_good,
+    load_tensors,
+    prune,
+    save_tensors,
+    write_checkpoint,
+)
 from trainer.learner import Learner
 from trainer.prompts import PromptCursor
+from trainer.ranks import ALONE
 
 
 def state(step: int, accuracy: float | None = None) -> RunState:
@@ -109,6 +119,7 @@ def test_files_that_may_not_grow_leave_the_older_checkpoint_and_nothing_unfinish
         import torch
         from trainer.checkpoint import RunState, save_tensors, write_checkpoint
         from trainer.prompts import PromptCursor
+from trainer.ranks import ALONE
         from trainer.ranks import ALONE
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -158,6 +169,34 @@ def test_a_learner_that_is_taken_up_again_ends_with_the_same_weights_bit_for_bit
     assert [report.loss for report in again] == [report.loss for report in reports]
     expected = dict(learner.model.named_parameters())
     assert all(torch.equal(parameter, expected[name]) for name, parameter in resumed.model.named_parameters())
+
+
+@pytest.mark.parametrize("fused", [True, None], ids=["as on a GPU", "as on a processor"])
+def test_what_one_device_s_optimizer_stored_another_s_goes_on_with_by_its_own_kernels(
+    tmp_path: Path, fused: bool | None
+) -> None:
+    """Processors have the fused kernel, too, which is what a GPU gets."""
+
+    def optimized(fused: bool | None) -> tuple[nn.Linear, torch.optim.AdamW]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+
+    def step(model: nn.Linear, optimizer: torch.optim.AdamW) -> None:
+        model(torch.arange(20.0).reshape(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = optimized(fused)
+    step(model, optimizer)
+    save_tensors(tmp_path / "learner", model, optimizer, {"last_epoch": 1}, ALONE)
+    step(model, optimizer)
+    other_fused = None if fused else True
+    other, others = optimized(other_fused)
+    load_tensors(tmp_path / "learner", other, others, {"last_epoch": 0}, ALONE)
+    assert [group["fused"] for group in others.param_groups] == [other_fused]
+    step(other, others)
+    torch.testing.assert_close(other.weight, model.weight)
 
 
 def test_a_run_that_becomes_longer_has_the_longer_run_s_learning_rate_at_once(

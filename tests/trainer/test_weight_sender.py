@@ -1,4 +1,4 @@
-"""What the learner sends, the files it leaves, and the probe that tells when an engine did not take it. No engine."""
+"""What the learner sends, in which order, and the files it leaves. No engine."""
 
 import errno
 import signal
@@ -6,26 +6,31 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.storage import TypedStorage
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm.distributed.weight_transfer.base import ParamMeta, VLLMWeightSyncClient, WeightSource
-
-from common.sequence import Floats, Ids, TopLogprobs
-from common.weights import WeightUpdate
-from trainer.probe import (
-    EVERY_PARAMETER,
-    WeightSyncError,
-    check_sync,
-    compare_probe,
-    diagnose,
-    parameter_group,
-    read_probe,
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
 )
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES, pack_tensors
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from common.errors import UserError
+from common.ipc_handles import plain_handles
+from common.weights import NCCL_BUFFER_BYTES, NCCL_NUM_BUFFERS, SyncBackend, WeightUpdate, nccl_buffer_bytes
+from rollout_server.engines.vllm_plugin.ipc import PlainIpcWeightTransferEngine
+from rollout_server.engines.vllm_plugin.weight_transfer import engine_backend, register
 from trainer.weight_files import WeightFolder, write_safetensors
 from trainer.weight_sender import (
     HostMemoryTrainerEngine,
@@ -34,13 +39,13 @@ from trainer.weight_sender import (
     OneCallClient,
     Rendezvous,
     WeightSender,
+    _init_info,
     build_sender,
     named_weights,
     replica_init_info,
 )
 
 VOCABULARY_SIZE = 64
-TEXTS: list[Ids] = [np.array([1, 5, 9, 2, 33], np.int32), np.array([7, 7, 60], np.int32)]
 
 
 def make_model(*, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
@@ -58,14 +63,6 @@ def make_model(*, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def rows_of(model: LlamaForCausalLM, old_values: dict[str, Tensor] | None = None) -> list[TopLogprobs]:
-    """What an engine with these weights would return, every token listed."""
-    whole = [np.tile(np.arange(VOCABULARY_SIZE, dtype=np.int32), (text.size, 1)) for text in TEXTS]
-    asked = [TopLogprobs(ids, np.zeros(ids.shape, np.float32)) for ids in whole]
-    read = read_probe(model, TEXTS, asked, old_values)
-    return [TopLogprobs(ids, logprobs) for ids, logprobs in zip(whole, read, strict=True)]
-
-
 def trained(model: LlamaForCausalLM) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
     """The model with every weight moved, and its weights before."""
     before = {name: tensor.clone() for name, tensor in named_weights(model).items()}
@@ -74,10 +71,6 @@ def trained(model: LlamaForCausalLM) -> tuple[LlamaForCausalLM, dict[str, Tensor
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model, before
-
-
-def not_kept() -> None:
-    """The weights before, of a sender that keeps none."""
 
 
 class Engines:
@@ -278,7 +271,13 @@ def test_host_memory_goes_through_vllm_s_factory() -> None:
 
 def test_nccl_without_a_rendezvous_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sync\.backend = nccl needs a rendezvous"):
-        build_sender("nccl", LearnerWeights(make_model(), dtype=torch.float32), Engines().client())
+        build_sender("nccl", LearnerWeights(make_model(), dtype=torch.float32), Engines().client(), rank=1)
+
+
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+def test_what_goes_from_gpu_to_gpu_is_refused_on_the_cpu(backend: SyncBackend) -> None:
+    with pytest.raises(UserError, match=rf"^sync\.backend is {backend}, which needs the learner on a GPU"):
+        build_sender(backend, LearnerWeights(make_model(), dtype=torch.float32), Engines().client())
 
 
 def test_nccl_goes_through_vllm_s_factory_and_other_ranks_only_gather() -> None:
@@ -294,6 +293,56 @@ def test_nccl_goes_through_vllm_s_factory_and_other_ranks_only_gather() -> None:
     sender.shutdown()
 
 
+def test_nccl_s_buffers_fit_beside_an_engine_as_vllm_s_own_do_not() -> None:
+    sender = build_sender(
+        "nccl",
+        LearnerWeights(make_model(), dtype=torch.float32),
+        Engines().client(),
+        rank=1,
+        rendezvous=Rendezvous.on_this_machine(num_workers=1),
+    )
+    engine = sender._engine
+    assert (engine.packed, engine.packed_buffer_size_bytes) == (True, NCCL_BUFFER_BYTES)
+    assert engine.packed_num_buffers == NCCL_NUM_BUFFERS
+    assert nccl_buffer_bytes(largest_tensor_bytes=0) < 2**28 < DEFAULT_PACKED_BUFFER_SIZE_BYTES
+
+
+@pytest.mark.filterwarnings("ignore:Tensor .* exceeds buffer_size_bytes:UserWarning")
+def test_no_more_than_is_said_lies_in_nccl_s_buffers() -> None:
+    """vLLM's packing, tensor by tensor; what lies in buffers is counted as its sender and its receiver hold it."""
+    largest = 90 << 20
+    sizes = [largest, largest, *[8 << 20] * 30, 40 << 20, *[24 << 20] * 6, largest]
+    tensors = iter([(str(number), torch.empty(size, dtype=torch.uint8)) for number, size in enumerate(sizes)])
+    slots = [0] * NCCL_NUM_BUFFERS
+    num_chunks = most_sending = most_receiving = 0
+    while (chunk := pack_tensors(tensors, lambda item: item[1], NCCL_BUFFER_BYTES)) is not None:
+        num_bytes, slot = chunk.packed_tensor.numel(), num_chunks % NCCL_NUM_BUFFERS
+        most_receiving = max(most_receiving, sum(slots) + num_bytes)  # the slot's old buffer goes last
+        most_sending = max(most_sending, sum(slots) - slots[slot] + 2 * num_bytes)  # as they were, and packed
+        slots[slot] = num_bytes
+        num_chunks += 1
+    assert num_chunks > 2 * NCCL_NUM_BUFFERS
+    assert max(most_sending, most_receiving) <= nccl_buffer_bytes(largest_tensor_bytes=largest)
+
+
+def test_the_device_has_done_all_it_was_given_before_a_sender_reads_the_weights() -> None:
+    order: list[str] = []
+
+    class Recording(TrainerWeightTransferEngine[TrainerInitInfo]):  # type: ignore[misc]
+        @classmethod
+        def trainer_init(cls, init_info: TrainerInitInfo, **rest: object) -> "Recording":
+            return cls(client=Engines().client())
+
+        def send_weights(self) -> None:
+            order.append("send")
+
+    client = Engines().client()
+    sender = WeightSender(Recording(client=client), client, synchronise=lambda: order.append("wait"))
+    sender.send(1)
+    sender.send(2)
+    assert order == ["wait", "send", "wait", "send"]
+
+
 def test_each_replica_s_workers_get_ranks_of_their_own() -> None:
     init_info = {"master_address": "learner", "rank_offset": 1, "world_size": 5}
     offsets = [replica_init_info(init_info, replica=i, workers_per_replica=2)["rank_offset"] for i in (0, 1)]
@@ -301,72 +350,64 @@ def test_each_replica_s_workers_get_ranks_of_their_own() -> None:
     assert replica_init_info({"folder": "f"}, replica=1, workers_per_replica=2) == {"folder": "f"}
 
 
-# ---------------------------------------------------------------------------------------------------------- the probe
+# ------------------------------------------------------------------------------------------------------------------ ipc
 
 
-def test_the_same_weights_give_no_difference() -> None:
-    model = make_model()
-    report = check_sync(model, not_kept, TEXTS, rows_of(model), tolerance=1e-6)
-    assert report.max_difference == 0.0
-    assert report.num_compared == sum(text.size for text in TEXTS) * VOCABULARY_SIZE
+def handle_of(tensor: Tensor) -> tuple[object, ...]:
+    """As ``reduce_tensor`` describes a tensor that lies on a GPU."""
+    storage = (b"handle", tensor.untyped_storage().nbytes(), 0)
+    sharing = (tensor.requires_grad, b"counter", 3, b"event", True)
+    return (Tensor, tensor.size(), tensor.stride(), 0, TypedStorage, tensor.dtype, 0, *storage, *sharing)
 
 
-def test_the_learner_reads_a_row_for_the_token_that_follows_it() -> None:
-    model = make_model()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor(TEXTS[0])[None]).logits[0]
-    assert np.allclose(rows_of(model)[0].logprobs, logits.log_softmax(-1).numpy(), atol=1e-6)
+class IpcOnTheCpu(IPCTrainerWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's sender, where there is no GPU to ask: only what it asks of one is made up."""
+
+    def __init__(self, client: OneCallClient, source: WeightSource) -> None:
+        TrainerWeightTransferEngine.__init__(self, client=client, source=source)
+        self.packed = False
+        self.gpu_uuid = "GPU-1"
+
+    def _all_gather_and_merge_handles(self, handles: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        assert len(handles) == len(self.source.metadata())
+        return [{self.gpu_uuid: handle_of(tensor)} for _, tensor in self.source]
+
+    @staticmethod
+    def _post_send_sync() -> None: ...
 
 
-def test_the_report_says_where_the_largest_difference_is() -> None:
-    ids = np.array([[3, 4], [5, 6]], np.int32)
-    engine_rows = [TopLogprobs(ids, np.full((2, 2), -1.0, np.float32)) for _ in range(2)]
-    learner: list[Floats] = [np.full((2, 2), -1.0, np.float32) for _ in range(2)]
-    learner[0][0, 0] = -1.2
-    learner[1][1, 0] = -1.5
-    report = compare_probe(engine_rows, learner)
-    assert (report.text_index, report.position, report.token_id) == (1, 2, 5)
-    assert report.max_difference == pytest.approx(0.5)
-    assert (report.engine_logprob, report.learner_logprob) == (-1.0, -1.5)
+def test_an_ipc_update_is_one_call_that_vllm_carries_without_pickling() -> None:
+    model, updates = make_model(), []
+    client = OneCallClient(init=lambda _: None, load=updates.append)
+    source = LearnerWeights(model, dtype=torch.bfloat16)
+    WeightSender(IpcOnTheCpu(client, source), client).send(4)
+    (update,) = updates
+    assert update.version == 4
+    carried = MsgpackDecoder(dict).decode(MsgpackEncoder().encode(dict(update.transfer_info)))
+    received = EngineHalf().parse_update_info(carried)
+    assert received.names == [meta.name for meta in source.metadata()]
+    assert received.ipc_handles == [{"GPU-1": handle_of(tensor)} for _, tensor in source]
 
 
-def test_a_row_the_engine_does_not_know_is_not_taken_for_equal() -> None:
-    model = make_model()
-    engine_rows = rows_of(model)
-    engine_rows[1] = TopLogprobs.unknown(len(TEXTS[1]), VOCABULARY_SIZE)
-    with pytest.raises(WeightSyncError, match="inf nats"):
-        check_sync(model, not_kept, TEXTS, engine_rows, tolerance=1.0)
+class EngineHalf(PlainIpcWeightTransferEngine):  # type: ignore[misc]
+    """Without an engine."""
+
+    def __init__(self) -> None: ...
 
 
-@pytest.mark.parametrize(
-    "group", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1", "model.norm.weight"]
-)
-def test_the_group_that_kept_its_old_values_is_named(group: str) -> None:
-    model, before = trained(make_model())
-    old_values = {name: tensor for name, tensor in before.items() if parameter_group(name) == group}
-    diagnosis = diagnose(model, before, TEXTS, rows_of(model, old_values))
-    assert diagnosis.group == group
-    assert diagnosis.max_difference < 1e-5
-    with pytest.raises(WeightSyncError, match=f"student engine behaves as if {group} had kept its old values"):
-        check_sync(model, lambda: before, TEXTS, rows_of(model, old_values), tolerance=1e-3)
+def test_a_handle_of_another_kind_of_tensor_is_not_carried() -> None:
+    arguments = (nn.Parameter, *handle_of(torch.zeros(2))[1:])
+    with pytest.raises(TypeError, match="an IPC handle's tensor_cls must be Tensor"):
+        plain_handles({"ipc_handles": [{"GPU-1": arguments}]})
 
 
-def test_an_engine_that_took_nothing_is_told_from_one_that_left_out_a_part() -> None:
-    model, before = trained(make_model())
-    with pytest.raises(WeightSyncError, match=f"behaves as if {EVERY_PARAMETER} had kept its old values"):
-        check_sync(model, lambda: before, TEXTS, rows_of(model, before), tolerance=1e-3)
+def test_an_update_without_handles_is_carried_as_it_is() -> None:
+    assert plain_handles({"path": "weights"}) == {"path": "weights"}
 
 
-def test_a_difference_that_no_old_values_explain_accuses_nobody() -> None:
-    model, before = trained(make_model())
-    with pytest.raises(WeightSyncError, match="no one parameter group's old values explain it"):
-        check_sync(model, lambda: before, TEXTS, rows_of(make_model(seed=5)), tolerance=1e-3)
-
-
-def test_looking_for_the_group_leaves_the_model_as_it_was() -> None:
-    model, before = trained(make_model().train())
-    now = {name: tensor.clone() for name, tensor in named_weights(model).items()}
-    diagnose(model, before, TEXTS, rows_of(model))
-    assert model.training
-    assert all(torch.equal(tensor, now[name]) for name, tensor in named_weights(model).items())
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+def test_ipc_is_not_packed_and_vllm_s_half_is_registered_under_our_name() -> None:
+    init_info = _init_info("ipc", 1, None, torch.device("cpu"))
+    assert (init_info.backend, init_info.packed) == ("ipc", False)
+    register()
+    assert engine_backend("ipc") in WeightTransferEngineFactory._registry
+    assert WeightTransferEngineFactory._registry[engine_backend("ipc")]() is PlainIpcWeightTransferEngine

@@ -23,17 +23,18 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.platforms import current_platform
 
-from common.weights import WeightUpdate
+from common.weights import SyncBackend, WeightUpdate
 from rollout_server.engines.vllm_plugin.lifeline import end_with_parent
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 HOST_MEMORY = "host_memory"
+PLAIN_IPC = "plain_ipc"
 
 
 def register() -> None:
-    """What each of vLLM's own processes needs of us: ``WeightTransferConfig(backend="host_memory")``, small blocks on
+    """What each of vLLM's own processes needs of us: the weight-transfer backends written here, small blocks on
     processors, and an end when its parent ends. vLLM may call it more than once.
     """
     end_with_parent()
@@ -43,11 +44,27 @@ def register() -> None:
         cpu_attention.register()
     with contextlib.suppress(ValueError):  # what vLLM raises when the name is taken
         WeightTransferEngineFactory.register_engine(HOST_MEMORY, __name__, "HostMemoryWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine(
+            PLAIN_IPC, "rollout_server.engines.vllm_plugin.ipc", "PlainIpcWeightTransferEngine"
+        )
+
+
+def engine_backend(backend: SyncBackend) -> str:
+    """The name under which vLLM knows an engine's half."""
+    return PLAIN_IPC if backend == "ipc" else backend
 
 
 async def init_transfer(engine: "AsyncLLM", transfer_info: Mapping[str, object]) -> None:
     """Open the engine's end of the transfer, once, before the first update. Raises if it can't be opened."""
     await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(transfer_info)))
+
+
+class UpdateRefused(RuntimeError):
+    """An update that the engine could not take. It goes on under the weights it had."""
+
+
+class WeightsLost(RuntimeError):
+    """An update that ended half-way: layers may be without data, and no step may run on them. Restart the engine."""
 
 
 async def apply_update(engine: "AsyncLLM", update: WeightUpdate) -> None:
@@ -58,18 +75,46 @@ async def apply_update(engine: "AsyncLLM", update: WeightUpdate) -> None:
     of the old ones. (With ``clear_cache=False`` a running request goes on with its old cache, and the prefix cache
     can't be cleared while the request holds blocks.) What a request wrote before stays as it is.
 
-    Raises whatever the transfer raises, and RuntimeError if the prefix cache still holds blocks. The engine is resumed
-    in either case; until a later update goes through, its weights must not be trusted. One call at a time per engine.
+    Raises UpdateRefused where every layer is as it was before; the engine is resumed then. Raises WeightsLost where the
+    update failed, or was cancelled, after it had begun: the engine stays paused. One call at a time per engine.
     """
     try:
         await engine.pause_generation(mode="keep", clear_cache=True)
-        await engine.start_weight_update()
-        await engine.update_weights(WeightTransferUpdateRequest(update_info=dict(update.transfer_info)))
-        await engine.finish_weight_update(weight_version=str(update.version))
-        if not await engine.reset_prefix_cache():
-            raise RuntimeError(f"prefix cache still holds blocks of the weights before version {update.version}")
-    finally:
+    except BaseException:
         await engine.resume_generation()
+        raise
+    try:
+        await _load(engine, update)
+    except UpdateRefused:
+        await engine.resume_generation()
+        raise
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        raise WeightsLost(f"the update to weight version {update.version} failed half-way: {reason}") from error
+    await engine.resume_generation()
+
+
+async def _load(engine: "AsyncLLM", update: WeightUpdate) -> None:
+    await engine.start_weight_update()
+    try:
+        await engine.update_weights(WeightTransferUpdateRequest(update_info=dict(update.transfer_info)))
+    except Exception as error:
+        if _rolls_back(engine):
+            raise UpdateRefused(str(error)) from error
+        raise
+    await engine.finish_weight_update(weight_version=str(update.version))
+    if not await engine.reset_prefix_cache():
+        raise RuntimeError("the prefix cache still holds blocks of the weights before")
+
+
+def _rolls_back(engine: "AsyncLLM") -> bool:
+    """Whether an update that fails in the engine's worker leaves its weights as they were.
+
+    ``host_memory`` does (see below). But of several workers one may fail while the others load; and vLLM's own backends
+    leave the layers that they did not come to without data.
+    """
+    config = engine.vllm_config
+    return bool(config.weight_transfer_config.backend == HOST_MEMORY and config.parallel_config.world_size == 1)
 
 
 @dataclass

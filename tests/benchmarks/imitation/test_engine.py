@@ -41,7 +41,7 @@ async def spent(engine: ImitatedEngine, *calls: object) -> tuple[float, DeviceCo
 
 
 async def test_it_passes_the_self_test_of_a_real_engine() -> None:
-    await check_engine(start(), name="imitated", prefix=PREFIX, top_logprobs=K)
+    await check_engine(start(), name="imitated", prefix=PREFIX, top_logprobs=K, dtype="float32")
 
 
 async def test_what_is_read_is_what_was_written() -> None:

@@ -109,6 +109,20 @@ def test_parts_shared_by_an_anchor_are_changed_one_by_one(read):
     assert (engines.student.num_threads, engines.teacher.num_threads) == (2, 3)
 
 
+def test_a_mapping_is_one_setting_whose_entries_are_given_one_by_one(read):
+    text = "engines: {teacher: {vllm: {seed: 3, compilation_config: {mode: 0}}}}"
+    given = {"seed": 3, "compilation_config": {"mode": 0}}
+    for overrides, expected, origin in (
+        ((), given, "file"),
+        (("engines.teacher.vllm.block_size=32", "engines.teacher.vllm.seed=4"), {**given, "seed": 4}, "--set"),
+    ):
+        resolved = read(text, *overrides)
+        assert resolved.config.engines.teacher.vllm == {**expected, **({"block_size": 32} if overrides else {})}
+        assert resolved.origins["engines.teacher.vllm"] == origin
+        assert read(required=dump_config(resolved)).config == resolved.config
+    assert resolved.origins["engines.student.vllm"] == "default"
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -138,6 +152,29 @@ def test_parts_shared_by_an_anchor_are_changed_one_by_one(read):
         ("", "policy=skd", "policy must be a mapping of settings, got 'skd' (--set); did you mean policy.type?"),
         ("policy: {warmup: 3}", None, "policy.warmup must be >= window (10), got 3 (file)"),
         ("evaluation: {every_steps: 3}", None, "evaluation.data.path is required, got nothing"),
+        ("", "engines.teacher.vllm=3", "engines.teacher.vllm must be a mapping of settings, got 3 (--set)"),
+        (
+            "engines: {teacher: {vllm: {seed: 1, max_logprobs: 20}}}",
+            None,
+            "engines.teacher.vllm.max_logprobs has a setting of its own: use engines.top_logprobs (file)",
+        ),
+        (
+            "",
+            "engines.student.vllm.enable_prefix_caching=false",
+            "engines.student.vllm.enable_prefix_caching can't be set: scores are read from the cached prefix (--set)",
+        ),
+        (
+            "",
+            "engines.student.vllm.kv_offloading_size=3",
+            "engines.student.vllm.kv_offloading_size can't be set for the student: after a weight sync it would hold "
+            "states of the weights before (--set)",
+        ),
+        (
+            "",
+            "engines.student.quantization=fp8",
+            "engines.student.quantization must be null: its weights are those in training, as they are; quantize the "
+            "teacher, got fp8 (--set)",
+        ),
     ],
 )
 def test_a_refusal_names_key_value_expectation_and_origin(read, text, override, expected):

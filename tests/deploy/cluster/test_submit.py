@@ -172,3 +172,17 @@ def test_the_entrypoint_keeps_words_with_blanks_and_quotes_together() -> None:
         "--set",
         "run_dir=r",
     ]
+
+
+def test_the_doctor_finds_the_cluster(head: Head) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy", "doctor"],
+        env=head.environment | {"RAY_ADDRESS": head.gcs_address, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if " Ray " in line]
+    assert line.startswith("ok"), done.stdout
+    assert line.endswith(f"1 node with 0 GPUs at {head.gcs_address}, with a token")

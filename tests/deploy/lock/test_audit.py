@@ -2,7 +2,7 @@ from datetime import date
 
 import pytest
 
-from deploy.lock.audit import ALLOWED_FILE, Permission, judge, read_permissions
+from deploy.lock.audit import ALLOWED_FILE, Permission, judge, pins_to_ask_about, read_permissions
 
 TODAY = date(2026, 11, 24)
 CLEAN = {"name": "clean", "version": "1", "vulns": []}
@@ -44,6 +44,11 @@ def test_an_audit_without_a_single_answer_was_none() -> None:
     verdict = judge([CLEAN, UNKNOWN], [], TODAY)
     assert verdict.was_possible
     assert verdict.notes == ("not known to the service: unknown",)
+
+
+def test_a_version_that_several_files_pin_is_asked_about_once() -> None:
+    texts = ["# made\na==1\ntorch==2+cpu\n", "a==1\nb==3\n", "a==1\nb==3\nTorch==2\nc==4\n"]
+    assert pins_to_ask_about(texts) == [["a==1", "torch==2+cpu", "b==3", "c==4"], ["Torch==2"]]
 
 
 def test_every_permission_says_all_it_must() -> None:

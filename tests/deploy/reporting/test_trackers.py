@@ -69,7 +69,7 @@ def test_a_failing_tracker_is_told_once_counted_and_leaves_the_others_alone(capl
     assert len(whole.logged) == 3
     told = [message for message in caplog.messages if "no route to the server" in message]
     assert len(told) == 1
-    assert "broken did not get 2 records; metrics.jsonl has them" in caplog.messages
+    assert "broken missed 2 records; metrics.jsonl has them" in caplog.messages
     assert broken.outcome == "finished"
 
 

@@ -161,7 +161,7 @@ def test_a_store_that_is_away_ends_no_run_and_gets_everything_when_it_is_back(re
         Watched.error = None
         changed()
     assert Store(f"{url}/demo", timeout_s=20.0).versions().keys() == files_of(folder.path).keys()
-    assert "is not whole" not in caplog.text
+    assert "is incomplete" not in caplog.text
 
 
 def test_a_copy_that_is_not_whole_in_the_end_is_said(resolve: Any, caplog) -> None:
@@ -169,7 +169,7 @@ def test_a_copy_that_is_not_whole_in_the_end_is_said(resolve: Any, caplog) -> No
     Watched.error = PermissionError("no")
     with caplog.at_level(logging.WARNING):
         copied(resolved.config, new_run(resolved))
-    assert "is not whole" in caplog.text
+    assert "is incomplete" in caplog.text
 
 
 @pytest.mark.parametrize("ends_well", [True, False])

@@ -123,10 +123,10 @@ def test_a_checkpoint_that_came_before_the_lock_was_had_is_gone_on_from(resolve)
     later = take_checkpoint(folder, 4)
     assert (found_again(found, 9).checkpoint, found_again(found, 9).state.step) == (later, 4)
     folder.write_summary({"steps": 4})
-    with pytest.raises(UserError, match="another process has finished this run meanwhile"):
+    with pytest.raises(UserError, match="another process has finished this run in the meantime"):
         found_again(found, 4)
     shutil.rmtree(folder.checkpoints)
-    with pytest.raises(UserError, match="another process has begun this run anew meanwhile"):
+    with pytest.raises(UserError, match="another process has restarted this run from the beginning"):
         found_again(found, 9)
 
 

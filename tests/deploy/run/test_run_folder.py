@@ -10,7 +10,7 @@ from common.run_dir import RunDir
 from deploy.run.records import metrics_of, summarise_run
 from trainer.evaluate import EvaluationReport
 from trainer.learner import StepReport
-from trainer.probe import ProbeReport
+from trainer.probe_statistics import ProbeReport
 from trainer.reports import Evaluated, RolloutReport, SyncReport, Trained
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -47,6 +47,8 @@ def trained(step: int, *, switch_rate: float = 0.5, mean_switch_position: float 
             version=step,
             seconds=0.5,
             probe=ProbeReport(
+                rms=1e-6 * step,
+                p99=5e-6 * step,
                 max_difference=1e-5 * step,
                 text_index=0,
                 position=1,
@@ -54,6 +56,8 @@ def trained(step: int, *, switch_rate: float = 0.5, mean_switch_position: float 
                 engine_logprob=-1.0,
                 learner_logprob=-1.0,
                 num_compared=8,
+                followed=1.0,
+                followed_output_layer=0.9,
             ),
         ),
     )
@@ -107,7 +111,7 @@ def test_what_a_step_has_none_of_is_left_out() -> None:
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
-    documented = set(re.findall(r"^\| `([a-z_]+/[a-z_]+)`", DOCS.read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^\| `([a-z_]+/[a-z0-9_]+)`", DOCS.read_text(), re.MULTILINE))
     assert documented == (metrics_of(trained(1)).keys() | metrics_of(evaluated(1, 0.5)).keys()) - {"step"}
 
 
@@ -134,6 +138,7 @@ def test_the_summary_averages_over_the_run() -> None:
     assert summary["tokens_per_s"] == 50.0
     assert (summary["rollout_s"], summary["train_s"], summary["sync_s"]) == (6.0, 3.0, 1.5)
     assert summary["max_probe_nats"] == pytest.approx(3e-5)
+    assert summary["max_probe_rms_nats"] == pytest.approx(3e-6)
 
 
 def test_a_run_without_a_switch_has_no_mean_position() -> None:

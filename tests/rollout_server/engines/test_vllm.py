@@ -123,6 +123,7 @@ async def test_a_needed_row_that_the_cache_holds_is_read_anew(engines, models, t
 
     raw = await ask_vllm(engines.teacher, text, "raw-whole")
     assert raw.num_cached_tokens == 4 * BLOCK
+    assert len(raw.prompt_logprobs) == text.size, "V1 returns a row for every token, whatever is in it"
     own_logprobs = np.array(raw.prompt_logprobs.logprobs)[raw.prompt_logprobs.start_indices[1:]]  # of tokens 1..69
     differences = np.abs(own_logprobs - expected[np.arange(69), text[1:]])
     assert differences[: 4 * BLOCK].max() > 0.1, "the trap is gone: rows of cached tokens are right in vLLM itself"

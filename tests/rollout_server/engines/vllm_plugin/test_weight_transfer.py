@@ -21,7 +21,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from common.sequence import Ids, TopLogprobs
 from common.weights import WeightUpdate
-from rollout_server.engines.vllm_plugin.weight_transfer import HOST_MEMORY, apply_update, init_transfer, register
+from rollout_server.engines.vllm_plugin.weight_transfer import (
+    HOST_MEMORY,
+    UpdateRefused,
+    apply_update,
+    init_transfer,
+    register,
+)
 from trainer.probe import WeightSyncError, check_sync, compare_probe, read_probe
 from trainer.weight_files import write_safetensors
 from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
@@ -326,7 +332,7 @@ async def test_a_file_that_does_not_fit_is_refused_and_leaves_no_layer_half_writ
 ) -> None:
     path = tmp_path / "misfit.safetensors"
     write_safetensors(path, Misfit(model, name=name, instead=instead))
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(UpdateRefused, match=message):
         await apply_update(engine, WeightUpdate(version=10, transfer_info={"path": str(path)}))
     assert not await engine.is_paused()
     check_sync(model, not_kept, TEXTS, await read_rows(engine), tolerance=1e-4)
@@ -338,7 +344,7 @@ async def test_a_missing_file_leaves_the_engine_as_it_was(
     model: LlamaForCausalLM, engine: AsyncLLM, sender: WeightSender, tmp_path: Path
 ) -> None:
     update = WeightUpdate(version=11, transfer_info={"path": str(tmp_path / "nothing.safetensors")})
-    with pytest.raises(Exception, match=r"nothing\.safetensors is not there: expected one the learner"):
+    with pytest.raises(UpdateRefused, match=r"nothing\.safetensors is not there: expected one the learner"):
         await apply_update(engine, update)
     check_sync(model, not_kept, TEXTS, await read_rows(engine), tolerance=1e-4)
 

@@ -1,0 +1,154 @@
+"""Which layout a run has on a cluster's GPUs, and whether its memory suffices. Pure: no Ray, no GPU, nothing started.
+
+    make_plan(config, shapes, nodes) -> Plan      what `adaswitch config --plan` shows, and what a run is started by
+
+Owns the choice of the layout and of the way the weights go. What the actors hold is ``plan_memory``'s.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from common.config import LAYOUTS, Layout, RunConfig
+from common.errors import UserError
+from common.weights import SyncBackend
+from deploy.cluster.memory import dtype_bytes, shared_memory_gib
+from deploy.cluster.model_shape import Shapes
+from deploy.cluster.placement import SeatingPlan, seat
+from deploy.cluster.plan_memory import Budget, BundleMemory, Role, plan_memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine of the cluster."""
+
+    num_gpus: int
+    gpu_gib: float | None  # of the smallest; None where it can't be asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where a run's actors sit and what they hold."""
+
+    layout: Layout | None  # None on processors
+    why: str
+    seating: SeatingPlan
+    sync_backend: SyncBackend
+    gpu_gib: float | None = None  # of the cluster's smallest GPU, which all are taken to be
+    bundles: tuple[BundleMemory, ...] = ()  # those with GPUs; none where the GPUs' memory is not known
+    budgets: dict[Role, Budget] = field(default_factory=dict)  # of engines that share a GPU
+    shared_memory_gib: float = 0.0  # of /dev/shm on the learner's node, for the weights on their way
+    missing: str | None = None  # why it can't be had, naming the key; None where it fits
+
+    def __str__(self) -> str:
+        return f"{self.layout or 'processors'} ({self.why}), weights by {self.sync_backend}"
+
+
+def processor_plan(config: RunConfig, why: str, *, with_learner: bool = True) -> Plan:
+    """A run without GPUs. Raises UserError where its weights can't go."""
+    if config.sync.backend in ("ipc", "nccl"):
+        raise UserError(f"sync.backend must be host_memory or auto on processors ({why}), got {config.sync.backend}")
+    seating = seat(config, None, with_learner=with_learner)
+    return Plan(layout=None, why=why, seating=seating, sync_backend="host_memory")
+
+
+def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_learner: bool = True) -> Plan:
+    """The layout that is asked for, or under auto the first that fits. ``missing`` says why it can't be had.
+
+    Raises UserError where neither settings nor models say how long a context is.
+    """
+    found = _found(nodes)
+    if config.placement.layout != "auto":
+        plan = _with_layout(config, config.placement.layout, shapes, nodes, with_learner=with_learner)
+        missing = None if plan.missing is None else f"placement.layout: {plan.missing}; there is {found}"
+        return replace(plan, why=f"as placement.layout says; {found}", missing=missing)
+    refused: list[str] = []
+    last: Plan | None = None
+    for layout in LAYOUTS:
+        if (conflict := config.layout_conflict(layout)) is not None:
+            refused.append(conflict)
+            continue
+        last = _with_layout(config, layout, shapes, nodes, with_learner=with_learner)
+        if last.missing is None:
+            return replace(last, why="; ".join([found, *refused]))
+        refused.append(last.missing)
+    assert last is not None, "no valid settings conflict with every layout"
+    return replace(last, why=found, missing=f"placement.layout: no layout fits {found}: {'; '.join(refused)}")
+
+
+def refuse_unfit(plan: Plan) -> None:
+    """Raise UserError, in one line, for a plan that can't be had."""
+    if plan.missing is not None:
+        raise UserError(plan.missing)
+
+
+def _with_layout(
+    config: RunConfig, layout: Layout, shapes: Shapes, nodes: Sequence[Node], *, with_learner: bool
+) -> Plan:
+    """A run under one layout, whether it fits or not; ``why`` is still to be said."""
+    seating = seat(config, layout, with_learner=with_learner)
+    backend = _sync_backend(config, layout)
+    plan = Plan(
+        layout=layout,
+        why="",
+        seating=seating,
+        sync_backend=backend,
+        shared_memory_gib=(
+            shared_memory_gib(shapes.student, engine_bytes=dtype_bytes(config.engines.student))
+            if backend == "host_memory" and with_learner
+            else 0.0
+        ),
+        missing=_too_few(layout, seating, nodes, config.placement.strategy),
+    )
+    sizes = [node.gpu_gib for node in nodes if node.num_gpus]
+    known = [size for size in sizes if size is not None]
+    if not known or len(known) < len(sizes):
+        if layout == "spread":  # each engine measures the GPU it has
+            return plan
+        return replace(plan, missing=plan.missing or f"{layout} divides a GPU whose memory nvidia-smi does not tell")
+    bundles, budgets = plan_memory(config, shapes, seating, backend, gpu_gib=min(known))
+    too_small = [f"{layout} needs {bundle.shortage(min(known))}" for bundle in bundles if bundle.shortage(min(known))]
+    return replace(
+        plan, gpu_gib=min(known), bundles=bundles, budgets=budgets, missing=plan.missing or next(iter(too_small), None)
+    )
+
+
+def _sync_backend(config: RunConfig, layout: Layout) -> SyncBackend:
+    """NCCL joins no two processes on one GPU. IPC could, but has not been run on one yet; host memory needs no GPU."""
+    if config.sync.backend != "auto":
+        return config.sync.backend
+    return "nccl" if layout == "spread" else "host_memory"
+
+
+def _found(nodes: Sequence[Node]) -> str:
+    """What a cluster has: ``2 GPUs of 24.0 GiB``, ``16 GPUs of 80.0 GiB on 2 nodes``."""
+    with_gpus = [node for node in nodes if node.num_gpus]
+    number = sum(node.num_gpus for node in with_gpus)
+    if not number:
+        return "no GPU"
+    sizes = sorted({node.gpu_gib for node in with_gpus if node.gpu_gib is not None})
+    memory = f" of {' to '.join(f'{size:.1f}' for size in dict.fromkeys((sizes[0], sizes[-1])))} GiB" if sizes else ""
+    where = f" on {len(with_gpus)} nodes" if len(with_gpus) > 1 else ""
+    return f"{number} GPU{'s' if number > 1 else ''}{memory}{where}"
+
+
+def _too_few(layout: Layout, seating: SeatingPlan, nodes: Sequence[Node], strategy: str) -> str | None:
+    """Why there are not GPUs enough, or not where they are needed; None where there are."""
+    bundles = sorted((int(bundle.get("GPU", 0)) for bundle in seating.bundles), reverse=True)
+    free = sorted((node.num_gpus for node in nodes), reverse=True)
+    if sum(bundles) > sum(free):
+        return f"{layout} needs {_gpus(sum(bundles))}"
+    if strategy == "STRICT_PACK":
+        return None if sum(bundles) <= free[0] else f"{layout} needs {_gpus(sum(bundles))} on one node (STRICT_PACK)"
+    if strategy == "STRICT_SPREAD":
+        fits = len(bundles) <= len(free) and all(map(int.__le__, bundles, free))
+        return None if fits else f"{layout} needs {len(bundles)} nodes with {bundles} GPUs (STRICT_SPREAD)"
+    for bundle in bundles:
+        free.sort(reverse=True)
+        if bundle > free[0]:
+            return f"{layout} needs {_gpus(bundle)} on one node for one of its bundles of {bundles} GPUs"
+        free[0] -= bundle
+    return None
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'s' if number > 1 else ''}"

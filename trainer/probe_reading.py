@@ -1,0 +1,109 @@
+"""What the learner itself says of the probe texts: in float32, whatever it trains in. Knows no engine.
+
+n = tokens of a text, m = ids asked for at each position, H = hidden size, V = vocabulary. Row j of a text belongs to
+position j + 1: the distribution of that token given tokens 0..j. The last row is the token to come.
+
+Read under the learner's own autocast, its rounding would come on top of the engine's, and a small step's change would
+drown in both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from common.sequence import Floats, Ids
+from trainer.pretrained import hidden_states
+from trainer.sharding import whole
+
+_POSITIONS_PER_CHUNK = 256  # whose vocabulary-wide logits exist at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One array per text."""
+
+    logprobs: list[Floats]  # [n, m] nats
+    hidden: list[Tensor]  # [n, H] what the output layer was applied to
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Compute as exactly as float32 weights allow: flash attention knows half precision alone, and TF32 has 10 bits."""
+    attention = model.config._attn_implementation
+    precision = torch.get_float32_matmul_precision()
+    exact = attention in ("sdpa", "eager")
+    was_training = model.training
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if not exact:
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        yield
+    finally:
+        if not exact:
+            model.set_attn_implementation(attention)
+        torch.set_float32_matmul_precision(precision)
+        model.train(was_training)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, texts: Sequence[Ids], token_ids: Sequence[Ids]) -> Reading:
+    """The model's log-probs of these ids, [n, m] per text. A collective where the model is split over ranks."""
+    head = model.get_output_embeddings()
+    with in_float32(model):
+        hidden = [hidden_states(model, text[None], torch.ones_like(text)[None])[0] for text in _on_device(model, texts)]
+        return Reading(logprobs=apply_output_layer(head, hidden, token_ids), hidden=hidden)
+
+
+@torch.no_grad()
+def apply_output_layer(head: Any, hidden: Sequence[Tensor], token_ids: Sequence[Ids]) -> list[Floats]:
+    """[n, m] nats per text: what an output layer (linear, with a bias or none) makes of hidden states."""
+    weight_VH, bias_V = whole(head.weight), None if head.bias is None else whole(head.bias)
+    return [_logprobs(h, weight_VH, bias_V, ids) for h, ids in zip(hidden, token_ids, strict=True)]
+
+
+@torch.no_grad()
+def read_with(
+    model: PreTrainedModel, previous: Mapping[str, Tensor], texts: Sequence[Ids], token_ids: Sequence[Ids]
+) -> list[Floats]:
+    """[n, m] nats per text, as if these parameters had these values, one by one: a tied head and its embedding are
+    apart here, as they are in an engine. No part of the model may be split over ranks. It is left as it is.
+    """
+    logprobs = []
+    with in_float32(model):
+        for text, ids in zip(_on_device(model, texts), token_ids, strict=True):
+            inputs = {"input_ids": text[None], "use_cache": False}
+            answer: Any = functional_call(model, dict(previous), kwargs=inputs, tie_weights=False)
+            logprobs.append(_gathered(answer.logits[0], ids))
+    return logprobs
+
+
+def _on_device(model: PreTrainedModel, texts: Sequence[Ids]) -> Iterator[Tensor]:
+    return (torch.from_numpy(text).long().to(model.device) for text in texts)
+
+
+def _logprobs(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token_ids_nm: Ids) -> Floats:
+    chunks = [
+        _gathered(nn.functional.linear(hidden_cH, weight_VH, bias_V), token_ids_nm[first : first + len(hidden_cH)])
+        for first, hidden_cH in zip(
+            range(0, len(hidden_nH), _POSITIONS_PER_CHUNK), torch.split(hidden_nH, _POSITIONS_PER_CHUNK), strict=True
+        )
+    ]
+    return np.concatenate(chunks)
+
+
+def _gathered(logits_nV: Tensor, token_ids_nm: Ids) -> Floats:
+    assert len(logits_nV) == len(token_ids_nm), (
+        f"expected a row a position, got {len(token_ids_nm)} of {len(logits_nV)}"
+    )
+    ids_nm = torch.from_numpy(token_ids_nm).long().clamp(min=0).to(logits_nV.device)  # -1 in unknown rows
+    logits_nV = logits_nV.float()
+    logprobs: Floats = (logits_nV.gather(1, ids_nm) - logits_nV.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
+    return logprobs
