@@ -155,7 +155,7 @@ class LearnerActor:
         client = OneCallClient(init=init, load=load)
         self._sender = build_sender(spec.backend, source, client, rank=self._rank, rendezvous=rendezvous)
         self._probe_tolerance, self._probe_noise = spec.probe_tolerance, spec.probe_noise
-        self._both_float32 = spec.engine_dtype == self._spec.trainer.dtype == "float32"
+        self._engine_in_float32 = spec.engine_dtype == "float32"
 
     def step(self, references: "Sequence[tuple[ray.ObjectRef[list[MixedSequence]], int]]") -> "StepReport":
         """``references``: each sequence as its place among those that came together."""
@@ -183,7 +183,7 @@ class LearnerActor:
         from trainer.probe import ProbeLimits
 
         return ProbeLimits.choose(
-            tolerance=self._probe_tolerance, both_float32=self._both_float32, noise=self._probe_noise
+            tolerance=self._probe_tolerance, in_float32=self._engine_in_float32, noise=self._probe_noise
         )
 
     def save(self, folder: Path) -> None:

@@ -202,7 +202,8 @@ def _probe_text(sequence: MixedSequence) -> Ids:
     """[P + T - 1] Prompt and new tokens but the last: reading a text predicts one more token, for which a sequence that
     fills the context leaves no room.
     """
-    return np.concatenate([sequence.prompt.token_ids, sequence.token_ids[:-1]])[:_MAX_PROBE_TOKENS]
+    text: Ids = np.concatenate([sequence.prompt.token_ids, sequence.token_ids[:-1]])[:_MAX_PROBE_TOKENS]
+    return text
 
 
 def probe_texts_of(prompts: Sequence[Prompt]) -> list[Ids]:

@@ -34,7 +34,7 @@ from trainer.probe_statistics import (
     together,
 )
 
-FLOAT32_TOLERANCE = 1e-3  # nats, each difference, where both sides compute in float32
+FLOAT32_TOLERANCE = 1e-3  # nats, each difference, where the engine computes in float32
 NOISE_FACTOR = 4.0  # how far the differences may grow over those at the start; see docs/decisions/2026-11-27-probe.md
 MAX_NOISE = 0.5  # nats, rms, at the start: more than rounding in half precision ever made of one model
 
@@ -52,11 +52,13 @@ class ProbeLimits:
     max_difference: float = float("inf")
 
     @classmethod
-    def choose(cls, *, tolerance: float | None, both_float32: bool, noise: ProbeNoise | None) -> "ProbeLimits":
-        """``tolerance`` is the user's, of the rms. ``noise`` is None until it has been measured."""
+    def choose(cls, *, tolerance: float | None, in_float32: bool, noise: ProbeNoise | None) -> "ProbeLimits":
+        """``tolerance`` is the user's, of the rms. The engine computes in float32, as the learner reads in any case, or
+        rounds, by a ``noise`` that is None until it has been measured.
+        """
         if tolerance is not None:
             return cls(rms=tolerance)
-        if both_float32:
+        if in_float32:
             return cls(max_difference=FLOAT32_TOLERANCE)
         if noise is None:
             return cls(rms=MAX_NOISE)

@@ -63,8 +63,8 @@ def read(model: PreTrainedModel, texts: Sequence[Ids], token_ids: Sequence[Ids])
 
 
 @torch.no_grad()
-def apply_output_layer(head: nn.Module, hidden: Sequence[Tensor], token_ids: Sequence[Ids]) -> list[Floats]:
-    """[n, m] nats per text: what an output layer makes of hidden states, whoever's they are."""
+def apply_output_layer(head: Any, hidden: Sequence[Tensor], token_ids: Sequence[Ids]) -> list[Floats]:
+    """[n, m] nats per text: what an output layer (linear, with a bias or none) makes of hidden states."""
     weight_VH, bias_V = whole(head.weight), None if head.bias is None else whole(head.bias)
     return [_logprobs(h, weight_VH, bias_V, ids) for h, ids in zip(hidden, token_ids, strict=True)]
 
@@ -93,7 +93,7 @@ def _logprobs(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token
     chunks = [
         _gathered(nn.functional.linear(hidden_cH, weight_VH, bias_V), token_ids_nm[first : first + len(hidden_cH)])
         for first, hidden_cH in zip(
-            range(0, len(hidden_nH), _POSITIONS_PER_CHUNK), hidden_nH.split(_POSITIONS_PER_CHUNK), strict=True
+            range(0, len(hidden_nH), _POSITIONS_PER_CHUNK), torch.split(hidden_nH, _POSITIONS_PER_CHUNK), strict=True
         )
     ]
     return np.concatenate(chunks)

@@ -93,6 +93,6 @@ class Sync(Part):
     timeout_s: Seconds = 600.0
     probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
     """Nats. The run stops when trainer and engine differ by more, in the root mean square over the probe's log-probs.
-    Default: 1e-3 for each of them when both compute in float32, else four times what they differ by before the first
-    step."""
+    Default: 1e-3 for each of them when the engine computes in float32, else four times what they differ by before the
+    first step. Whatever it is, an engine that did not follow a step is refused."""
     num_probe_prompts: Positive = 4

@@ -13,7 +13,6 @@ from common.config import OWN_GPU_SHARE, EngineSettings, RunConfig
 from common.errors import UserError
 from common.weights import SyncBackend
 from deploy.cluster.memory import (
-    GIB,
     Part,
     cache_gib_per_sequence,
     dtype_bytes,
@@ -23,7 +22,7 @@ from deploy.cluster.memory import (
 )
 from deploy.cluster.model_shape import Shapes
 from deploy.cluster.placement import Seat, SeatingPlan
-from rollout_server.engines.vllm_memory import Scoring, batched_tokens
+from rollout_server.engines.vllm_memory import GIB, Scoring, batched_tokens
 
 Role = Literal["student", "teacher"]
 

@@ -85,7 +85,7 @@ def check_ray(facts: Facts) -> Finding:
             )
         return ok("Ray", "a run starts one of its own on loopback")
     gpus = sum(node.num_gpus for node in ray.nodes)
-    found = f"{len(ray.nodes)} nodes with {gpus} GPUs at {ray.address}"
+    found = f"{len(ray.nodes)} node{'' if len(ray.nodes) == 1 else 's'} with {gpus} GPUs at {ray.address}"
     if not ray.asks_for_token:
         return warning("Ray", f"{found}; whoever reaches its ports can run code: RAY_AUTH_MODE=token on every node")
     return ok("Ray", f"{found}, with a token")

@@ -5,16 +5,17 @@ which count the parameters, so it is not asked without them.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from common.config import RunConfig
 from common.errors import UserError, one_line
 from deploy.cluster.builds import Builds, choose_device
 from deploy.cluster.gpus import smallest_gib
-from deploy.cluster.memory import GIB, adapter_parameters, sent_parameters, shared_memory_gib
+from deploy.cluster.memory import adapter_parameters, sent_parameters, shared_memory_gib
 from deploy.cluster.model_shape import ModelShape, Shapes, read_shapes
 from deploy.cluster.plan import Node, Plan, make_plan, processor_plan
 from deploy.cluster.plan_memory import BundleMemory
-from deploy.doctor.facts import Facts, Seats
+from deploy.doctor.facts import GIB, Facts, Seats
 
 _HUB_BYTES = 2
 """Of a parameter, as most models are stored."""
@@ -60,14 +61,18 @@ def describe(plan: Plan, config: RunConfig, shapes: Shapes, facts: Facts) -> Sea
 
 
 def _line(bundle: BundleMemory, gpu_gib: float) -> str:
-    actors = ", ".join(f"{actor.name} {actor.gib:.1f}" for actor in bundle.actors)
-    number = "1 GPU" if bundle.num_gpus == 1 else f"{bundle.num_gpus} GPUs"
-    return f"{number}: {actors}, {bundle.gib:.1f} of {gpu_gib:.1f} GiB on each"
+    """Such as ``1 GPU: student engine 9.9 + learner 11.6 + kept free 4.0 = 25.5 of 79.6 GiB``."""
+    held = [f"{actor.name} {actor.gib:.1f}" for actor in bundle.actors]
+    held += [f"kept free {bundle.kept_free_gib:.1f}"] if bundle.kept_free_gib else []
+    number, each = ("1 GPU", "") if bundle.num_gpus == 1 else (f"{bundle.num_gpus} GPUs", " each")
+    return f"{number}: {' + '.join(held)} = {bundle.gib:.1f} of {gpu_gib:.1f} GiB{each}"
 
 
 def _builds(facts: Facts) -> Builds:
-    torch, vllm = ("CUDA" if facts.package(name).build == "cuda" else "CPU" for name in ("torch", "vllm"))
-    return Builds(torch=torch, vllm=vllm)
+    def build(package: str) -> Literal["CPU", "CUDA"]:
+        return "CUDA" if facts.package(package).build == "cuda" else "CPU"
+
+    return Builds(torch=build("torch"), vllm=build("vllm"))
 
 
 def _processor_bytes(config: RunConfig, facts: Facts) -> int:

@@ -89,7 +89,17 @@ PANELS: Sequence[Panel] = (
         description="0 is strictly on-policy.",
         lines=_of("train/staleness"),
     ),
-    Panel(title="Probe after the weight sync, nats", lines=_of("sync/probe_nats")),
+    Panel(
+        title="Probe after the weight sync, nats",
+        lines=_of(
+            "sync/probe_nats", "sync/probe_p99_nats", "sync/probe_rms_nats", what=("largest", "99% within", "rms")
+        ),
+    ),
+    Panel(
+        title="Step that the engines followed",
+        description="Share of what the step changed in the learner's log-probs; 1 where they took the weights.",
+        lines=_of("sync/followed", "sync/followed_output_layer", what=("all", "output layer")),
+    ),
     Panel(title="Gradient norm", lines=_of("train/grad_norm")),
     Panel(title="Step and weight version", lines=_of("step", "sync/weight_version", what=("step", "weights"))),
     Panel(

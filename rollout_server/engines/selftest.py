@@ -19,15 +19,17 @@ _NUM_TOKENS = 16
 _NUM_COMPARED = 16  # best ids of a row
 _HOT = 2.0  # temperature
 _NONE = -100.0  # nats that stand for a probability of 0
+_RESOLUTION = 1e-4  # a sum of probabilities is not known better
 
 _TOLERANCES = {"float32": 0.005}
 """Nats, root mean square over at most 256 log-probs. Float32 differs by 1e-5; more than 0.08 at one id is refused."""
 
 _HALF_PRECISION_TOLERANCE = 0.5
-"""Nats. TODO"""
+"""Nats, of the same. Two ways to compute a model in bfloat16 differ by 0.09 to 0.12, another row by 2 and more. See
+docs/decisions/2026-11-27-bfloat16.md."""
 
 _WORST_ROW = 3.0
-"""Times the tolerance, for one row by itself."""
+"""Times the tolerance, for one row by itself. Of 256 rows bfloat16 moved one by 0.4 nats."""
 
 _DISTINCT = 2.0
 """What explains a row so many times better than the row itself is taken for the truth, however small both are."""
@@ -145,7 +147,7 @@ def _differences(left: TopLogprobs, right: TopLogprobs, *, temperature: float = 
     right_NK = np.maximum(right.logprobs.astype(np.float64), _NONE)
     is_same_NMK = ids_NM[:, :, None] == right.token_ids[:, None, :]
     listed_NM = np.take_along_axis(right_NK, is_same_NMK.argmax(axis=2), axis=1)
-    unlisted_N = np.minimum(right_NK[:, -1], np.log(np.maximum(1.0 - _mass(right), np.exp(_NONE))))
+    unlisted_N = np.minimum(right_NK[:, -1], np.log(np.maximum(1.0 - _mass(right), _RESOLUTION)))
     above_NM = np.maximum(left_NM - unlisted_N[:, None], 0.0)
     return np.where(is_same_NMK.any(axis=2), left_NM - listed_NM, above_NM)
 

@@ -47,7 +47,9 @@ class Checkout:
 
 
 def installs(commands: list[str]) -> list[str]:
-    return [word for line in commands if " install " in line for word in line.split() if word.endswith(".lock")]
+    """Lock files, each once: a make within make repeats in a dry run what would have been done."""
+    words = [word for line in commands if " install " in line for word in line.split()]
+    return list(dict.fromkeys(word for word in words if word.endswith(".lock")))
 
 
 @pytest.mark.parametrize("target", ["setup", "demo", "test"])

@@ -16,8 +16,8 @@ from rollout_server.traces.reader import TraceReader
 from tests.support.smollm2 import smollm2_pair
 
 REPOSITORY = Path(__file__).parents[2]
-NUM_STEPS, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 3, 8, 16
-TOPICS = ["the sea", "a cat", "two trains", "bread", "the moon", "a bicycle", "winter", "an honest thief"]
+NUM_STEPS, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 3, 4, 8
+TOPICS = ["the sea", "a cat", "bread", "winter"]
 TASKS = ["Write one line about", "Ask me a question about", "What do you know of"]
 
 
@@ -25,7 +25,11 @@ TASKS = ["Write one line about", "Ask me a question about", "What do you know of
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("smollm2")
-    chats = [[{"role": "user", "content": f"{task} {topic}."}] for task in TASKS for topic in TOPICS]
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{task} {topic}."}]
+        for task in TASKS
+        for topic in TOPICS
+    ]
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps({'prompt': chat})}\n" for chat in chats))
     models = smollm2_pair()
     engine = {"dtype": "bfloat16", "enforce_eager": True, "kv_cache_gib": 0.25, "max_model_len": 128, "max_num_seqs": 8}
@@ -33,10 +37,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run_dir": str(folder / "run"),
         "models": {"teacher": str(models.teacher), "student": str(models.student)},
         "engines": {"teacher": engine, "student": engine},
-        "policy": {"type": "adaswitch", "window": 4, "floor": 0.1},
+        "policy": {"type": "adaswitch", "window": 2, "floor": 0.1},
         "sampling": {"max_new_tokens": MAX_NEW_TOKENS, "chunk_tokens": 8},
         "data": {"path": str(folder / "prompts.jsonl")},
         "trainer": {"num_steps": NUM_STEPS, "prompts_per_step": PROMPTS_PER_STEP, "learning_rate": 1e-5},
+        "sync": {"num_probe_prompts": 2},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "deploy", "train", str(folder / "config.yaml")]

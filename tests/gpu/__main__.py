@@ -1,7 +1,7 @@
 """What of the GPU paths works on this machine's GPUs, and how fast: ``make verify-gpu``.
 
     python -m tests.gpu                          all parts
-    python -m tests.gpu --part a,b,c --minutes 4 --out /tmp/gpu.json
+    python -m tests.gpu --part a,b,c --total-minutes 9 --out /tmp/gpu.json
     python -m tests.gpu --device cpu             the same checks as far as a processor can run them; writes nothing
     python -m tests.gpu --merge /tmp/gpu.json    take over what another machine measured
 
@@ -11,6 +11,7 @@ again. Without a GPU nothing is run. The exit code is 1 where a check failed, el
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -42,13 +43,16 @@ def main(words: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, machine: Machine | None, out: Path | None) -> Results:
     """All parts, one after the other; on a processor (no machine) too."""
-    options = Options(device=arguments.device, minutes=arguments.minutes, engine=tuple(arguments.engine))
+    end_s = time.monotonic() + 60.0 * arguments.total_minutes
     checks: list[CheckRecord] = []
     for part in arguments.part:
         wanted = [check for check in part.checks if not arguments.check or check in arguments.check]
         if not wanted:
             continue
         print(f"part {part.letter}, {part.title}: {', '.join(wanted)}", flush=True)
+        left = (end_s - time.monotonic()) / 60.0
+        minutes = round(max(0.0, min(arguments.minutes, left)), 2)
+        options = Options(device=arguments.device, minutes=minutes, engine=tuple(arguments.engine))
         found = run_part(part, wanted, options)
         print(*(f"  {line}" for line in records.lines(found)), sep="\n", flush=True)
         checks += found
@@ -97,6 +101,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", type=_parts, default=list(PARTS), help="a,b,c,d or names; default: all")
     parser.add_argument("--check", nargs="+", default=[], help="only these checks of the parts")
     parser.add_argument("--minutes", type=float, default=10.0, help="for each part")
+    parser.add_argument("--total-minutes", type=float, default=float("inf"), help="for all of them together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help=f"default: {FILE.relative_to(ROOT)}; with --device cpu: none")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="run nothing; take over this file's outcomes")

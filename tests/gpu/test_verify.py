@@ -17,6 +17,7 @@ NEEDS_A_GPU = {
     "learner": {"packing_flash", "loss_beside_liger", "ranks_nccl"},
     "engines": {"chunked_prefill", "score_rows_bfloat16", "prompt_logprob_memory"},
     "sync": {"ipc", "nccl"},
+    "train": {f"{run}_{layout}" for run in ("demo", "shaped") for layout in ("shared_student", "spread")},
 }
 
 
@@ -60,7 +61,7 @@ def test_the_committed_results_do_not_change_where_no_gpu_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["learner", pytest.param("engines", marks=pytest.mark.slow), pytest.param("sync", marks=pytest.mark.slow)]
+    "part", ["learner", *(pytest.param(name, marks=pytest.mark.slow) for name in ("engines", "sync", "train"))]
 )
 def test_a_processor_passes_every_check_that_needs_no_gpu(part: str, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
@@ -70,6 +71,19 @@ def test_a_processor_passes_every_check_that_needs_no_gpu(part: str, tmp_path: P
     assert found.keys() == part_named(part).checks.keys()
     assert {name for name, record in found.items() if record.outcome == "not run"} == NEEDS_A_GPU[part]
     assert all(figure.holds for record in found.values() for figure in record.figures)
+
+
+def test_what_there_is_no_time_for_is_not_run(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    assert verify("--device", "cpu", "--part", "a", "--total-minutes", "0", "--out", str(out)).returncode == 0
+    assert {record.outcome for record in read(out).checks} == {"not run"}
+    assert {record.reason for record in read(out).checks} == {"the 0 minutes of part a were over"}
+
+
+def test_results_of_a_processor_are_not_written_where_those_of_gpus_are() -> None:
+    done = verify("--device", "cpu", "--out", "docs/benchmarks/gpu.json")
+    assert done.returncode == 2
+    assert "is for what GPUs give, got --device cpu" in done.stderr
 
 
 def test_a_part_that_does_not_exist_is_named() -> None:

@@ -85,7 +85,7 @@ class Synced:
 
     @property
     def limits(self) -> ProbeLimits:
-        return ProbeLimits.choose(tolerance=None, both_float32=self.dtype == torch.float32, noise=self.noise)
+        return ProbeLimits.choose(tolerance=None, in_float32=self.dtype == torch.float32, noise=self.noise)
 
     def rows(self, is_old: Callable[[str], bool] = lambda name: False) -> list[TopLogprobs]:
         """Of an engine in which these weights are old."""
@@ -215,11 +215,11 @@ def test_an_engine_that_runs_another_model_is_refused_before_any_step() -> None:
 
 def test_limits_are_the_user_s_or_exact_in_float32_or_a_multiple_of_the_noise() -> None:
     noise = ProbeNoise(rms=0.1, p99=0.3)
-    chosen = ProbeLimits.choose(tolerance=None, both_float32=False, noise=noise)
+    chosen = ProbeLimits.choose(tolerance=None, in_float32=False, noise=noise)
     assert (chosen.rms, chosen.p99) == pytest.approx((NOISE_FACTOR * 0.1, NOISE_FACTOR * 0.3))
-    assert ProbeLimits.choose(tolerance=None, both_float32=True, noise=noise) == EXACT
-    assert ProbeLimits.choose(tolerance=0.7, both_float32=True, noise=noise) == ProbeLimits(rms=0.7)
-    assert ProbeLimits.choose(tolerance=None, both_float32=False, noise=None) == ProbeLimits(rms=MAX_NOISE)
+    assert ProbeLimits.choose(tolerance=None, in_float32=True, noise=noise) == EXACT
+    assert ProbeLimits.choose(tolerance=0.7, in_float32=True, noise=noise) == ProbeLimits(rms=0.7)
+    assert ProbeLimits.choose(tolerance=None, in_float32=False, noise=None) == ProbeLimits(rms=MAX_NOISE)
 
 
 @pytest.mark.parametrize("statistic", ["rms", "p99", "max_difference"])

@@ -81,3 +81,17 @@ def test_a_setting_of_another_policy_cannot_be_written():
 
 def test_sequences_per_step_counts_every_sample():
     assert Trainer(prompts_per_step=3, samples_per_prompt=4).sequences_per_step == 12
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"engines": {"student": {"num_replicas": 2}}},
+        {"engines": {"student": {"tensor_parallel_size": 2}}},
+        {"trainer": {"num_ranks": 2}},
+    ],
+)
+def test_ipc_needs_a_learner_and_an_engine_on_one_gpu(parts: dict[str, object]):
+    assert run_config(sync={"backend": "ipc"}).sync.backend == "ipc"
+    with pytest.raises(ValidationError, match=r"sync\.backend must not be ipc unless"):
+        run_config(sync={"backend": "ipc"}, **parts)

@@ -174,17 +174,15 @@ def test_the_entrypoint_keeps_words_with_blanks_and_quotes_together() -> None:
     ]
 
 
-@pytest.mark.parametrize(("with_token", "said"), [(True, "1 nodes with 0 GPUs"), (False, "no cluster at")])
-def test_the_doctor_finds_the_cluster_with_its_token_alone(head: Head, with_token: bool, said: str) -> None:
-    let_in = head.environment if with_token else head.environment | {"RAY_AUTH_MODE": "disabled"}
+def test_the_doctor_finds_the_cluster(head: Head) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "deploy", "doctor", DEMO],
-        env=let_in | {"RAY_ADDRESS": head.gcs_address},
+        [sys.executable, "-m", "deploy", "doctor"],
+        env=head.environment | {"RAY_ADDRESS": head.gcs_address, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     (line,) = [line for line in done.stdout.splitlines() if " Ray " in line]
-    assert (line.startswith("ok"), said in line) == (with_token, True), done.stdout
-    assert done.returncode == (0 if with_token else 1)
+    assert line.startswith("ok"), done.stdout
+    assert line.endswith(f"1 node with 0 GPUs at {head.gcs_address}, with a token")

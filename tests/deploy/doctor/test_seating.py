@@ -60,7 +60,7 @@ def test_two_large_gpus_hold_teacher_and_student_and_each_actor_is_named(monkeyp
     names = [name for name in ("teacher engine", "student engine", "learner") if name in " ".join(found.bundles)]
     assert names == ["teacher engine", "student engine", "learner"]
     assert len(found.bundles) == 2
-    assert all(line.startswith("1 GPU: ") and line.endswith(" of 79.6 GiB on each") for line in found.bundles)
+    assert all(line.startswith("1 GPU: ") and line.endswith(" of 79.6 GiB") for line in found.bundles)
     # 0.63 B parameters, the tied output layer included, in bfloat16, twice.
     assert found.shm_bytes == pytest.approx(4 * 0.63e9, rel=0.01)
     assert found.checkpoints_bytes == pytest.approx(4 * (12 * 0.494e9 + 4 * 0.63e9), rel=0.01)
@@ -87,3 +87,9 @@ def test_models_at_the_hub_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch
     found = seats_of(resolved.config, QWEN, replace(GPU_SERVER, wanted=wanted))
     assert found.download_bytes == pytest.approx(2 * (0.494e9 + 3.086e9), rel=0.01)
     assert found.download_bytes < 10 * GIB
+
+
+def test_a_model_that_can_t_be_read_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = seats(DEMO, LAPTOP, monkeypatch, "models.student=./not-there")
+    assert found.missing is not None
+    assert found.missing.startswith("models.student: can't read the config of './not-there'")

@@ -56,6 +56,8 @@ def trained(step: int, *, switch_rate: float = 0.5, mean_switch_position: float 
                 engine_logprob=-1.0,
                 learner_logprob=-1.0,
                 num_compared=8,
+                followed=1.0,
+                followed_output_layer=0.9,
             ),
         ),
     )
@@ -109,7 +111,7 @@ def test_what_a_step_has_none_of_is_left_out() -> None:
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
-    documented = set(re.findall(r"^\| `([a-z_]+/[a-z_]+)`", DOCS.read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^\| `([a-z_]+/[a-z0-9_]+)`", DOCS.read_text(), re.MULTILINE))
     assert documented == (metrics_of(trained(1)).keys() | metrics_of(evaluated(1, 0.5)).keys()) - {"step"}
 
 
