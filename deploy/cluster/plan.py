@@ -62,17 +62,21 @@ def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_
         missing = None if plan.missing is None else f"placement.layout: {plan.missing}; there is {found}"
         return replace(plan, why=f"as placement.layout says; {found}", missing=missing)
     refused: list[str] = []
-    last: Plan | None = None
+    plans: list[Plan] = []
     for layout in LAYOUTS:
         if (conflict := config.layout_conflict(layout)) is not None:
             refused.append(conflict)
             continue
-        last = _with_layout(config, layout, shapes, nodes, with_learner=with_learner)
-        if last.missing is None:
-            return replace(last, why="; ".join([found, *refused]))
-        refused.append(last.missing)
-    assert last is not None, "no valid settings conflict with every layout"
-    return replace(last, why=found, missing=f"placement.layout: no layout fits {found}: {'; '.join(refused)}")
+        plan = _with_layout(config, layout, shapes, nodes, with_learner=with_learner)
+        if plan.missing is None:
+            return replace(plan, why="; ".join([found, *refused]))
+        plans.append(plan)
+        refused.append(plan.missing)
+    assert plans, "no valid settings conflict with every layout"
+    # The one that needs the least of each GPU, of those for which there are GPUs enough.
+    enough = [plan for plan in plans if _too_few(plan.seating, nodes, config.placement.strategy) is None]
+    shown = enough[0] if enough else plans[-1]
+    return replace(shown, why=found, missing=f"placement.layout: no layout fits {found}: {'; '.join(refused)}")
 
 
 def refuse_unfit(plan: Plan) -> None:
@@ -87,6 +91,7 @@ def _with_layout(
     """A run under one layout, whether it fits or not; ``why`` is still to be said."""
     seating = seat(config, layout, with_learner=with_learner)
     backend = _sync_backend(config, layout)
+    too_few = _too_few(seating, nodes, config.placement.strategy)
     plan = Plan(
         layout=layout,
         why="",
@@ -97,7 +102,7 @@ def _with_layout(
             if backend == "host_memory" and with_learner
             else 0.0
         ),
-        missing=_too_few(layout, seating, nodes, config.placement.strategy),
+        missing=None if too_few is None else f"{layout} needs {too_few}",
     )
     sizes = [node.gpu_gib for node in nodes if node.num_gpus]
     known = [size for size in sizes if size is not None]
@@ -131,21 +136,21 @@ def _found(nodes: Sequence[Node]) -> str:
     return f"{number} GPU{'s' if number > 1 else ''}{memory}{where}"
 
 
-def _too_few(layout: Layout, seating: SeatingPlan, nodes: Sequence[Node], strategy: str) -> str | None:
-    """Why there are not GPUs enough, or not where they are needed; None where there are."""
+def _too_few(seating: SeatingPlan, nodes: Sequence[Node], strategy: str) -> str | None:
+    """What GPUs are needed, where there are not enough, or not where they are needed together; None where there are."""
     bundles = sorted((int(bundle.get("GPU", 0)) for bundle in seating.bundles), reverse=True)
     free = sorted((node.num_gpus for node in nodes), reverse=True)
     if sum(bundles) > sum(free):
-        return f"{layout} needs {_gpus(sum(bundles))}"
+        return _gpus(sum(bundles))
     if strategy == "STRICT_PACK":
-        return None if sum(bundles) <= free[0] else f"{layout} needs {_gpus(sum(bundles))} on one node (STRICT_PACK)"
+        return None if sum(bundles) <= free[0] else f"{_gpus(sum(bundles))} on one node (STRICT_PACK)"
     if strategy == "STRICT_SPREAD":
         fits = len(bundles) <= len(free) and all(map(int.__le__, bundles, free))
-        return None if fits else f"{layout} needs {len(bundles)} nodes with {bundles} GPUs (STRICT_SPREAD)"
+        return None if fits else f"{len(bundles)} nodes with {bundles} GPUs (STRICT_SPREAD)"
     for bundle in bundles:
         free.sort(reverse=True)
         if bundle > free[0]:
-            return f"{layout} needs {_gpus(bundle)} on one node for one of its bundles of {bundles} GPUs"
+            return f"{_gpus(bundle)} on one node for one of its bundles of {bundles} GPUs"
         free[0] -= bundle
     return None
 

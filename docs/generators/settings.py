@@ -16,6 +16,7 @@ _TYPES = {
     "string": "text",
     "boolean": "true or false",
     "null": "nothing",
+    "object": "mapping",
 }
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -248,3 +249,11 @@ def test_a_key_of_an_earlier_version_names_the_new_one(config_file):
         "error: placement.learner is not a setting (--set); it is placement.layout (spread for own_gpu, shared_student "
         "for student_gpu) now\n"
     )
+
+
+def test_the_plan_on_the_page_about_sizing_is_the_real_one():
+    page = (QWEN.parents[2] / "docs" / "sizing.md").read_text()
+    _, shown = page.split("--plan --gpus 2 --gpu-gib 24\n```\n\n```text\n")
+    result = adaswitch("config", QWEN, "--plan", "--gpus", "2", "--gpu-gib", "24")
+    printed = "\n".join(line.rstrip() for line in result.stdout.splitlines()).strip()
+    assert shown.partition("\n```\n")[0] == re.sub(r"from \S*deploy/configs", "from deploy/configs", printed)

@@ -62,7 +62,7 @@ def score_rows(context: Context, figures: Figures) -> None:
 
 def self_test(context: Context, figures: Figures) -> None:
     prefix = random_text(12, MIDDLE.vocabulary, seed=7)
-    context.run(check_engine(_middle(context), name="engine", prefix=prefix, top_logprobs=TOP_LOGPROBS))
+    context.run(_check(_middle(context), prefix))
 
 
 def resumed_requests(context: Context, figures: Figures) -> None:
@@ -147,7 +147,7 @@ def score_rows_bfloat16(context: Context, figures: Figures) -> None:
     figures.add("engine from float32, largest", float(all_differences.max()), "nats")
     nearest = min(rms(inner, above), rms(inner, below))
     figures.add("rms against a neighbouring row over its own", nearest / rms(inner, true), "", at_least=3.0)
-    context.run(check_engine(engine, name="engine", prefix=texts[0][:12], top_logprobs=TOP_LOGPROBS))
+    context.run(_check(engine, texts[0][:12]))
 
 
 CHECKS: dict[str, Callable[[Context, Figures], None]] = {
@@ -160,6 +160,11 @@ CHECKS: dict[str, Callable[[Context, Figures], None]] = {
     "chunked_prefill": chunked_prefill,
     "prompt_logprob_memory": prompt_logprob_memory,
 }
+
+
+async def _check(engine: "VLLMEngine", prefix: Ids) -> None:
+    """As a run does; UserError where it fails."""
+    await check_engine(engine, name="engine", prefix=prefix, top_logprobs=TOP_LOGPROBS, dtype=engine.facts.dtype)
 
 
 def _middle(context: Context) -> "VLLMEngine":

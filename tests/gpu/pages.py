@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.gpu.catalogue import PARTS, Part
-from tests.gpu.records import CheckRecord, Figure, Results
+from tests.gpu.records import CheckRecord, Figure, Results, replace_text
 
 PAGES = ("docs/gpu.md", "docs/install.md")
 MARKED = re.compile(r"<!-- gpu: (\w+) -->\n.*?<!-- gpu: end -->", re.DOTALL)
@@ -18,7 +18,7 @@ def write(root: Path, results: Results) -> None:
     """Bring the pages up to date."""
     for name in PAGES:
         page = root / name
-        page.write_text(filled(page.read_text(), results))
+        replace_text(page, filled(page.read_text(), results))
 
 
 def filled(text: str, results: Results) -> str:

@@ -167,13 +167,22 @@ def read(path: Path) -> Results:
 
 
 def write(path: Path, results: Results) -> None:
-    """Replace the file."""
+    """Replace the file, unless it says the same already."""
     content = {
         "machines": [_without_none(asdict(machine)) for machine in results.machines.values()],
         "checks": [row_of(record) for record in results.checks],
     }
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """In one step, and only where it differs: somebody may be reading it."""
+    if path.exists() and path.read_text() == text:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def row_of(record: CheckRecord) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Part (c): new weights from a learner in this process to an engine, through each backend; what the engine says before
-and after, and how long it takes.
+"""Part (c): new weights from a learner in this process to an engine, through each backend; what the run's own probe
+says of it, and how long it takes.
 
 CUDA graphs are on: they must read the new weights too, so tokens are also written and their rows compared.
 """
@@ -7,7 +7,7 @@ CUDA graphs are on: they must read the new weights too, so tokens are also writt
 import asyncio
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from common.sequence import Floats, TopLogprobs
+from common.sequence import Ids, TopLogprobs
+from common.weights import SyncBackend
 from rollout_server.engines.protocol import ScoreRequest, WriteRequest
 from tests.gpu.context import Context
 from tests.gpu.models import MIDDLE, QWEN2_500M, Shape, random_text
-from tests.gpu.readings import rows_at
 from tests.gpu.records import Figures, NotRun
+from trainer.probe import ProbeLimits, SyncProbe, WeightSyncError
+from trainer.probe_reading import read
+from trainer.probe_statistics import ProbeNoise, ProbeReport, compare_probe
 from trainer.weight_sender import LearnerWeights, OneCallClient, Rendezvous, WeightSender, build_sender, named_weights
 
 if TYPE_CHECKING:
@@ -40,6 +43,14 @@ class _Pair:
     engine: "VLLMEngine"
     shape: Shape
     dtype: torch.dtype  # of the engine
+
+    @property
+    def texts(self) -> list[Ids]:
+        return [random_text(64, self.shape.vocabulary, seed=600 + number) for number in range(NUM_TEXTS)]
+
+    def limits(self, noise: ProbeNoise | None) -> ProbeLimits:
+        """As a run has them."""
+        return ProbeLimits.choose(tolerance=None, both_float32=self.dtype == torch.float32, noise=noise)
 
 
 def host_memory(context: Context, figures: Figures) -> None:
@@ -61,29 +72,26 @@ def nccl(context: Context, figures: Figures) -> None:
 CHECKS: dict[str, Callable[[Context, Figures], None]] = {"host_memory": host_memory, "ipc": ipc, "nccl": nccl}
 
 
-def _sync(context: Context, figures: Figures, backend: Any, *, engine_gpu: int = 0) -> None:
+def _sync(context: Context, figures: Figures, backend: SyncBackend, *, engine_gpu: int = 0) -> None:
+    """As a run does it: the probe's noise at the start, then a reading on both sides of each change and its sync."""
     pair = _pair(context, backend, engine_gpu)
-    rounding = 1e-4 if pair.dtype == torch.float32 else 0.01  # nats that weights of another value may add
-    at_start = _rms(_read(context, pair))
+    probe = SyncProbe(pair.model)
+    noise = probe.measure_noise(pair.texts, [_rows(context, pair)], pair.limits(None))
     sender = context.run(_open(pair, backend))
     try:
-        _change(pair.model)
-        unsent = _rms(_read(context, pair))
-        seconds = []
+        seconds, reports = [], []
         for version in range(1, NUM_SYNCS + 2):
-            _change(pair.model)
+            probe.read_before(pair.texts, [_rows(context, pair)])
+            _change(pair.model, seed=version)
             seconds.append(context.run(_send(sender, version)))
-        read, written = _read(context, pair), _written(context, pair)
+            rows = [_rows(context, pair)]
+            reports.append(probe.check(pair.texts, rows, pair.limits(noise), sender.previous_weights))
+        written = _written(context, pair)
+        _refuse_unsent(context, pair, probe, noise)
     finally:
         sender.shutdown()
-    figures.add("rms before", at_start, "nats")
-    # Unless new weights show, the probe would not see that they have not come.
-    figures.add("rms with new weights not sent", unsent, "nats", at_least=5 * (at_start + rounding))
-    figures.add("rms after, as read", _rms(read), "nats", at_most=2 * at_start + rounding)
-    figures.add("rms after, as written", _rms(written), "nats", at_most=2 * at_start + rounding)
-    figures.add("99% after, as read", float(np.quantile(np.abs(read), 0.99)), "nats")
-    figures.add("largest after, as read", float(np.abs(read).max()), "nats")
     assert pair.engine.weight_version == NUM_SYNCS + 1, pair.engine.weight_version
+    _add_differences(figures, noise, reports, written)
     num_bytes = sum(tensor.numel() * pair.dtype.itemsize for tensor in named_weights(pair.model).values())
     figures.add("sent", num_bytes / 1e9, "GB")
     figures.add("first sync", seconds[0], "s")
@@ -91,7 +99,34 @@ def _sync(context: Context, figures: Figures, backend: Any, *, engine_gpu: int =
     figures.add("speed", num_bytes / 1e9 / statistics.median(seconds[1:]), "GB/s")
 
 
-def _pair(context: Context, backend: str, engine_gpu: int) -> _Pair:
+def _add_differences(figures: Figures, noise: ProbeNoise, reports: list[ProbeReport], written: ProbeReport) -> None:
+    """The probe has refused what is beyond its limits; the engine must also have made the learner's change."""
+    figures.add("before: rms", noise.rms, "nats")
+    figures.add("before: 99% within", noise.p99, "nats")
+    figures.add("after: rms", max(report.rms for report in reports), "nats")
+    figures.add("after: 99% within", max(report.p99 for report in reports), "nats")
+    figures.add("after: largest", max(report.max_difference for report in reports), "nats")
+    shares = [float("nan") if report.followed is None else report.followed for report in reports]
+    figures.add("least share of the learner's change made by the engine", float(np.min(shares)), "", at_least=0.8)
+    figures.add("largest share of it", float(np.max(shares)), "", at_most=1.2)
+    # Decoding rounds otherwise than reading does, and the tokens are others.
+    figures.add("after, rows of written tokens: rms", written.rms, "nats", at_most=max(1e-3, 3 * noise.rms))
+
+
+def _refuse_unsent(context: Context, pair: _Pair, probe: SyncProbe, noise: ProbeNoise) -> None:
+    """The probe must see that new weights have not come, or what it said before says nothing."""
+    rows = [_rows(context, pair)]
+    probe.read_before(pair.texts, rows)
+    _change(pair.model, seed=0)
+    try:
+        probe.check(pair.texts, rows, pair.limits(noise))
+    except WeightSyncError as refusal:
+        print(f"as it should be, the probe refused weights that were not sent: {refusal}", flush=True)
+        return
+    raise AssertionError("the probe did not notice weights that were not sent")
+
+
+def _pair(context: Context, backend: SyncBackend, engine_gpu: int) -> _Pair:
     shape, dtype = (QWEN2_500M, torch.bfloat16) if context.is_cuda else (MIDDLE, torch.float32)
     if context.is_cuda:
         context.needs_gib(12.0)
@@ -109,11 +144,11 @@ def _pair(context: Context, backend: str, engine_gpu: int) -> _Pair:
     return _Pair(model=model, engine=engine, shape=shape, dtype=dtype)
 
 
-async def _open(pair: _Pair, backend: Any) -> WeightSender:
+async def _open(pair: _Pair, backend: SyncBackend) -> WeightSender:
     """In a thread, as both ends wait for each other; the engine belongs to this loop."""
     loop = asyncio.get_running_loop()
 
-    def on_loop(call: Any) -> None:
+    def on_loop(call: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(call, loop).result(CALL_TIMEOUT_S)
 
     client = OneCallClient(
@@ -133,32 +168,29 @@ async def _send(sender: WeightSender, version: int) -> float:
 
 
 @torch.no_grad()
-def _change(model: PreTrainedModel) -> None:
-    """Every parameter gets another value, by a fifth of its spread."""
-    for number, parameter in enumerate(model.parameters()):
-        random = torch.Generator(device=parameter.device).manual_seed(number)
+def _change(model: PreTrainedModel, *, seed: int) -> None:
+    """Every parameter moves by a twentieth of its spread: more than bfloat16 rounds away."""
+    random = torch.Generator(device=model.device).manual_seed(seed)
+    for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random, device=parameter.device)
-        parameter += 0.2 * parameter.std(correction=0).clamp(min=0.01) * noise
+        parameter += 0.05 * parameter.std(correction=0).clamp(min=0.01) * noise
 
 
-def _read(context: Context, pair: _Pair) -> Floats:
-    """Differences in nats, engine less learner, at the engine's ids of a few texts."""
-    texts = [random_text(64, pair.shape.vocabulary, seed=600 + number) for number in range(NUM_TEXTS)]
+def _rows(context: Context, pair: _Pair) -> list[TopLogprobs]:
+    """The engine's, of the probe's texts."""
 
-    async def rows() -> list[TopLogprobs]:
-        return await asyncio.gather(*(pair.engine.score(ScoreRequest(token_ids=text, start=1)) for text in texts))
+    async def score() -> list[TopLogprobs]:
+        return await asyncio.gather(*(pair.engine.score(ScoreRequest(token_ids=it, start=1)) for it in pair.texts))
 
-    found = context.run(rows())
-    return np.concatenate(
-        [(row.logprobs - rows_at(_whole(pair, text), row)).ravel() for text, row in zip(texts, found, strict=True)]
-    )
+    return context.run(score())
 
 
-def _written(context: Context, pair: _Pair) -> Floats:
-    """The same for tokens that the engine writes, each with its row."""
+def _written(context: Context, pair: _Pair) -> ProbeReport:
+    """The same comparison for tokens that the engine writes, each with its row."""
+    num_prompt = 16
     requests = [
         WriteRequest(
-            prefix=random_text(16, pair.shape.vocabulary, seed=700 + number),
+            prefix=random_text(num_prompt, pair.shape.vocabulary, seed=700 + number),
             max_tokens=32,
             temperature=0.0,
             top_p=1.0,
@@ -172,23 +204,11 @@ def _written(context: Context, pair: _Pair) -> Floats:
     async def write() -> list[Any]:
         return await asyncio.gather(*(pair.engine.generate(request) for request in requests))
 
-    found = []
-    for request, written in zip(requests, context.run(write()), strict=True):
-        text = np.concatenate([request.prefix, written.token_ids])
-        expected_nV = _whole(pair, text)[request.prefix.size - 1 : -1]
-        found.append((written.top.logprobs - rows_at(expected_nV, written.top)).ravel())
-    return np.concatenate(found)
-
-
-@torch.inference_mode()
-def _whole(pair: _Pair, text: Any) -> torch.Tensor:
-    """[n, V] nats. In the engine's dtype where that is less than float32, as the learner's probe is."""
-    device = pair.model.device
-    ids_1n = torch.from_numpy(text).long()[None].to(device)
-    with torch.autocast(device.type, pair.dtype, enabled=pair.dtype != torch.float32):
-        logits_nV = pair.model(input_ids=ids_1n, use_cache=False).logits[0]
-    return logits_nV.float().log_softmax(dim=-1)
-
-
-def _rms(differences: Floats) -> float:
-    return float(np.sqrt(np.mean(np.square(differences.astype(np.float64)))))
+    pieces = context.run(write())
+    texts = [
+        np.concatenate([request.prefix, piece.token_ids[:-1]]) for request, piece in zip(requests, pieces, strict=True)
+    ]
+    # Asked for at every position of a text; only those from the prompt's last on are the written tokens'.
+    ids = [np.concatenate([np.zeros((num_prompt - 1, TOP_LOGPROBS), np.int32), it.top.token_ids]) for it in pieces]
+    learner = [logprobs[num_prompt - 1 :] for logprobs in read(pair.model, texts, ids).logprobs]
+    return compare_probe([piece.top for piece in pieces], learner)

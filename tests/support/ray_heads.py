@@ -153,6 +153,7 @@ def _head(folder: Path, authentication: dict[str, str], *, address: str) -> Head
         "PYTHONPATH": str(REPOSITORY),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        "RAY_raylet_start_wait_time_s": f"{START_TIMEOUT_S:.0f}",  # by itself 30, too short for a busy machine
     }
     (port,) = free_ports(1)
     return Head(address=address, gcs_address=f"127.0.0.1:{port}", environment=environment, folder=folder)

@@ -14,13 +14,14 @@ BLOCK = 16  # tokens, as on GPUs
 
 
 def start_v2_engine(spec: EngineSpec, *, max_num_batched_tokens: int) -> VLLMEngine:
-    """Must run inside a running event loop. The engine's arguments are those of a processor but for what differs."""
+    """Must run inside a running event loop. Its arguments are those of a processor but for what differs."""
     args = engine_args(spec, Hardware.detect())
     args.enable_chunked_prefill = True
     args.max_num_batched_tokens = max_num_batched_tokens
     args.worker_cls = "tests.support.v2_worker.V2Worker"
     config = args.create_engine_config()
     config.scheduler_config.async_scheduling = True  # which vLLM switches off on processors
+    config.__dict__["__post_init__"] = _leave_as_it_is
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")  # refused before, for lack of Triton
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -28,3 +29,9 @@ def start_v2_engine(spec: EngineSpec, *, max_num_batched_tokens: int) -> VLLMEng
         environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)  # where the worker is
         llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     return VLLMEngine(llm, spec.top_logprobs)
+
+
+def _leave_as_it_is() -> None:
+    """vLLM's engine process would go over its configuration again, refuse V2 without Triton, and switch asynchronous
+    scheduling off.
+    """

@@ -84,6 +84,12 @@ def test_nccl_is_never_chosen_for_a_shared_gpu(shapes) -> None:
     assert "spread needs 3 GPUs" in plan.missing
 
 
+def test_where_no_layout_fits_the_one_that_needs_least_of_each_gpu_is_shown(shapes) -> None:
+    for cluster, layout in (((3, 4.0), "spread"), ((2, 4.0), "shared_student"), ((1, 4.0), "one_gpu")):
+        plan = make_plan(make_config(), shapes, nodes(cluster))
+        assert (plan.layout, plan.missing is None) == (layout, False)
+
+
 def test_no_gpu_at_all_is_no_layout(shapes) -> None:
     plan = make_plan(make_config(), shapes, [])
     assert plan.missing is not None

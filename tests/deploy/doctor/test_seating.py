@@ -87,3 +87,9 @@ def test_models_at_the_hub_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch
     found = seats_of(resolved.config, QWEN, replace(GPU_SERVER, wanted=wanted))
     assert found.download_bytes == pytest.approx(2 * (0.494e9 + 3.086e9), rel=0.01)
     assert found.download_bytes < 10 * GIB
+
+
+def test_a_model_that_can_t_be_read_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = seats(DEMO, LAPTOP, monkeypatch, "models.student=./not-there")
+    assert found.missing is not None
+    assert found.missing.startswith("models.student: can't read the config of './not-there'")
