@@ -72,7 +72,9 @@ async def ask_vllm(engine: VLLMEngine, text: Ids, request_id: str) -> RequestOut
 
 
 async def test_the_self_test_passes(engine) -> None:
-    await check_engine(engine, name="teacher", prefix=random_text(20, seed=1), top_logprobs=VOCABULARY_SIZE)
+    await check_engine(
+        engine, name="teacher", prefix=random_text(20, seed=1), top_logprobs=VOCABULARY_SIZE, dtype="float32"
+    )
 
 
 @pytest.mark.parametrize("num_cached", [0, BLOCK, 2 * BLOCK, 4 * BLOCK])
