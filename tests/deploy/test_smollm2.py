@@ -17,7 +17,7 @@ from tests.support.smollm2 import smollm2_pair
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 3, 4, 8
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first time makes the models, too
 
 TOPICS = ["the sea", "a cat", "bread", "winter"]
 TASKS = ["Write one line about", "Ask me a question about", "What do you know of"]
