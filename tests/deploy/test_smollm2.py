@@ -20,6 +20,8 @@ NUM_STEPS, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 3, 4, 8
 TOPICS = ["the sea", "a cat", "bread", "winter"]
 TASKS = ["Write one line about", "Ask me a question about", "What do you know of"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
