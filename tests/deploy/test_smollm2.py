@@ -22,8 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first time make
 TOPICS = ["the sea", "a cat", "bread", "winter"]
 TASKS = ["Write one line about", "Ask me a question about", "What do you know of"]
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
