@@ -157,7 +157,7 @@ def test_a_student_whose_weights_are_quantized_is_refused_and_a_teacher_is_not(m
 def test_vllm_is_not_imported_where_it_is_asked_nothing() -> None:
     """It takes seconds."""
     code = (
-        "import sys; from common.config_source import read_config; from deploy.preflight import prepare; "
+        "import sys; from common.config.source import read_config; from deploy.preflight import prepare; "
         f"config = read_config('{DEMO.parent}/configs/demo.yaml').config; prepare(config); "
         "assert 'vllm' not in sys.modules"
     )
