@@ -19,10 +19,10 @@ settings.register_profile("quick", deadline=None, max_examples=50)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 settings.load_profile("quick")
 
-# What is started once a session, and so for tests of one process only. The longest group comes first.
-GROUP_OF_FIXTURE = {"engines": "engines", "ray_address": "engines", "demo_run": "demo_run"}
-GROUPS = list(dict.fromkeys(GROUP_OF_FIXTURE.values()))
-GROUP_TIMEOUT_S = 300.0  # the start of what a group shares included
+# Fixtures of the session that take so much that one process alone makes them: the tests that ask for one are a group.
+SHARED = ["engines", "demo_run"]
+# Their start included, and that of Ray, which each process makes for itself.
+SHARED_TIMEOUT_S = 300.0
 
 
 class ByGroupOrModule(LoadGroupScheduling):  # type: ignore[misc]
@@ -39,19 +39,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroupOrMod
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by the shared fixtures that they ask for; begin with what takes longest: groups and slow tests."""
+    """Group tests by what they share, give those that start much their time, and begin with what takes longest."""
+    heavy_modules = {item.path for item in items if _is_heavy(item)}
     places: dict[pytest.Item, int] = {}
     for item in items:
-        wanted = {GROUP_OF_FIXTURE[name] for name in item.fixturenames if name in GROUP_OF_FIXTURE}
-        groups = [group for group in GROUPS if group in wanted]
-        assert len(groups) <= 1, f"{item.nodeid} needs what {' and '.join(groups)} share; let them be one group"
-        is_slow = item.get_closest_marker("slow") is not None
+        groups = [name for name in SHARED if name in item.fixturenames]
+        assert len(groups) <= 1, f"{item.nodeid} asks for {' and '.join(groups)}: let them be one group"
         if groups:
             item.add_marker(pytest.mark.xdist_group(groups[0]))
-        if (groups or is_slow) and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(GROUP_TIMEOUT_S))
-        places[item] = GROUPS.index(groups[0]) if groups else len(GROUPS) + (not is_slow)
+        if (groups or _is_heavy(item)) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SHARED_TIMEOUT_S))
+        places[item] = SHARED.index(groups[0]) if groups else len(SHARED) + (item.path not in heavy_modules)
     items.sort(key=places.__getitem__)
+
+
+def _is_heavy(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None or "ray_address" in item.fixturenames
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +65,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A Ray for drivers in this process."""
+    """A Ray for drivers in this process, one after the other."""
     from tests.support.ray_heads import started_ray  # Ray takes its time to import
 
     with started_ray() as address:

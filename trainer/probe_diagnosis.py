@@ -63,9 +63,13 @@ def diagnose(
         effect = together(read_with(model, old, texts, ids)) - together(learner)
         share = share_of(differences, effect, noise_rms=0.0)
         left = rms_of(differences - effect)
-        is_whole = left <= max(allowed_rms, 0.1 * rms_of(differences))
-        is_alike = share is not None and abs(share.value - 1.0) <= max(0.25, STANDARD_ERRORS * share.standard_error)
-        diagnoses.append(Diagnosis(group=group, rms=left, is_cause=is_whole and is_alike))
+        is_nearly_all = left <= 0.1 * rms_of(differences)
+        if share is None:  # too few positions for a standard error
+            is_cause = is_nearly_all
+        else:
+            is_alike = abs(share.value - 1.0) <= max(0.25, STANDARD_ERRORS * share.standard_error)
+            is_cause = is_alike and (is_nearly_all or left <= allowed_rms)
+        diagnoses.append(Diagnosis(group=group, rms=left, is_cause=is_cause))
     return min(diagnoses, key=lambda diagnosis: diagnosis.rms)
 
 

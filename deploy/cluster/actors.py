@@ -27,7 +27,7 @@ from deploy.cluster.placement import CPUS_PER_ACTOR, Seat
 from deploy.cluster.plan import Plan, make_plan, processor_plan, refuse_unfit
 from deploy.cluster.reservation import connect, gpu_nodes, num_gpus, reserve, shortage_of
 from deploy.preflight import Inputs
-from deploy.supervision.workers import Process, RunWorkers, start_in_turn
+from deploy.supervision.workers import Process, RunWorkers, in_turn
 from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, RolloutActor
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.rollouts import LiveContext, RolloutSpec
@@ -112,7 +112,8 @@ class Cluster:
         """
         students = self._spawn_engines("student", self._seating.students, inputs, folder)
         teachers = self._spawn_engines("teacher", self._seating.teachers, inputs, folder)
-        facts: dict[str, EngineFacts] = await start_in_turn([*teachers, *students], _start)
+        answers: list[dict[str, EngineFacts]] = await asyncio.gather(*in_turn([*teachers, *students], _start))
+        facts = {name: engine for answer in answers for name, engine in answer.items()}
         spec = RolloutSpec(
             policy=self._config.policy,
             sampling=self._config.sampling,

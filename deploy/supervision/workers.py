@@ -6,7 +6,7 @@ its own is lost. A new process holds nothing until it has been started as the fi
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -70,10 +70,12 @@ class Process:
         return health
 
 
-async def start_in_turn(processes: Sequence[Process], start: Callable[[Process], Awaitable[T]]) -> dict[str, T]:
-    """``start`` all of them and return the answers by name: side by side, but those that share a GPU one after the
-    other, in the order given, because an engine measures what is free as it starts. Raises the first error when all
-    that had begun have ended.
+def in_turn(
+    processes: Sequence[Process], start: Callable[[Process], Awaitable[T]]
+) -> list[Coroutine[Any, Any, dict[str, T]]]:
+    """Calls that ``start`` all of them, to be awaited side by side, each with its processes' answers by name. Those
+    that share a GPU are one call, which starts them one after the other, in the order given, because an engine measures
+    what is free as it starts. It ends with the first that fails.
     """
     groups: dict[object, list[Process]] = {}
     for process in processes:
@@ -82,10 +84,7 @@ async def start_in_turn(processes: Sequence[Process], start: Callable[[Process],
     async def one_after_the_other(group: Sequence[Process]) -> dict[str, T]:
         return {process.name: await start(process) for process in group}
 
-    answers: dict[str, T] = {}
-    for started in await _all(map(one_after_the_other, groups.values())):
-        answers |= started
-    return answers
+    return [one_after_the_other(group) for group in groups.values()]
 
 
 class RunWorkers:
@@ -135,7 +134,7 @@ class RunWorkers:
         if self._students_are_one and any(student.name in unhealthy for student in self.students):
             unhealthy = unhealthy | {student.name for student in self.students}
         self.students_lack_weights |= any(student.name in unhealthy for student in self.students)
-        await start_in_turn([process for process in self.rollout_side if process.name in unhealthy], self._restart)
+        await _all(in_turn([process for process in self.rollout_side if process.name in unhealthy], self._restart))
         if self.controller.name not in unhealthy and self.controller.start is not None:
             await self.controller.start()
         healthy = [engine for engine in (*self.students, *self.teachers) if engine.name not in unhealthy]
@@ -144,7 +143,7 @@ class RunWorkers:
 
     async def restart_learner(self) -> None:
         if self._students_are_one:
-            await start_in_turn(self.students, self._restart)
+            await _all(in_turn(self.students, self._restart))
         await _all(map(self._replace, self.ranks))
         await self._start_learner()
 
@@ -167,11 +166,8 @@ class RunWorkers:
             raise
 
 
-async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
+async def _all(calls: Iterable[Awaitable[object]]) -> None:
     """Wait for every one of them, then raise the first error."""
-    answers: list[T] = []
     for answer in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(answer, BaseException):
             raise answer
-        answers.append(answer)
-    return answers

@@ -17,6 +17,8 @@ from tests.support.smollm2 import smollm2_pair
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 3, 4, 8
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first time makes the models, too
+
 TOPICS = ["the sea", "a cat", "bread", "winter"]
 TASKS = ["Write one line about", "Ask me a question about", "What do you know of"]
 
@@ -65,6 +67,13 @@ def test_every_step_is_synced_and_nothing_is_refused(run: Path) -> None:
     assert [line["sync/weight_version"] for line in steps] == [1, 2, 3]
     assert all(line["rollout/sequences"] == PROMPTS_PER_STEP for line in steps)
     assert json.loads((run / "summary.json").read_text())["faults"] == 0
+
+
+def test_the_probe_s_statistics_are_in_every_step_s_report(run: Path) -> None:
+    for line in read_steps(run):
+        assert 0.01 < line["sync/probe_rms_nats"] < 0.5, line  # rounded, as bfloat16 does
+        assert line["sync/probe_rms_nats"] < line["sync/probe_p99_nats"] < line["sync/probe_nats"]
+    assert json.loads((run / "summary.json").read_text())["max_probe_rms_nats"] < 0.5
 
 
 def test_the_student_learns(run: Path) -> None:

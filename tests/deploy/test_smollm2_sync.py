@@ -31,7 +31,7 @@ K, NUM_NEW_TOKENS = 64, 12
 QUESTIONS = ["What is the sea?", "Name a cat.", "Why is it cold in winter?", "Write a line about bread."]
 TIMEOUT_S = 120.0
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @torch.inference_mode()

@@ -67,6 +67,7 @@ async def test_the_run_goes_on_whoever_is_lost(
     assert len(trained(folder)) == num_steps * PROMPTS_PER_STEP
 
 
+@pytest.mark.slow
 async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
     cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,6 +84,7 @@ async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
     assert (set(counts.values()), len(counts)) == ({1}, NUM_STEPS * PROMPTS_PER_STEP)
 
 
+@pytest.mark.slow
 async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_others_are_trained(
     cluster: Path, tmp_path: Path
 ) -> None:

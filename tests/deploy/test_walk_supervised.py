@@ -25,6 +25,8 @@ SETTINGS = [
     "evaluation.data.max_prompts=16",
 ]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

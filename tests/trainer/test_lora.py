@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from common.config import LoRA, Trainer
 from common.errors import UserError
 from common.sequence import MixedSequence, TopLogprobs
+from tests.support.probing import check_sync, read_probe
 from trainer.batch import collate
 from trainer.learner import Learner
 from trainer.lora import add_adapter
-from trainer.probe import ProbeReport, WeightSyncError, check_sync, read_probe
+from trainer.probe import WeightSyncError
+from trainer.probe_statistics import ProbeReport
 from trainer.weight_sender import LearnerWeights, named_weights
 
 Make = Callable[..., PreTrainedModel]

@@ -8,6 +8,8 @@ from common.errors import UserError
 from tests.support.smollm2 import smollm2_pair
 from trainer.pretrained import load_pretrained, refuse_changed_logits, refuse_leaking_rows
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the first time makes the models, too
+
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:

@@ -20,7 +20,7 @@ from deploy.preflight import prepare
 from tests.support.faulty_runs import write_config
 from tests.support.recorded_starts import FILE, RECORDED, overlap, read_starts
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TWO = [Node(num_gpus=2, gpu_gib=24.0)]
 

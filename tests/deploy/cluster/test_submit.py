@@ -104,6 +104,7 @@ def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(
     assert_nothing_is_left(head)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_made_to_stop_with_who_submitted_it(head: Head, tmp_path: Path) -> None:
     job = submit(head, *ENDLESS, f"run_dir={tmp_path / 'run'}", program=SCRIPTED, stop_with_me=True)
     log = read_until(job, "step 1/1000")
@@ -115,6 +116,7 @@ def test_a_run_can_be_made_to_stop_with_who_submitted_it(head: Head, tmp_path: P
     assert_nothing_is_left(head)
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_says_what_is_missing_and_gives_up_in_time(head: Head, tmp_path: Path) -> None:
     job = submit(
         head, f"run_dir={tmp_path / 'run'}", "placement.strategy=STRICT_SPREAD", "placement.timeout_s=12", *SHORT

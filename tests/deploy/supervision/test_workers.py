@@ -2,9 +2,7 @@
 
 import asyncio
 
-import pytest
-
-from deploy.supervision.workers import Process, start_in_turn
+from deploy.supervision.workers import Process, in_turn
 
 
 def process(name: str, bundle: int | None) -> Process:
@@ -23,8 +21,10 @@ async def test_those_of_one_bundle_start_one_after_the_other_and_others_beside_t
         return each.name.upper()
 
     processes = [process("teacher", 0), process("student", 0), process("other", 1), process("controller", None)]
-    answers = await start_in_turn(processes, start)
-    assert answers == {each.name: each.name.upper() for each in processes}
+    answers = await asyncio.gather(*in_turn(processes, start))
+    assert {name: text for answer in answers for name, text in answer.items()} == {
+        each.name: each.name.upper() for each in processes
+    }
     assert not any({"teacher", "student"} <= names for names in together)
     assert any({"teacher", "other", "controller"} & names == {"teacher", "other", "controller"} for names in together)
 
@@ -39,6 +39,8 @@ async def test_a_start_that_fails_keeps_the_rest_of_its_bundle_from_starting_and
         await asyncio.sleep(0.02)
         started.append(each.name)
 
-    with pytest.raises(RuntimeError, match="no memory"):
-        await start_in_turn([process("teacher", 0), process("student", 0), process("other", 1)], start)
+    calls = in_turn([process("teacher", 0), process("student", 0), process("other", 1)], start)
+    shared, alone = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(shared, RuntimeError)
+    assert alone == {"other": None}
     assert started == ["other"]

@@ -22,6 +22,8 @@ from tests.support.smollm2 import smollm2_pair
 
 K = 64
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the first time makes the models, too
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HuggingFaceEngine:

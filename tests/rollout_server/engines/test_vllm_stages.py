@@ -17,7 +17,7 @@ from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, b
 
 TOLERANCE = 5e-4  # nats, as in ``test_vllm``
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

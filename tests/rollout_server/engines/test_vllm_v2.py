@@ -72,7 +72,9 @@ async def ask_vllm(engine: VLLMEngine, text: Ids, request_id: str) -> RequestOut
 
 
 async def test_the_self_test_passes(engine) -> None:
-    await check_engine(engine, name="teacher", prefix=random_text(20, seed=1), top_logprobs=VOCABULARY_SIZE)
+    await check_engine(
+        engine, name="teacher", prefix=random_text(20, seed=1), top_logprobs=VOCABULARY_SIZE, dtype="float32"
+    )
 
 
 @pytest.mark.parametrize("num_cached", [0, BLOCK, 2 * BLOCK, 4 * BLOCK])
@@ -136,7 +138,7 @@ async def test_the_same_seed_writes_the_same_tokens_alone_and_in_a_crowd(engine,
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("turns", [[1], [4, 5], [1] * 23, [20]])
+@pytest.mark.parametrize("turns", [[4, 5], [1] * 23])
 async def test_pauses_change_no_token_and_hand_over_what_is_written(
     temperature, turns, engine, held_out_prompts
 ) -> None:
@@ -162,14 +164,14 @@ async def test_in_a_full_cache_all_write_what_they_write_alone(engine) -> None:
 
     async def write(seed: int) -> list[int]:
         prefix = random_text(BLOCK + 1, seed=seed)
-        request = write_request(prefix, max_tokens=100, temperature=1.0, seed=seed, chunk_tokens=32, ignore_eos=True)
+        request = write_request(prefix, max_tokens=60, temperature=1.0, seed=seed, chunk_tokens=32, ignore_eos=True)
         length = lengths[seed % 3]
-        pieces = await pieces_of(engine, request, [length] * 100 if length else [])
+        pieces = await pieces_of(engine, request, [length] * 60 if length else [])
         return concatenate_written(pieces).token_ids.tolist()
 
     async with asyncio.timeout(100.0):
-        crowd = await asyncio.gather(*map(write, range(18)))
-    assert {len(token_ids) for token_ids in crowd} == {100}
+        crowd = await asyncio.gather(*map(write, range(12)))
+    assert {len(token_ids) for token_ids in crowd} == {60}
     assert [await write(seed) for seed in range(3)] == crowd[:3]
 
 

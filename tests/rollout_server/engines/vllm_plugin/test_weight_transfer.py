@@ -28,7 +28,9 @@ from rollout_server.engines.vllm_plugin.weight_transfer import (
     init_transfer,
     register,
 )
-from trainer.probe import WeightSyncError, check_sync, compare_probe, read_probe
+from tests.support.probing import check_sync, read_probe
+from trainer.probe import WeightSyncError
+from trainer.probe_statistics import compare_probe
 from trainer.weight_files import write_safetensors
 from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
 

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from rollout_server.traces.writer import TraceWriter
 from tests.rollout_server.inspector.page.conftest import TOKEN
 
-PAGE = Path(__file__).parents[4] / "rollout_server" / "api" / "page"
+PAGE = Path(__file__).parents[4] / "rollout_server" / "inspector" / "page"
 SWITCHED = "?run=demo&sequence=625.0.0"  # the teacher took over at 20
 
 
