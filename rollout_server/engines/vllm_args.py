@@ -127,6 +127,11 @@ def engine_dtype(wanted: str, hardware: Hardware, *, key: str) -> str:
 
 
 def _fit_processor(args: AsyncEngineArgs, spec: EngineSpec) -> None:
+    if spec.settings.pipeline_parallel_size > 1:  # loaded, but vLLM 0.32 ends at the first request
+        raise UserError(
+            f"engines.{spec.name}.pipeline_parallel_size must be 1 on processors, "
+            f"got {spec.settings.pipeline_parallel_size}"
+        )
     if args.kv_cache_memory_bytes is None:
         args.kv_cache_memory_bytes = int(_CPU_CACHE_GIB * GIB)
     if args.block_size is None:

@@ -29,6 +29,7 @@ from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, b
 VOCABULARY_SIZE = 32
 CONTEXT = 128
 BLOCK = 16  # tokens; the engine's on a processor
+SMALL_CACHE_BLOCKS = 43
 EOS_ID, SEMICOLON_ID = 2, 18
 TOLERANCE = 5e-4  # nats; on random texts float32 rounding alone is 2e-4 in Hugging Face, and a wrong row is off by 0.1
 
@@ -432,10 +433,13 @@ async def small_engine(make_spec: Callable[[str], EngineSpec]) -> AsyncIterator[
     spec = make_spec("teacher")
     spec = replace(
         spec,
-        settings=spec.settings.model_copy(update={"kv_cache_gib": 0.002, "max_model_len": CONTEXT}),
+        settings=spec.settings.model_copy(
+            update={"max_model_len": CONTEXT, "vllm": {"num_gpu_blocks_override": SMALL_CACHE_BLOCKS}}
+        ),
         weight_transfer_backend="host_memory",
     )
     engine = VLLMEngine.start(spec)
+    assert engine._llm.vllm_config.cache_config.num_gpu_blocks == SMALL_CACHE_BLOCKS, "passed through to vLLM"
     yield engine
     engine.shutdown()
 

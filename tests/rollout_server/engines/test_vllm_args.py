@@ -39,7 +39,7 @@ def changed(args: AsyncEngineArgs) -> dict[str, object]:
 def test_whatever_we_set_a_configuration_cannot_set_through_vllm(hardware: Hardware) -> None:
     everything = spec(
         tensor_parallel_size=2,
-        pipeline_parallel_size=2,
+        pipeline_parallel_size=2 if hardware.gpu_bytes else 1,
         enable_expert_parallel=True,
         quantization="fp8",
         kv_cache_dtype="fp8",
@@ -169,6 +169,11 @@ def test_on_a_processor_prompts_are_read_whole_into_a_cache_of_the_size_that_was
     args = engine_args(spec(kv_cache_gib=0.5, max_num_batched_tokens=512, vllm={"block_size": 64}), OLD_PROCESSOR)
     assert (args.max_num_batched_tokens, args.block_size) == (512, 64)
     assert args.kv_cache_memory_bytes == 0.5 * GIB
+
+
+def test_pipeline_stages_are_for_gpus() -> None:
+    with pytest.raises(UserError, match=r"^engines\.teacher\.pipeline_parallel_size must be 1 on processors, got 2$"):
+        engine_args(spec(pipeline_parallel_size=2), OLD_PROCESSOR)
 
 
 @pytest.mark.parametrize(
