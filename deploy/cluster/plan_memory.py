@@ -155,14 +155,14 @@ def context_tokens(config: RunConfig, shapes: Shapes) -> int:
 
 def _names(seating: SeatingPlan, bundle: int) -> list[tuple[Literal["teacher", "student", "learner"], str]]:
     """(role, name) of the actors in a bundle, in the order in which they start."""
-    teachers: list[tuple[Literal["teacher", "student", "learner"], str, list[Seat]]] = [
+    roles: list[tuple[Literal["teacher", "student", "learner"], str, list[Seat]]] = [
         ("teacher", "teacher engine", seating.teachers),
         ("student", "student engine", seating.students),
         ("learner", "learner", seating.learner),
     ]
     return [
         (role, name if len(seats) == 1 else f"{name} {number}")
-        for role, name, seats in teachers
+        for role, name, seats in roles
         for number, place in enumerate(seats)
         if place.bundle == bundle
     ]
