@@ -5,16 +5,13 @@ transfer are real; the teacher is SmolLM2 in Hugging Face.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator, Mapping
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm.distributed.weight_transfer.base import ParamMeta
 
 from common.config import EngineSettings, Trainer
 from common.sequence import Ids, MixedSequence, Prompt, TokenSource, TopLogprobs
@@ -76,16 +73,6 @@ def written_by_the_teacher(prompt_id: str, prompt_ids: Ids, token_ids: Ids, top:
     )
 
 
-class WithoutTheHead(LearnerWeights):
-    """What ``named_parameters()`` would send of a tied model."""
-
-    def metadata(self) -> list[ParamMeta]:
-        return [tensor for tensor in super().metadata() if tensor.name != "lm_head.weight"]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor) for name, tensor in super().__iter__() if name != "lm_head.weight")
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[VLLMEngine]:
     """The student's."""
@@ -125,7 +112,7 @@ async def connect(learner: Learner, engine: VLLMEngine) -> WeightSender:
 # At 1e-5 the first step stays below the grid of weights that come from bfloat16: an engine has nothing to follow.
 @pytest.mark.parametrize("learning_rate", [1e-4])
 async def test_an_engine_must_hold_what_it_was_sent(
-    learning_rate: float, engine: VLLMEngine, sequences: list[MixedSequence], tmp_path: Path
+    learning_rate: float, engine: VLLMEngine, sequences: list[MixedSequence]
 ) -> None:
     texts = [np.concatenate([it.prompt.token_ids, it.token_ids[:-1]]) for it in sequences]
 
