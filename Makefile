@@ -60,9 +60,10 @@ test: $(READY)  ## The tests but for the slow ones, on real engines (under 10 mi
 	@$(MAKE) --no-print-directory browser || echo "no browser: the page's tests are skipped" >&2
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## All tests: several nodes, killed processes and whole runs too; properties with more examples
+test-all: $(READY)  ## All tests: also several nodes, killed processes and whole runs, one at a time; properties with more examples
 	@$(MAKE) --no-print-directory browser || echo "no browser: the page's tests are skipped" >&2
-	$(PYTEST) --hypothesis-profile thorough $(ARGS)
+	$(PYTEST) --hypothesis-profile thorough -m "not slow" $(ARGS)
+	$(BIN)/pytest -rs -m slow $(ARGS)
 
 bench: bench-rollouts bench-capacity bench-trainer bench-staleness  ## Measure everything; writes docs/benchmarks (under 30 minutes on a quiet machine)
 

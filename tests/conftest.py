@@ -22,7 +22,7 @@ settings.load_profile("quick")
 # Fixtures of the session that take so much that one process alone makes them: the tests that ask for one are a group.
 SHARED = ["engines", "demo_run"]
 # Their start included, and that of Ray, which each process makes for itself.
-SHARED_TIMEOUT_S = 300.0
+SHARED_TIMEOUT_S = 600.0
 
 
 class ByGroupOrModule(LoadGroupScheduling):  # type: ignore[misc]

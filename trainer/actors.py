@@ -156,6 +156,7 @@ class LearnerActor:
         self._sender = build_sender(spec.backend, source, client, rank=self._rank, rendezvous=rendezvous)
         self._probe_tolerance, self._probe_noise = spec.probe_tolerance, spec.probe_noise
         self._engine_in_float32 = spec.engine_dtype == "float32"
+        self._probe.engine_dtype = getattr(torch, spec.engine_dtype)
 
     def step(self, references: "Sequence[tuple[ray.ObjectRef[list[MixedSequence]], int]]") -> "StepReport":
         """``references``: each sequence as its place among those that came together."""

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.sequence import Floats, Ids, TopLogprobs
-from trainer.lora import parameters_for
+from trainer.lora import adapted_layers, parameters_for
 from trainer.probe_diagnosis import diagnose, explain_by
-from trainer.probe_reading import apply_output_layer, in_float32, read
+from trainer.probe_reading import apply_output_layer, in_float32, read, rounded_to
 from trainer.probe_statistics import (
     Change,
     Followed,
@@ -99,8 +99,17 @@ class SyncProbe:
     ``rows_of_engines`` are each student engine's rows of all texts.
     """
 
-    def __init__(self, model: PreTrainedModel, whole_copy: Callable[[], PreTrainedModel | None] | None = None) -> None:
-        """``whole_copy`` gives the model with no part of it split, None on ranks above 0; by default it is whole."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        whole_copy: Callable[[], PreTrainedModel | None] | None = None,
+        *,
+        engine_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``whole_copy`` gives the model with no part of it split, None on ranks above 0; by default it is whole.
+        ``engine_dtype`` is what the engines round the weights to.
+        """
+        self.engine_dtype = engine_dtype
         self._model = model
         self._whole_copy = whole_copy or (lambda: model)
         self._texts: list[Ids] = []
@@ -112,7 +121,8 @@ class SyncProbe:
         """What the engines differ by now, where they are known to hold the learner's weights; that of the one that
         differs most. Raises WeightSyncError if that is beyond the limits: then they are not the same model.
         """
-        logprobs, _ = self._read(texts, rows_of_engines)
+        with rounded_to(self._model, self.engine_dtype):
+            logprobs, _ = self._read(texts, rows_of_engines)
         worst = max(map(compare_probe, rows_of_engines, logprobs), key=lambda report: report.rms)
         if not limits.allow(worst):
             raise WeightSyncError(
@@ -124,7 +134,10 @@ class SyncProbe:
 
     def read_before(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
         """Remember what both sides say before the step whose sync is to be checked."""
-        logprobs, hidden = self._read(texts, rows_of_engines)
+        if self.engine_dtype != torch.float32 and adapted_layers(self._model):
+            return  # engines round the sum of weights and adapters, which the model does not hold
+        with rounded_to(self._model, self.engine_dtype):
+            logprobs, hidden = self._read(texts, rows_of_engines)
         self._texts = list(texts)
         self._before = [
             _Before(rows=rows, learner=learner, hidden=hidden)
@@ -144,6 +157,16 @@ class SyncProbe:
         ``read_previous`` gives the weights before this sync, or None where they are not kept. It is called, and the
         whole copy made, only to name parameters.
         """
+        with rounded_to(self._model, self.engine_dtype):
+            return self._check(texts, rows_of_engines, limits, read_previous)
+
+    def _check(
+        self,
+        texts: Sequence[Ids],
+        rows_of_engines: Sequence[Sequence[TopLogprobs]],
+        limits: ProbeLimits,
+        read_previous: Callable[[], Mapping[str, Tensor] | None],
+    ) -> ProbeReport:
         is_same = len(texts) == len(self._texts) and all(map(np.array_equal, texts, self._texts))
         is_known = is_same and len(self._before) == len(rows_of_engines)
         befores = self._before if is_known else [None] * len(rows_of_engines)

@@ -53,6 +53,27 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def rounded_to(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """The model with its weights rounded as an engine holds them, and put back to the last bit afterwards.
+
+    Weights that were loaded from bfloat16 lie on its grid, and a small step moves few of them to the next point: the
+    engine then changes by far less than the float32 weights do. Takes the memory of the weights, as gradients do.
+    """
+    if dtype == torch.float32:
+        yield
+        return
+    with torch.no_grad():
+        exact = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+        try:
+            for parameter, _ in exact:
+                parameter.copy_(parameter.to(dtype))
+            yield
+        finally:
+            for parameter, value in exact:
+                parameter.copy_(value)
+
+
 @torch.no_grad()
 def read(model: PreTrainedModel, texts: Sequence[Ids], token_ids: Sequence[Ids]) -> Reading:
     """The model's log-probs of these ids, [n, m] per text. A collective where the model is split over ranks."""

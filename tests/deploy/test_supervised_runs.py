@@ -16,7 +16,6 @@ from deploy.preflight import prepare
 from tests.support.faulty_runs import (
     FAR,
     PLAYED,
-    POISON,
     STILLBORN,
     faults_of,
     going_on,
@@ -26,6 +25,7 @@ from tests.support.faulty_runs import (
     until_step,
     write_config,
 )
+from tests.support.played_actors import POISON
 from tests.support.ray_heads import joined
 
 NUM_STEPS, PROMPTS_PER_STEP = 6, 4

@@ -10,7 +10,6 @@ from typing import Any
 
 from common.health import Health
 from common.sequence import Ids
-from deploy.cluster.actors import ActorClasses
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from trainer.actors import LearnerSpec
 
@@ -66,9 +65,6 @@ class RecordedLearnerActor:
     def connect(self, transfer: object) -> None: ...
 
     def shutdown(self) -> None: ...
-
-
-RECORDED = ActorClasses(engine=RecordedEngineActor, learner=RecordedLearnerActor)
 
 
 def overlap(starts: Sequence[Mapping[str, Any]]) -> bool:

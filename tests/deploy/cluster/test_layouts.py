@@ -12,16 +12,17 @@ from ray.util.placement_group import remove_placement_group
 from common.config import RunConfig
 from common.config.source import read_config
 from common.run_dir import RunDir
-from deploy.cluster.actors import Cluster, Pair, SpawnedLearner
+from deploy.cluster.actors import ActorClasses, Cluster, Pair, SpawnedLearner
 from deploy.cluster.model_shape import read_shapes
 from deploy.cluster.plan import Node, Plan, make_plan, processor_plan
 from deploy.cluster.reservation import gpu_nodes, num_gpus, reserve
 from deploy.preflight import prepare
 from tests.support.faulty_runs import write_config
-from tests.support.recorded_starts import FILE, RECORDED, overlap, read_starts
+from tests.support.recorded_starts import FILE, RecordedEngineActor, RecordedLearnerActor, overlap, read_starts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+RECORDED = ActorClasses(engine=RecordedEngineActor, learner=RecordedLearnerActor)
 TWO = [Node(num_gpus=2, gpu_gib=24.0)]
 
 

@@ -19,12 +19,12 @@ import pytest
 from deploy.cluster.submit import entrypoint
 from tests.support.ray_heads import DEMO, SHORT, Head, free_ports, started_head, wait_for
 
-RUN_TIMEOUT_S, STOP_TIMEOUT_S = 200.0, 20.0
+RUN_TIMEOUT_S, STOP_TIMEOUT_S = 400.0, 20.0
 ENDLESS = [*SHORT[1:], "trainer.num_steps=1000"]
 PRODUCT = ["deploy.cluster.submit"]
 SCRIPTED = ["tests.support.scripted_run", "submit"]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 on_both_engines = pytest.mark.parametrize(
     "program", [SCRIPTED, pytest.param(PRODUCT, marks=pytest.mark.slow)], ids=["scripted", "vllm"]
 )
