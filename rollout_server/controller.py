@@ -29,8 +29,8 @@ from rollout_server.verifier import TeacherScores, Verifier
 class SwitchingController:
     """Generates mixed sequences under one switch policy. The result does not depend on any engine's timing.
 
-    ``stop_token_ids`` must hold every token that ends a text of either engine. With ``stream_guidance`` a builder also
-    grows while the teacher writes, so that it can be shown; this changes no token.
+    ``stop_token_ids`` must hold every token that ends a text of either engine. With ``live`` a builder grows in
+    chunks whoever writes, so that it can be shown; this changes no token.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SwitchingController:
         sampling: Sampling,
         top_logprobs: int,
         stop_token_ids: tuple[int, ...],
-        stream_guidance: bool = False,
+        live: bool = False,
     ) -> None:
         self._student = student
         self._teacher = teacher
@@ -55,7 +55,7 @@ class SwitchingController:
             student=student, teacher=teacher, policy=self._policy, judge=self._judge, requests=self._requests
         )
         self._top_logprobs = top_logprobs
-        self._stream_guidance = stream_guidance
+        self._live = live
 
     async def generate(self, prompt: Prompt, *, others_wait: bool = False) -> MixedSequence:
         """The sequence that student and teacher write together, or the dataset's answer scored by the teacher.
@@ -123,7 +123,7 @@ class SwitchingController:
             max_tokens=last_position - len(builder),
             pause_after=self._until_pause(builder, others_wait),
         )
-        if self._policy.watches_after(builder.num_switches):
+        if self._live or self._policy.watches_after(builder.num_switches):
             return request
         chunk_tokens = uninterrupted_chunk(
             max_new_tokens=self._sampling.max_new_tokens, chunk_tokens=request.chunk_tokens
@@ -155,7 +155,7 @@ class SwitchingController:
         if refused is not None and max_tokens == 1 and can_draw(self._sampling):
             token = await draw_token(refused.teacher_top, request, self._teacher)
             builder.take(self._requests.as_one_token(token), refused)
-        elif self._stream_guidance:
+        elif self._live:
             is_switch = True
             async with aclosing(self._teacher.stream(request)) as pieces:
                 async for piece in pieces:

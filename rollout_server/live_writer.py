@@ -105,7 +105,7 @@ class LiveWriter:
             sampling=sampling,
             top_logprobs=self._spec.top_logprobs,
             stop_token_ids=self._spec.stop_token_ids,
-            stream_guidance=True,
+            live=True,
         )
 
     def _token_ids(self, request: LiveRequest) -> Ids:

@@ -37,6 +37,8 @@ def ranks(cluster: None, make_model: Callable[..., Any], save_model: Callable[..
     spec = LearnerSpec(
         student=save_model(make_model(seed=2)),
         trainer=Trainer(num_ranks=2, num_threads=1, step_timeout_s=TIMEOUT_S),
+        device="cpu",
+        sync_backend="host_memory",
         seed=0,
         trust_remote_code=False,
     )

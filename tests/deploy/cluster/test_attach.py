@@ -192,7 +192,7 @@ def test_a_watcher_who_leaves_takes_nothing_of_the_training_along(client, start_
 
 
 def test_when_the_client_goes_away_the_engines_stop(client, start_run) -> None:
-    run = start_run(script=ENDLESS, delay_s=0.02)
+    run = start_run(script=ENDLESS, delay_s=0.2)
     with client.stream(
         "POST", "/generate", json={**PROMPT, "policy": {"type": "on_policy"}, "max_new_tokens": 4000}
     ) as response:
