@@ -9,6 +9,7 @@ engine's log-probs. So they are compared with the learner's on a few texts, in t
 The first catches what is far off, the second an engine that missed one step. Knows neither vLLM nor Ray.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from common.sequence import Floats, Ids, TopLogprobs
 from trainer.lora import adapted_layers, parameters_for
 from trainer.probe_diagnosis import diagnose, explain_by
-from trainer.probe_reading import apply_output_layer, in_float32, read, rounded_to
+from trainer.probe_reading import OutputRows, read, rounded_to
 from trainer.probe_statistics import (
     Change,
     Followed,
@@ -30,12 +31,12 @@ from trainer.probe_statistics import (
     compare_probe,
     followed,
     logprobs_of,
-    rms_of,
     together,
 )
 
 FLOAT32_TOLERANCE = 1e-3  # nats, each difference, where the engine computes in float32
 NOISE_FACTOR = 4.0  # how far the differences may grow over those at the start; see docs/decisions/2026-11-27-probe.md
+NUM_POOLED = 32  # syncs that are judged together where one shows too little
 MAX_NOISE = 0.5  # nats, rms, at the start: more than rounding in half precision ever made of one model
 
 
@@ -82,7 +83,7 @@ class _Before:
 
     rows: Sequence[TopLogprobs]
     learner: list[Floats]  # [n, k] nats, of the rows' ids
-    hidden: list[Tensor]  # [n, H] the learner's
+    output_rows: OutputRows  # the learner's, of the rows' ids
 
     @property
     def noise(self) -> list[TopLogprobs]:
@@ -113,6 +114,7 @@ class SyncProbe:
         self._model = model
         self._whole_copy = whole_copy or (lambda: model)
         self._texts: list[Ids] = []
+        self._syncs: dict[int, deque[Followed]] = {}  # by engine
         self._before: list[_Before] = []  # one an engine, of these texts
 
     def measure_noise(
@@ -137,12 +139,12 @@ class SyncProbe:
         if self.engine_dtype != torch.float32 and adapted_layers(self._model):
             return  # engines round the sum of weights and adapters, which the model does not hold
         with rounded_to(self._model, self.engine_dtype):
-            logprobs, hidden = self._read(texts, rows_of_engines)
+            logprobs, _ = self._read(texts, rows_of_engines)
+            self._before = [
+                _Before(rows=rows, learner=learner, output_rows=OutputRows.copy(self._model, _ids(rows)))
+                for rows, learner in zip(rows_of_engines, logprobs, strict=True)
+            ]
         self._texts = list(texts)
-        self._before = [
-            _Before(rows=rows, learner=learner, hidden=hidden)
-            for rows, learner in zip(rows_of_engines, logprobs, strict=True)
-        ]
 
     def check(
         self,
@@ -171,13 +173,13 @@ class SyncProbe:
         is_known = is_same and len(self._before) == len(rows_of_engines)
         befores = self._before if is_known else [None] * len(rows_of_engines)
         self._before = []
-        logprobs, _ = self._read(texts, [*rows_of_engines, *(it.rows for it in befores if it is not None)])
+        logprobs, hidden = self._read(texts, [*rows_of_engines, *(it.rows for it in befores if it is not None)])
         reports = []
         for number, (rows, before) in enumerate(zip(rows_of_engines, befores, strict=True)):
             report = compare_probe(rows, logprobs[number])
             shares = None
             if before is not None:
-                shares = followed(self._change(before, rows, logprobs[len(rows_of_engines) + number]))
+                shares = self._followed(number, self._change(before, rows, logprobs[len(befores) + number], hidden))
                 report = replace(
                     report, followed=_value(shares.everything), followed_output_layer=_value(shares.output_layer)
                 )
@@ -198,17 +200,25 @@ class SyncProbe:
         of_texts = [np.split(logprobs, np.cumsum(widths)[:-1], axis=1) for logprobs in reading.logprobs]
         return [list(of_list) for of_list in zip(*of_texts, strict=True)], reading.hidden
 
-    def _change(self, before: _Before, rows: Sequence[TopLogprobs], learner_now: list[Floats]) -> Change:
+    def _change(
+        self, before: _Before, rows: Sequence[TopLogprobs], learner_now: list[Floats], hidden: list[Tensor]
+    ) -> Change:
         """At the ids that the engine listed before."""
-        ids = [it.token_ids for it in before.rows]
-        with in_float32(self._model):
-            with_new_head = apply_output_layer(self._model.get_output_embeddings(), before.hidden, ids)
+        ids = _ids(before.rows)
+        output_layer = OutputRows.copy(self._model, ids).change_since(before.output_rows, hidden, ids)
         return Change(
             engine=together(map(logprobs_of, rows, ids)) - together([it.logprobs for it in before.rows]),
             learner=together(learner_now) - together(before.learner),
-            output_layer=together(with_new_head) - together(before.learner),
-            noise_rms=rms_of(together([it.logprobs for it in before.noise])),
+            output_layer=together(output_layer),
+            noise=together([it.logprobs for it in before.noise]),
         )
+
+    def _followed(self, engine: int, change: Change) -> Followed:
+        """What this sync shows, and where that is too little, the last ones together."""
+        now = followed(change)
+        syncs = self._syncs.setdefault(engine, deque(maxlen=NUM_POOLED))
+        syncs.append(now)
+        return now.or_where_unknown(Followed.pooled(syncs))
 
     def _explain(
         self,
@@ -246,6 +256,10 @@ def _refusal(report: ProbeReport, limits: ProbeLimits, shares: Followed | None) 
                 f"+- {share.standard_error:.2g}, expected 1"
             )
     return None
+
+
+def _ids(rows: Sequence[TopLogprobs]) -> list[Ids]:
+    return [it.token_ids for it in rows]
 
 
 def _value(share: Share | None) -> float | None:

@@ -61,7 +61,7 @@ def diagnose(
     for group, names in groups.items():
         old = {name: previous[name].to(dtype=parameters[name].dtype, device=model.device) for name in names}
         effect = together(read_with(model, old, texts, ids)) - together(learner)
-        share = share_of(differences, effect, noise_rms=0.0)
+        share = share_of(differences, effect)
         left = rms_of(differences - effect)
         is_nearly_all = left <= 0.1 * rms_of(differences)
         if share is None:  # too few positions for a standard error

@@ -90,6 +90,36 @@ def apply_output_layer(head: Any, hidden: Sequence[Tensor], token_ids: Sequence[
     return [_logprobs(h, weight_VH, bias_V, ids) for h, ids in zip(hidden, token_ids, strict=True)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRows:
+    """Rows of an output layer, in float32, off the accelerator. m = their number."""
+
+    token_ids: Ids  # [m] sorted
+    weight: Tensor  # [m, H]
+    bias: Tensor | None  # [m]
+
+    @classmethod
+    @torch.no_grad()
+    def copy(cls, model: PreTrainedModel, token_ids: Sequence[Ids]) -> "OutputRows":
+        """Those of these ids; -1, an unknown one, stands for the first."""
+        head = model.get_output_embeddings()
+        unique = np.unique(np.concatenate([ids.ravel() for ids in token_ids]).clip(min=0))
+        index = torch.from_numpy(unique).long().to(model.device)
+        bias = None if head.bias is None else whole(head.bias)[index].float().cpu()
+        return cls(token_ids=unique, weight=whole(head.weight)[index].float().cpu(), bias=bias)
+
+    @torch.no_grad()
+    def change_since(self, old: "OutputRows", hidden: Sequence[Tensor], token_ids: Sequence[Ids]) -> list[Floats]:
+        """[n, k] per text: by how much the change from ``old`` rows moves these ids' logits."""
+        weight_mH = self.weight - old.weight
+        bias_m = None if self.bias is None or old.bias is None else self.bias - old.bias
+        changes = []
+        for hidden_nH, ids_nk in zip(hidden, token_ids, strict=True):
+            logits_nm = nn.functional.linear(hidden_nH.float().cpu(), weight_mH, bias_m).numpy()
+            changes.append(np.take_along_axis(logits_nm, np.searchsorted(self.token_ids, ids_nk.clip(min=0)), axis=1))
+        return changes
+
+
 @torch.no_grad()
 def read_with(
     model: PreTrainedModel, previous: Mapping[str, Tensor], texts: Sequence[Ids], token_ids: Sequence[Ids]

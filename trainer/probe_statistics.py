@@ -28,6 +28,8 @@ STANDARD_ERRORS = 4.0
 """By which a share must be on one side of the middle to count as there."""
 MIN_POSITIONS = 16
 """Of fewer positions a standard error says nothing."""
+_EXACT = 1e-6
+"""The least standard error that is told apart from none."""
 _MAX_CONDITION = 1e8  # of the normal equations, beyond which two causes are one
 
 
@@ -116,8 +118,26 @@ class Change:
 
     engine: Doubles
     learner: Doubles
-    output_layer: Doubles  # of the learner's change, what its output layer alone would have made
-    noise_rms: float  # nats, of one reading of the engine
+    output_layer: Doubles  # of the learner's change, what its output layer made; up to a constant a position
+    noise: Doubles  # of one reading of the engine
+
+    def contrasts(self) -> "Change":
+        """Less each position's mean. What moves a whole position, such as the rounding of its normalizer, is gone, and
+        log-probs are as good as logits.
+        """
+        known_Nk = ~np.isnan(self.engine)
+        num_known_N1 = known_Nk.sum(axis=1, keepdims=True).clip(min=1)
+
+        def contrast(values_Nk: Doubles) -> Doubles:
+            means_N1 = np.where(known_Nk, values_Nk, 0.0).sum(axis=1, keepdims=True) / num_known_N1
+            return np.where(known_Nk, values_Nk - means_N1, np.nan)
+
+        return Change(
+            engine=contrast(self.engine),
+            learner=contrast(self.learner),
+            output_layer=contrast(self.output_layer),
+            noise=contrast(self.noise),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +156,16 @@ class Share:
     def is_stale(self) -> bool:
         return self.is_known and self.value < MIDDLE
 
+    @staticmethod
+    def pooled(shares: Sequence["Share | None"]) -> "Share | None":
+        """Of independent estimates, each by the inverse of its variance; None where there is none."""
+        known = [share for share in shares if share is not None]
+        if not known:
+            return None
+        weights = np.array([1.0 / max(share.standard_error, _EXACT) ** 2 for share in known])
+        value = float(weights @ [share.value for share in known] / weights.sum())
+        return Share(value=value, standard_error=float(weights.sum() ** -0.5))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Followed:
@@ -145,11 +175,35 @@ class Followed:
     output_layer: Share | None
     rest: Share | None  # all but the output layer
 
+    def or_where_unknown(self, other: "Followed") -> "Followed":
+        """Each share of this, or of the other where this one tells nothing."""
+        return Followed(
+            everything=_first_known(self.everything, other.everything),
+            output_layer=_first_known(self.output_layer, other.output_layer),
+            rest=_first_known(self.rest, other.rest),
+        )
+
+    @staticmethod
+    def pooled(syncs: Sequence["Followed"]) -> "Followed":
+        """What several syncs show together: a part that is left out is left out of each, and a step may change it by
+        too little to show in one.
+        """
+        return Followed(
+            everything=Share.pooled([it.everything for it in syncs]),
+            output_layer=Share.pooled([it.output_layer for it in syncs]),
+            rest=Share.pooled([it.rest for it in syncs]),
+        )
+
+
+def _first_known(share: Share | None, other: Share | None) -> Share | None:
+    return share if share is not None and share.is_known else other
+
 
 def followed(change: Change) -> Followed:
     """The engine's shares of the learner's change: of all of it, and of its two parts told apart."""
     everything = _least_squares(change, [change.learner])
-    parts = _least_squares(change, [change.output_layer, change.learner - change.output_layer])
+    contrasts = change.contrasts()
+    parts = _least_squares(contrasts, [contrasts.output_layer, contrasts.learner - contrasts.output_layer])
     return Followed(
         everything=None if everything is None else everything[0],
         output_layer=None if parts is None else parts[0],
@@ -157,9 +211,10 @@ def followed(change: Change) -> Followed:
     )
 
 
-def share_of(engine: Doubles, effect: Doubles, *, noise_rms: float) -> Share | None:
+def share_of(engine: Doubles, effect: Doubles) -> Share | None:
     """[N, k] nats each: how much of one effect is in what the engine says; NaN where that is not known."""
-    shares = _least_squares(Change(engine=engine, learner=effect, output_layer=effect, noise_rms=noise_rms), [effect])
+    change = Change(engine=engine, learner=effect, output_layer=effect, noise=np.zeros_like(effect))
+    shares = _least_squares(change, [effect])
     return None if shares is None else shares[0]
 
 
@@ -186,7 +241,7 @@ def _least_squares(change: Change, causes: list[Doubles]) -> list[Share] | None:
     left_Nk = engine_Nk - np.einsum("p,pnk->nk", shares_p, causes_pNk)
     scores_pN = np.einsum("pnk,nk->pn", causes_pNk, left_Nk)
     clustered_pp = inverse_pp @ (scores_pN @ scores_pN.T) @ inverse_pp * num_positions / (num_positions - 1)
-    least_pp = 2.0 * change.noise_rms**2 * inverse_pp
+    least_pp = 2.0 * rms_of(change.noise) ** 2 * inverse_pp
     errors_p = np.sqrt(np.maximum(np.diag(clustered_pp), np.diag(least_pp)))
     return [Share(value=float(v), standard_error=float(e)) for v, e in zip(shares_p, errors_p, strict=True)]
 

@@ -1,14 +1,17 @@
 """What the probe concludes from log-probs, over made-up ones whose truth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.sequence import Floats, TopLogprobs
-from trainer.probe_statistics import Change, Doubles, Share, compare_probe, followed, logprobs_of
+from trainer.probe_statistics import Change, Doubles, Followed, Share, compare_probe, followed, logprobs_of
 
 N, K = 200, 32
+NUM_SYNCS = 32
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -69,12 +72,16 @@ def change(*, output_layer: float, rest: float, noise: float, seed: int = 0, sca
     """Of an engine that made these shares of the learner's change."""
     random = rng(seed)
     by_head, by_rest = (random.normal(0.0, scale, (N, K)) for _ in range(2))
-    of_position = random.normal(0.0, noise, (N, 1)) + random.normal(0.0, noise / 4, (N, K))  # alike within a position
+
+    def reading() -> Doubles:  # whose noise is alike within a position
+        return (random.normal(0.0, noise, (N, 1)) + random.normal(0.0, noise / 4, (N, K))) / 2**0.5
+
+    before, now = reading(), reading()
     return Change(
-        engine=output_layer * by_head + rest * by_rest + of_position,
+        engine=output_layer * by_head + rest * by_rest + now - before,
         learner=by_head + by_rest,
         output_layer=by_head,
-        noise_rms=noise / 2**0.5,  # of one reading: a change is between two
+        noise=before,
     )
 
 
@@ -106,9 +113,7 @@ def test_nothing_is_known_of_a_change_that_is_small_against_the_noise() -> None:
 
 def test_an_engine_that_did_not_move_at_all_is_no_more_certain_than_its_noise_allows() -> None:
     still = change(output_layer=1.0, rest=1.0, noise=0.2, scale=1e-4)
-    share = followed(
-        Change(engine=np.zeros((N, K)), learner=still.learner, output_layer=still.output_layer, noise_rms=0.2)
-    )
+    share = followed(replace(still, engine=np.zeros((N, K))))
     assert share.everything is not None
     assert not share.everything.is_known
 
@@ -116,19 +121,45 @@ def test_an_engine_that_did_not_move_at_all_is_no_more_certain_than_its_noise_al
 def test_log_probs_that_the_engine_did_not_list_are_left_out() -> None:
     whole = change(output_layer=0.0, rest=1.0, noise=0.01)
     engine: Doubles = np.where(rng(1).random((N, K)) < 0.5, np.nan, whole.engine)
-    shares = followed(Change(engine=engine, learner=whole.learner, output_layer=whole.output_layer, noise_rms=0.01))
+    shares = followed(replace(whole, engine=engine))
     assert shares.output_layer is not None
     assert shares.output_layer.is_stale
+
+
+def test_what_moves_a_whole_position_hides_no_output_layer() -> None:
+    """Its change is a twentieth of what rounding does to the positions."""
+    shares = followed(change(output_layer=0.0, rest=1.0, noise=0.2, scale=0.01))
+    assert shares.output_layer is not None
+    assert shares.output_layer.is_stale
+
+
+def test_several_syncs_show_what_one_does_not() -> None:
+    syncs = [
+        followed(change(output_layer=0.0, rest=1.0, noise=0.2, scale=0.002, seed=seed)) for seed in range(NUM_SYNCS)
+    ]
+    assert not any(it.output_layer is not None and it.output_layer.is_known for it in syncs)
+    together = Followed.pooled(syncs).output_layer
+    assert together is not None
+    assert together.is_stale
+
+
+def test_pooling_weighs_each_by_the_inverse_of_its_variance() -> None:
+    pooled = Share.pooled([Share(value=0.0, standard_error=1.0), None, Share(value=1.0, standard_error=0.5)])
+    assert pooled is not None
+    assert (pooled.value, pooled.standard_error) == pytest.approx((0.8, 5**-0.5))
+    assert Share.pooled([None]) is None
 
 
 def test_no_share_is_told_where_there_is_nothing_to_tell_it_from() -> None:
     some = change(output_layer=1.0, rest=1.0, noise=0.01)
     nothing = np.zeros((N, K))
-    frozen_head = followed(Change(engine=some.engine, learner=some.learner, output_layer=nothing, noise_rms=0.01))
+    frozen_head = followed(replace(some, output_layer=nothing))
     assert (frozen_head.output_layer, frozen_head.rest) == (None, None)  # as where only adapters are trained
     assert frozen_head.everything is not None
-    assert followed(Change(engine=nothing, learner=nothing, output_layer=nothing, noise_rms=0.01)).everything is None
-    few = Change(engine=some.engine[:5], learner=some.learner[:5], output_layer=some.output_layer[:5], noise_rms=0.01)
+    assert followed(Change(engine=nothing, learner=nothing, output_layer=nothing, noise=nothing)).everything is None
+    few = Change(
+        engine=some.engine[:5], learner=some.learner[:5], output_layer=some.output_layer[:5], noise=some.noise[:5]
+    )
     assert followed(few).everything is None
 
 
