@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ STUDENT_MODEL = Path(__file__).parents[3] / "deploy" / "demo" / "models" / "stud
 TEACHER = HashedScript(vocabulary_size=32, seed=1, eos_token_id=2, eos_probability=0.02)
 ENDLESS = replace(TEACHER, eos_probability=1e-9)
 K, DEADLINE_S = 8, 20.0
+ENDLESS_RUN = {"run": "endless"}
 PROMPT = {"prompt": "1+2*3=", "policy": {"type": "adaswitch", "window": 4, "floor": 0.1}}
 
 
@@ -95,17 +96,19 @@ def _cluster(ray_address: str) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def start_run(tmp_path: Path) -> Iterator[Callable[..., LiveRun]]:
-    runs: list[LiveRun] = []
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveRun]:
+    run = LiveRun("demo", tmp_path_factory.mktemp("demo"), TEACHER, delay_s=0.0)
+    yield run
+    run.end()
 
-    def start(name: str = "demo", script: HashedScript = TEACHER, delay_s: float = 0.0) -> LiveRun:
-        runs.append(LiveRun(name, tmp_path / name, script, delay_s))
-        return runs[-1]
 
-    yield start
-    for run in runs:
-        run.end()
+@pytest.fixture(scope="module")
+def endless(demo: LiveRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveRun]:
+    """Whose sequences take long. Beside the other, so that requests must name it."""
+    run = LiveRun("endless", tmp_path_factory.mktemp("endless"), ENDLESS, delay_s=0.1)
+    yield run
+    run.end()
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +146,7 @@ def generate(client: httpx.Client, **wanted: Any) -> list[tuple[str, Any]]:
         return list(events_of(response))
 
 
-def test_a_prompt_s_decisions_are_streamed_and_summed_up(client, start_run) -> None:
-    start_run()
+def test_a_prompt_s_decisions_are_streamed_and_summed_up(client, demo) -> None:
     names, data = zip(*generate(client, seed=3), strict=True)
     tokens, summary = data[1:-1], data[-1]
     assert names == ("start", *["token"] * len(tokens), "summary")
@@ -163,88 +165,83 @@ def test_a_prompt_s_decisions_are_streamed_and_summed_up(client, start_run) -> N
             assert token["threshold"] == pytest.approx(max(3 * mean, 0.1), rel=1e-5)
 
 
-def test_the_training_neither_waits_for_it_nor_counts_it(client, start_run) -> None:
-    run = start_run(script=ENDLESS, delay_s=0.02)
-    with client.stream("POST", "/generate", json={**PROMPT, "max_new_tokens": 2000}) as response:
+def test_the_training_neither_waits_for_it_nor_counts_it(client, endless) -> None:
+    with client.stream("POST", "/generate", json={**PROMPT, **ENDLESS_RUN, "max_new_tokens": 2000}) as response:
         events = events_of(response)  # kept: the response is closed with its last reader
         next(events)
         prompts = [Prompt(prompt_id=f"p{n}", token_ids=np.arange(3, 9, dtype=np.int32), seed=n) for n in range(4)]
-        references = run.rollouts.collect.options(num_returns="streaming").remote(prompts, 1)
+        references = endless.rollouts.collect.options(num_returns="streaming").remote(prompts, 1)
         collected = [sequence for reference in references for sequence in ray.get(reference)]
-        assert run.num_running() > 0, "the watched sequence still goes on"
+        assert endless.num_running() > 0, "the watched sequence still goes on"
     assert len(collected) == 4
-    with TraceReader(run.trace_folder) as reader:
+    with TraceReader(endless.trace_folder) as reader:
         assert {record.prompt_id for record in reader.sequences()} == {"p0", "p1", "p2", "p3"}
 
 
-def test_a_watcher_who_leaves_takes_nothing_of_the_training_along(client, start_run) -> None:
+def test_a_watcher_who_leaves_takes_nothing_of_the_training_along(client, endless) -> None:
     """The exchange with the engine was begun for the watched sequence, and serves the training as well."""
-    run = start_run(script=ENDLESS, delay_s=0.1)
-    with client.stream("POST", "/generate", json={**PROMPT, "max_new_tokens": 2000}) as response:
+    with client.stream("POST", "/generate", json={**PROMPT, **ENDLESS_RUN, "max_new_tokens": 2000}) as response:
         events = events_of(response)
         next(events)
         prompts = [Prompt(prompt_id=f"p{n}", token_ids=np.arange(3, 9, dtype=np.int32), seed=n) for n in range(32)]
-        references = run.rollouts.collect.options(num_returns="streaming").remote(prompts, 1)
-        while run.num_running() < 20:
+        references = endless.rollouts.collect.options(num_returns="streaming").remote(prompts, 2)
+        while endless.num_running() < 20:
             time.sleep(0.01)
     sequences = [sequence for reference in references for sequence in ray.get(reference)]
     assert {sequence.prompt.prompt_id for sequence in sequences} == {prompt.prompt_id for prompt in prompts}
 
 
-def test_when_the_client_goes_away_the_engines_stop(client, start_run) -> None:
-    run = start_run(script=ENDLESS, delay_s=0.2)
+def test_when_the_client_goes_away_the_engines_stop(client, endless) -> None:
+    written_before = endless.num_written()
     with client.stream(
-        "POST", "/generate", json={**PROMPT, "policy": {"type": "on_policy"}, "max_new_tokens": 4000}
+        "POST", "/generate", json={**PROMPT, **ENDLESS_RUN, "policy": {"type": "on_policy"}, "max_new_tokens": 4000}
     ) as response:
         events = events_of(response)
         for _ in range(12):
             next(events)
-        assert run.num_running() > 0
+        assert endless.num_running() > 0
     deadline_s = time.monotonic() + DEADLINE_S
-    while run.num_running() and time.monotonic() < deadline_s:
+    while endless.num_running() and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    assert run.num_running() == 0
-    written = run.num_written()
+    assert endless.num_running() == 0
+    written = endless.num_written()
     time.sleep(0.3)
-    assert run.num_written() == written < 3000
+    assert endless.num_written() == written
+    assert written - written_before < 3000
 
 
-def test_one_of_several_runs_must_be_named(client, start_run) -> None:
-    start_run("demo")
-    start_run("other")
-    assert client.get("/live").json() == {"attached": True, "runs": ["demo", "other"]}
+def test_one_of_several_runs_must_be_named(client, endless) -> None:
+    assert client.get("/live").json() == {"attached": True, "runs": ["demo", "endless"]}
     problem = client.post("/generate", json=PROMPT)
     assert (problem.status_code, problem.json()["type"]) == (409, "urn:adaswitch:problem:several-runs")
-    assert problem.json()["errors"] == ["demo", "other"]
-    assert generate(client, run="other")[-1][0] == "summary"
+    assert problem.json()["errors"] == ["demo", "endless"]
+    assert generate(client, run="demo")[-1][0] == "summary"
     problem = client.post("/generate", json={**PROMPT, "run": "third"})
-    assert (problem.status_code, problem.json()["errors"]) == (404, ["demo", "other"])
+    assert (problem.status_code, problem.json()["errors"]) == (404, ["demo", "endless"])
 
 
-def test_what_the_run_refuses_is_a_problem_document(client, start_run) -> None:
-    start_run()
-    problem = client.post("/generate", json={**PROMPT, "max_new_tokens": 5000})
+def test_what_the_run_refuses_is_a_problem_document(client, demo) -> None:
+    problem = client.post("/generate", json={**PROMPT, "run": "demo", "max_new_tokens": 5000})
     assert problem.status_code == 422
     assert "max_new_tokens must be <= " in problem.json()["detail"]
     assert problem.headers["content-type"] == "application/problem+json"
 
 
-def test_a_run_that_ends_meanwhile_ends_the_stream_with_a_problem(client, start_run) -> None:
-    run = start_run(script=ENDLESS, delay_s=0.02)
-    with client.stream("POST", "/generate", json={**PROMPT, "max_new_tokens": 4000}) as response:
+def test_a_run_that_ends_meanwhile_ends_the_stream_with_a_problem(client, endless) -> None:
+    with client.stream("POST", "/generate", json={**PROMPT, **ENDLESS_RUN, "max_new_tokens": 4000}) as response:
         events = events_of(response)
         next(events)
-        ray.kill(run.rollouts)
+        ray.kill(endless.rollouts)
         *_, (name, data) = events
     assert name == "problem"
     assert (data["status"], data["type"]) == (502, "urn:adaswitch:problem:live-failure")
 
 
-async def test_nothing_is_live_on_an_empty_cluster() -> None:
+async def test_a_run_that_has_ended_is_not_live(endless: LiveRun) -> None:
     live = AttachedRollouts()
-    deadline_s = time.monotonic() + DEADLINE_S  # the actors of the tests before are going
-    while await live.runs() and time.monotonic() < deadline_s:
+    deadline_s = time.monotonic() + DEADLINE_S  # its actor was killed by the test before
+    while "endless" in await live.runs() and time.monotonic() < deadline_s:
         await asyncio.sleep(0.1)
-    assert await live.runs() == []
-    with pytest.raises(Exception, match=r"\[\]"):
-        await anext(live.generate(None, LiveRequest(prompt="x")))
+    assert await live.runs() == ["demo"]
+    with pytest.raises(Exception, match="demo"):
+        await anext(live.generate("endless", LiveRequest(prompt="x")))
