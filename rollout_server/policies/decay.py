@@ -1,4 +1,4 @@
-"""SWITCH: the threshold falls with the position."""
+"""SWITCH: the threshold decays with the position."""
 
 import numpy as np
 

@@ -7,7 +7,7 @@ from rollout_server.policies.protocol import Decision, ScoredPositions, no_thres
 
 
 class Predetermined:
-    """A policy that knows beforehand where the teacher takes over, and to the end."""
+    """A policy whose switch position is fixed in advance. The teacher generates from there to the end."""
 
     guidance_tokens = None
 
@@ -25,7 +25,7 @@ class Predetermined:
 
 
 class FixedPolicy(Predetermined):
-    """At one position: none for on-policy, 0 for off-policy."""
+    """Switches at one position: none for on-policy, 0 for off-policy."""
 
     def __init__(self, position: int | None) -> None:
         self._position = position
@@ -35,7 +35,7 @@ class FixedPolicy(Predetermined):
 
 
 class DatasetPolicy(FixedPolicy):
-    """The given answer, always."""
+    """Always uses the dataset answer."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -45,7 +45,7 @@ class DatasetPolicy(FixedPolicy):
 
 
 class MixturePolicy(Predetermined):
-    """GKD (arXiv 2306.13649): with probability 1 - lambda the teacher from position 0, or the given answer."""
+    """GKD (arXiv 2306.13649): with probability 1 - lambda the teacher from position 0, or the dataset answer."""
 
     def __init__(self, settings: Mixture) -> None:
         self._settings = settings

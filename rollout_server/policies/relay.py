@@ -1,11 +1,11 @@
-"""Relay: as SKD, for several tokens and a limited number of times."""
+"""Relay: like SKD, for several tokens and a limited number of times."""
 
 from common.config import Relay
 from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true, no_thresholds
 
 
 class RelayPolicy(Watching):
-    """Relay-OPD (arXiv 2607.26057): as SKD, for a few tokens and a few times."""
+    """Relay-OPD (arXiv 2607.26057): like SKD, with guidance of several tokens and a limited number of switches."""
 
     def __init__(self, settings: Relay) -> None:
         self._settings = settings

@@ -1,4 +1,4 @@
-"""Speculative KD: the teacher replaces tokens that it would not have listed itself."""
+"""Speculative KD: the teacher replaces tokens outside its own top k."""
 
 from common.config import SKD
 from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true, no_thresholds
