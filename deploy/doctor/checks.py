@@ -1,4 +1,4 @@
-"""All checks: what a machine's facts mean for a run. Each is a pure function of the facts and says what to do."""
+"""All checks. Each is a pure function of the machine's facts and says what to do about a problem."""
 
 from collections.abc import Callable
 
@@ -30,18 +30,18 @@ CHECKS: tuple[Check, ...] = (
 
 
 def check(facts: Facts) -> tuple[Finding, ...]:
-    """Every check that has something to say of this machine, in the order in which they are shown."""
+    """The findings of all checks that apply to this machine, in display order."""
     return (*(finding for one in CHECKS if (finding := one(facts))), *seats_of_actors(facts))
 
 
 def seats_of_actors(facts: Facts) -> tuple[Finding, ...]:
-    """The plan of the configuration's run: a line for the whole, and one for each bundle of GPUs."""
+    """The plan of the configured run: one line for the whole, and one for each bundle with GPUs."""
     seats = facts.seats
     if seats is None:
         return ()
     whole = (
         ok("placement", seats.summary)
         if seats.missing is None
-        else failure("placement", f"{seats.missing}; adaswitch config FILE --plan shows what holds how much")
+        else failure("placement", f"{seats.missing}; adaswitch config FILE --plan shows each actor's memory")
     )
     return (whole, *(ok(f"bundle {number}", text) for number, text in enumerate(seats.bundles)))

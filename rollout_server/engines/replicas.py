@@ -1,9 +1,9 @@
-"""Several engines with the same weights as one. Owns which replica a sequence's calls go to, and what if one dies.
+"""Several engines with the same weights used as one. Assigns sequences to replicas, and handles replica failures.
 
-A sequence stays with the replica that holds its prefix; a new one goes to the replica with the fewest calls under way.
-A call that fails is made once more on another replica; a stream goes on there at the token after the last one handed
-over, because the same request gives the same tokens. Where it does not, as it may in low precision, the stream fails. A
-failed replica gets no new sequences for a while, if another is left.
+A sequence stays on the replica that has its prefix in the KV cache. A new sequence goes to the replica with the fewest
+calls. A failed call is retried once on another replica. A failed stream continues there after the last token delivered,
+because the same request gives the same tokens. If the tokens differ, as they may in low precision, the stream fails. A
+failed replica gets no new sequences for a while, unless it is the only one left.
 """
 
 import logging
@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_MAX_REMEMBERED = 65_536  # sequences whose replica is known; the longest unused is forgotten
+_MAX_REMEMBERED = 65_536  # sequences with an assigned replica; the least recently used is dropped
 _FORGIVEN_S = 60.0
-"""A replica that failed gets sequences again after so long. One call may fail and the engine be well."""
+"""A failed replica gets sequences again after this time, because one failed call does not mean it is down."""
 
 
 class ReplicatedEngine:
@@ -49,7 +49,7 @@ class ReplicatedEngine:
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         taken, go_on = np.empty(0, np.int32), None
-        sent: dict[int, GoOn | None] = {}  # after so many tokens -> what the reader sent
+        sent: dict[int, GoOn | None] = {}  # number of tokens so far -> what the consumer sent
         with self._at(self._home(request.sequence_id)) as replica:
             try:
                 async with aclosing(self.replicas[replica].stream(request)) as pieces:
@@ -68,8 +68,8 @@ class ReplicatedEngine:
                     ends_early = written.finish_reason is not None and num_written <= taken.size
                     if ends_early or (written.token_ids[: known.size] != known).any():
                         raise EngineCallError(
-                            f"replica {replica} does not write what replica {failed} wrote before it failed "
-                            f"(within the first {num_written} tokens), so the text can't go on there"
+                            f"replica {replica} generates other tokens than replica {failed} did before it failed "
+                            f"(within the first {num_written} tokens), so the sequence can't continue there"
                         )
                     if known.size == len(written):
                         go_on = sent.get(num_written)
@@ -96,7 +96,7 @@ class ReplicatedEngine:
             return await call(self.replicas[replica])
 
     def _home(self, sequence_id: str | None) -> int:
-        """The sequence's replica; for a new sequence the least loaded one that has not failed."""
+        """The sequence's replica. A new sequence gets the least loaded one that has not failed recently."""
         alive = self._alive()
         if sequence_id is None:
             return self._least_loaded(alive)
@@ -108,7 +108,7 @@ class ReplicatedEngine:
         return self._homes[sequence_id]
 
     def _move(self, sequence_id: str | None, replica: int, error: EngineCallError) -> int:
-        """Give the sequence to another replica. Raises the error where there is none."""
+        """Assign the sequence to another replica. Raises ``error`` if there is none."""
         self._failed_s[replica] = time.monotonic()
         others = self._alive() - {replica}
         if not others:
@@ -120,7 +120,7 @@ class ReplicatedEngine:
         return other
 
     def _alive(self) -> set[int]:
-        """Those that have not failed lately."""
+        """Replicas that have not failed recently."""
         now_s = time.monotonic()
         self._failed_s = {replica: at_s for replica, at_s in self._failed_s.items() if now_s - at_s < _FORGIVEN_S}
         return set(range(len(self.replicas))) - self._failed_s.keys()
@@ -130,7 +130,7 @@ class ReplicatedEngine:
 
     @contextmanager
     def _at(self, replica: int) -> Iterator[int]:
-        """Count a call under way."""
+        """Count a running call."""
         self._num_running[replica] += 1
         try:
             yield replica

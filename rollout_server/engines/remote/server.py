@@ -1,5 +1,5 @@
-"""All calls of one engine's clients over one exchange of messages. The half that lives beside the engine; ``remote`` is
-the other. Knows nothing of Ray.
+"""Runs all calls of an engine's clients. It runs in the engine's process; ``client`` is the counterpart. Does not know
+about Ray.
 """
 
 import asyncio
@@ -16,25 +16,25 @@ from rollout_server.engines.remote.messages import News, Orders, RowsBatch, Writ
 logger = logging.getLogger(__name__)
 
 _FORGET_S = 120.0
-"""A client that waits for something asks every few seconds; one that has not for so long is gone."""
+"""A waiting client sends a message every few seconds. After this time without one it is considered dead."""
 
 
 @dataclass(slots=True)
 class _Client:
-    """One reader of this engine: its calls under way and what they came to since it was last told."""
+    """One client of this engine: its running calls, and their results since the last reply."""
 
     calls: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    paused: dict[int, asyncio.Future[GoOn]] = field(default_factory=dict)  # set when the reader comes back
+    paused: dict[int, asyncio.Future[GoOn]] = field(default_factory=dict)  # set when the client resumes the stream
     written: list[tuple[int, Written]] = field(default_factory=list)
     rows: list[tuple[int, TopLogprobs]] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
-    waiting: asyncio.Event | None = None  # of the last exchange, while it is under way
+    waiting: asyncio.Event | None = None  # of the latest exchange, while it waits for results
     num_exchanges: int = 0
-    overtaking: dict[int, asyncio.Event] = field(default_factory=dict)  # set when its turn has come
-    heard_s: float = 0.0  # on the event loop's clock
+    overtaking: dict[int, asyncio.Event] = field(default_factory=dict)  # messages that arrived early; set at their turn
+    heard_s: float = 0.0  # event loop time of the last message
 
     def ring(self) -> None:
-        """There is news, or somebody else to tell it to."""
+        """Wake up the waiting exchange: there are results, or a newer exchange replaces it."""
         if self.waiting is not None:
             self.waiting.set()
 
@@ -50,7 +50,7 @@ class _Client:
             task.cancel()
 
     def close_all(self) -> list[int]:
-        """The calls that were under way."""
+        """End all calls and return their ids."""
         call_ids = list(self.calls)
         for call_id in call_ids:
             self.close(call_id)
@@ -69,26 +69,27 @@ class StreamMultiplexer:
 
     @property
     def num_busy(self) -> int:
-        """Calls under way, but for those that wait for their reader."""
+        """Running calls, not counting paused streams."""
         return sum(len(client.calls) - len(client.paused) for client in self._clients.values())
 
     @property
     def still_s(self) -> float:
-        """Since one of them last wrote or read something, or since the first of them came; 0 while there is none."""
+        """Seconds since the last output of any call, or since the first call started; 0 if no call is running."""
         return time.monotonic() - self._moved_s if self.num_busy else 0.0
 
     def drop_calls(self) -> None:
-        """End every call. Who made it is gone, or has given it up, or hears that it failed."""
+        """End every call. Live clients are told that their calls failed."""
         for client in self._clients.values():
             dropped = client.close_all()
             client.failures |= dict.fromkeys(dropped, "dropped: another worker of the run is being restarted")
             client.ring()
 
     async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
-        """Take orders; return all news since the client's last exchange, or wait for some for ``wait_s``.
+        """Accept requests. Return all results since the client's last exchange, or wait up to ``wait_s`` for the first.
 
-        An exchange ends the wait of the client's one before, which then returns empty-handed: so orders need not wait
-        for news, and news keep their order. Exchanges are taken in the order of their numbers, whatever Ray does.
+        An exchange ends the wait of the client's previous one, which then returns an empty reply. So requests need not
+        wait for results, and results stay in order. Exchanges are processed in the order of their numbers, even if Ray
+        delivers them in another order.
         """
         client = self._clients.setdefault(client_id, _Client())
         client.heard_s = asyncio.get_running_loop().time()
@@ -129,20 +130,20 @@ class StreamMultiplexer:
             client.written = [piece for piece in client.written if piece[0] not in dropped]
 
     def _forget_the_silent(self, now_s: float) -> None:
-        """End what clients left behind that died without a word."""
+        """Drop the calls of clients that died without closing them."""
         for client_id, client in list(self._clients.items()):
             if client.calls and now_s - client.heard_s > _FORGET_S:
-                logger.warning("a client was silent for %.0f s: ending its %d calls", _FORGET_S, len(client.calls))
+                logger.warning("no message from a client for %.0f s: ending its %d calls", _FORGET_S, len(client.calls))
                 self._forget(client_id)
 
     def _forget(self, client_id: str) -> None:
-        """End what a client left under way, if it is known."""
+        """End a client's running calls, if the client is known."""
         if (client := self._clients.pop(client_id, None)) is not None:
             client.close_all()
             client.ring()
 
     async def _write(self, client: _Client, call_id: int, request: WriteRequest) -> None:
-        """Consumes one stream of the engine; produces into the client's news; waits for the client at pauses; stops
+        """Consumes one stream of the engine; produces into the client's results; waits for the client at pauses; stops
         when the stream ends or is closed.
         """
         num_written, pause_after, go_on = 0, request.pause_after, None
