@@ -259,7 +259,7 @@ def test_a_hub_model_is_read_beside_the_file_and_a_missing_one_named(tmp_path: P
     qwen(**QWEN_05B).save_pretrained(tmp_path / "models" / "org" / "small")
     config = make_config(models={"student": "org/small", "teacher": "org/no such"})  # no name that is asked for
     with pytest.raises(
-        UserError, match=r"^models\.teacher: can't read the config of 'org/no such': .*config\.json into"
+        UserError, match=r"^models\.teacher: can't read the config of 'org/no such': .*config\.json in "
     ):
         read_shapes(config, beside=tmp_path / "run.yaml")
     qwen(**QWEN_3B).save_pretrained(tmp_path / "teacher")

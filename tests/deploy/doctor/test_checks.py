@@ -121,7 +121,7 @@ def test_a_cuda_toolkit_must_be_of_torch_s_cuda_where_there_is_one() -> None:
     fitting = Toolkit(nvcc="/usr/local/cuda/bin/nvcc", cuda=(13, 0))
     assert finding(replace(GPU_SERVER, toolkit=fitting), "CUDA toolkit").text == "/usr/local/cuda/bin/nvcc, CUDA 13.0"
     old = finding(replace(GPU_SERVER, toolkit=replace(fitting, cuda=(12, 4))), "CUDA toolkit")
-    assert (old.level, old.text.startswith("/usr/local/cuda/bin/nvcc is of CUDA 12.4, torch of 13.0")) == (
+    assert (old.level, old.text.startswith("/usr/local/cuda/bin/nvcc is CUDA 12.4, torch uses 13.0")) == (
         "warning",
         True,
     )
@@ -184,7 +184,7 @@ def test_fewer_visible_gpus_are_a_warning_unless_they_were_hidden() -> None:
     ("kinds", "said"),
     [
         (["NV18", "NV18", "NV18"], "NVLink between all (NV18 between 3 pairs)"),
-        (["NV4", "SYS", "SYS"], "between NVLink pairs only"),
+        (["NV4", "SYS", "SYS"], "only between NVLink pairs"),
         (["PHB", "PHB", "PHB"], "prefer more replicas"),
     ],
 )

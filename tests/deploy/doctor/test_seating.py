@@ -76,7 +76,7 @@ def test_gpus_that_are_too_small_are_what_is_missing(monkeypatch: pytest.MonkeyP
 def test_a_cuda_build_without_a_gpu_can_t_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     found = seats(DEMO, replace(GPU_SERVER, gpus=(), torch_gpus=0), monkeypatch)
     assert found.missing is not None
-    assert "vLLM's CUDA build can't compute on processors" in found.missing
+    assert "vLLM's CUDA build can't run on CPUs" in found.missing
 
 
 def test_models_at_the_hub_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

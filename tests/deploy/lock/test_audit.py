@@ -29,7 +29,7 @@ def test_an_allowed_finding_is_none(name: str) -> None:
 
 def test_a_permission_ends() -> None:
     problems = judge([HOLED], [permission(until=date(2026, 11, 23))], TODAY).problems
-    assert problems == ("holed 1.0: PYSEC-1, fixed in 1.1", "holed: the permission for PYSEC-1 ended on 2026-11-23")
+    assert problems == ("holed 1.0: PYSEC-1, fixed in 1.1", "holed: the exception for PYSEC-1 expired on 2026-11-23")
 
 
 def test_a_permission_is_for_one_package_and_one_that_is_not_needed_is_said() -> None:

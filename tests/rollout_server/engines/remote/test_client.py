@@ -208,7 +208,7 @@ async def test_a_failure_in_the_engine_names_the_engine(remote: Remote, call: st
     ask = (lambda: engine.generate(REQUEST)) if call == "write" else (lambda: engine.score(SCORE))
     results = await asyncio.gather(ask(), ask(), ask(), return_exceptions=True)
     assert isinstance(results[1], EngineCallError)
-    assert str(results[1]) == f"teacher: ScriptedError: {call} 2 fails, as scripted"
+    assert str(results[1]) == f"teacher: ScriptedError: {call} 2 fails as scripted"
     assert all(isinstance(result, Written | TopLogprobs) for result in (results[0], results[2]))
 
 

@@ -212,7 +212,7 @@ async def test_a_failed_stream_is_reported_and_leaves_the_others_alone(caplog: p
             news = await streams.exchange("client", orders(), 5.0)
             failures |= news.failures
             ended |= {call_id for call_id, written in news.written.unpack() if written.finish_reason}
-    assert failures == {7: "ScriptedError: write 1 fails, as scripted"}
+    assert failures == {7: "ScriptedError: write 1 fails as scripted"}
     assert ended == {8}
 
 
@@ -229,7 +229,7 @@ async def test_a_failed_score_is_reported_and_leaves_the_others_alone(caplog: py
             if len(failures) + len(rows) == 3:
                 break
             news = await streams.exchange("client", orders(), 5.0)
-    assert failures == {1: "ScriptedError: score 2 fails, as scripted"}
+    assert failures == {1: "ScriptedError: score 2 fails as scripted"}
     assert {call_id: len(top) for call_id, top in rows.items()} == {0: 3, 2: 3}
 
 
