@@ -26,7 +26,7 @@ from common.waiting import within
 from common.weights import WeightUpdate
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.engines.remote.client import RemoteEngine
-from rollout_server.engines.remote.messages import News, Orders
+from rollout_server.engines.remote.messages import ClientMessage, ServerMessage
 from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.selftest import check_engine
@@ -90,8 +90,8 @@ class EngineActor:
             num_written, num_read = self._streams.num_written_tokens, self._streams.num_read_positions
             await asyncio.sleep(_EXPORT_EVERY_S)
 
-    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
-        return await self._streams.exchange(client_id, orders, wait_s)
+    async def exchange(self, client_id: str, message: ClientMessage, wait_s: float) -> ServerMessage:
+        return await self._streams.exchange(client_id, message, wait_s)
 
     async def init_weight_transfer(self, transfer_info: Mapping[str, object]) -> None:
         await self._engine.init_weight_transfer(transfer_info)

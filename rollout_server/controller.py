@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from common.config import Policy, Sampling
 from common.sequence import MixedSequence, Prompt
-from rollout_server.dataset_answers import read_answer
+from rollout_server.dataset_answers import score_answer
 from rollout_server.engines.protocol import Engine, GoOn, WriteRequest, next_piece
 from rollout_server.judge import Judge
 from rollout_server.policies import divergence_of, make_policy
@@ -63,8 +63,8 @@ class SwitchingController:
         ``others_wait``: there are more sequences to generate than the engines can run at once, so a discarded token
         takes a slot from another sequence. It does not change any token.
         """
-        if self._policy.takes_given_answer(prompt.seed):
-            return await read_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
+        if self._policy.uses_dataset_answer(prompt.seed):
+            return await score_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
         builder = self.new_builder(prompt)
         await self.write(builder, others_wait=others_wait)
         return builder.seal(self._policy_name)
@@ -123,7 +123,7 @@ class SwitchingController:
             max_tokens=last_position - len(builder),
             pause_after=self._until_pause(builder, others_wait),
         )
-        if self._live or self._policy.watches_after(builder.num_switches):
+        if self._live or self._policy.may_switch_after(builder.num_switches):
             return request
         chunk_tokens = uninterrupted_chunk(
             max_new_tokens=self._sampling.max_new_tokens, chunk_tokens=request.chunk_tokens
@@ -137,7 +137,7 @@ class SwitchingController:
         waits only if other sequences need its slot.
         """
         block_tokens = self._sampling.chunk_tokens
-        if not self._policy.watches_after(builder.num_switches):
+        if not self._policy.may_switch_after(builder.num_switches):
             return None
         if self._policy.guidance_tokens is not None:
             return until_pause_between_switches(
@@ -145,8 +145,10 @@ class SwitchingController:
             )
         if not others_wait:
             return None
-        is_near = self._policy.is_near(builder.divergences)
-        return until_pause_before_the_switch(text_tokens=builder.text.size, block_tokens=block_tokens, is_near=is_near)
+        switch_is_likely = self._policy.switch_is_likely(builder.divergences)
+        return until_pause_before_the_switch(
+            text_tokens=builder.text.size, block_tokens=block_tokens, switch_is_likely=switch_is_likely
+        )
 
     async def _guide(self, builder: SequenceBuilder, refused: Judged | None) -> None:
         """The teacher generates from the builder's end, up to the policy's limit or the end of the sequence."""

@@ -9,7 +9,7 @@ from common.sequence import MixedSequence, Prompt, TokenSource, TopLogprobs
 from rollout_server.engines.protocol import Engine, ScoreRequest
 
 
-async def read_answer(prompt: Prompt, teacher: Engine, *, policy: str, top_logprobs: int) -> MixedSequence:
+async def score_answer(prompt: Prompt, teacher: Engine, *, policy: str, top_logprobs: int) -> MixedSequence:
     """The prompt's dataset answer with the teacher's distribution at every token. The student is not involved.
 
     The last token is not sent: its row depends only on the tokens before it, and the context may have no room for it.

@@ -179,7 +179,7 @@ class LiveWriter:
 def _prompt(token_ids: Ids, request: LiveRequest, policy: Policy) -> Prompt:
     """A prompt with a unique id. The same seed always gives the same tokens."""
     prompt = Prompt(prompt_id=f"live-{uuid4().hex}", token_ids=token_ids, seed=derive_seed("live", request.seed))
-    if make_policy(policy).takes_given_answer(prompt.seed):
+    if make_policy(policy).uses_dataset_answer(prompt.seed):
         raise LiveRefusal("invalid", f"policy {policy.type} uses dataset answers, and a live prompt has none")
     return prompt
 

@@ -16,7 +16,7 @@ from rollout_server.engines.protocol import Engine, GoOn, next_piece
 from rollout_server.judge import Judge
 from rollout_server.policies import SwitchPolicy
 from rollout_server.requests import Requests
-from rollout_server.schedule import goes_in_step
+from rollout_server.schedule import prefers_token_by_token
 from rollout_server.sequence_builder import SequenceBuilder
 
 
@@ -34,9 +34,11 @@ class TokenByToken:
 
     def is_worth_it(self, builder: SequenceBuilder, *, is_running: bool = False) -> bool:
         """Whether the sequence switches so often that this mode is faster. ``is_running``: the mode is active."""
-        if self._policy.guidance_tokens != 1 or not self._policy.watches_after(builder.num_switches):
+        if self._policy.guidance_tokens != 1 or not self._policy.may_switch_after(builder.num_switches):
             return False
-        return goes_in_step(num_judged=builder.num_judged, num_switches=builder.num_switches, is_in_step=is_running)
+        return prefers_token_by_token(
+            num_judged=builder.num_judged, num_switches=builder.num_switches, is_running=is_running
+        )
 
     async def write(self, builder: SequenceBuilder) -> None:
         """Extend the sequence until it ends or switches have become rare.

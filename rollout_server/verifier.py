@@ -47,7 +47,7 @@ _BLOCK = 65_536
 """Approximate number of list entries (positions times k) per call. With k = 64 on one core, a position takes 5.5 us in
 calls of 64 positions and 2.5 us in calls of 1,024. Larger calls are no faster and allocate new memory."""
 
-_Waiting = tuple[TopLogprobs, TopLogprobs, asyncio.Future[Floats]]
+_Pending = tuple[TopLogprobs, TopLogprobs, asyncio.Future[Floats]]
 
 
 class TeacherScores:
@@ -107,23 +107,23 @@ class Verifier:
 
     def __init__(self, kind: Divergence) -> None:
         self._kind = kind
-        self._asked: list[_Waiting] = []
+        self._pending: list[_Pending] = []
 
     async def divergences(self, teacher_top: TopLogprobs, student_top: TopLogprobs) -> Floats:
         """[n] nats. See ``compare``. A row's value does not depend on the rows computed with it."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Floats] = loop.create_future()
-        self._asked.append((teacher_top, student_top, answer))
-        if len(self._asked) == 1:
+        self._pending.append((teacher_top, student_top, answer))
+        if len(self._pending) == 1:
             loop.call_soon(self._compute)
         return await answer
 
     def _compute(self) -> None:
-        asked, self._asked = self._asked, []
-        for block in _blocks([each for each in asked if not each[2].done()]):
+        pending, self._pending = self._pending, []
+        for block in _blocks([each for each in pending if not each[2].done()]):
             self._answer(block)
 
-    def _answer(self, block: Sequence[_Waiting]) -> None:
+    def _answer(self, block: Sequence[_Pending]) -> None:
         try:
             values = compare(
                 TopLogprobs.concatenate([teacher for teacher, _, _ in block]),
@@ -140,11 +140,11 @@ class Verifier:
             answer.set_result(values[start:end])
 
 
-def _blocks(asked: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
+def _blocks(pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
     """Split the requests, in order, into blocks that end when they reach the block size."""
-    block: list[_Waiting] = []
+    block: list[_Pending] = []
     num_entries = 0
-    for each in asked:
+    for each in pending:
         block.append(each)
         num_entries += each[0].token_ids.size
         if num_entries >= _BLOCK:

@@ -23,8 +23,8 @@ from common.waiting import within
 from deploy.cluster.attach import NAMESPACE
 from deploy.cluster.builds import Builds, choose_device
 from deploy.cluster.model_shape import read_shapes
-from deploy.cluster.placement import CPUS_PER_ACTOR, Seat
-from deploy.cluster.plan import Plan, make_plan, processor_plan, refuse_unfit
+from deploy.cluster.placement import CPUS_PER_ACTOR, Slot
+from deploy.cluster.plan import Plan, check_fits, make_plan, processor_plan
 from deploy.cluster.reservation import connect, gpu_nodes, num_gpus, reserve, shortage_of
 from deploy.preflight import Inputs
 from deploy.supervision.workers import Process, RunWorkers, in_turn
@@ -90,7 +90,7 @@ class Cluster:
         """``hides_gpus``: hide GPUs from actors that have none."""
         self._config = config
         self.plan = plan
-        self._seating = plan.seating
+        self._placement = plan.placement
         self._group = group
         self._actor_classes = actor_classes
         self._hides_gpus = hides_gpus
@@ -101,7 +101,7 @@ class Cluster:
         """Start engines, rollouts and learner concurrently. Those that share a GPU start one after another, the learner
         last: it allocates memory on demand, whereas an engine measures the free memory when it starts.
         """
-        learner = None if self._seating.learner_shares_gpu else self.spawn_learner()
+        learner = None if self._placement.learner_shares_gpu else self.spawn_learner()
         pair = await self.start_pair(inputs, folder, name=name)
         return pair, learner or self.spawn_learner()
 
@@ -110,8 +110,8 @@ class Cluster:
 
         Raises UserError if a self-test fails, WaitedTooLong if an engine does not start in time.
         """
-        students = self._spawn_engines("student", self._seating.students, inputs, folder)
-        teachers = self._spawn_engines("teacher", self._seating.teachers, inputs, folder)
+        students = self._spawn_engines("student", self._placement.students, inputs, folder)
+        teachers = self._spawn_engines("teacher", self._placement.teachers, inputs, folder)
         answers: list[dict[str, EngineFacts]] = await asyncio.gather(*in_turn([*teachers, *students], _start))
         facts = {name: engine for answer in answers for name, engine in answer.items()}
         spec = RolloutSpec(
@@ -126,7 +126,7 @@ class Cluster:
         )
         # Ray keeps these arguments for restarts and warns about references in them, so engine handles are sent later.
         rollouts = self._spawn(
-            RolloutActor, self._seating.rollouts, spec, [], [], self._config.models.student, name=name
+            RolloutActor, self._placement.rollouts, spec, [], [], self._config.models.student, name=name
         )
         addresses = self._addresses(students), self._addresses(teachers)
 
@@ -145,24 +145,22 @@ class Cluster:
         )
 
     def _spawn_engines(
-        self, role: Literal["student", "teacher"], seats: list[Seat], inputs: Inputs, folder: RunDir
+        self, role: Literal["student", "teacher"], slots: list[Slot], inputs: Inputs, folder: RunDir
     ) -> list[Process]:
         """A process for each replica, not started yet."""
         spec, timeout_s = self._engine_spec(role, inputs, folder.path.name), self._config.engines.start_timeout_s
         prefix = inputs.self_test_prefix
 
-        def process(name: str, place: Seat) -> Process:
-            engine = self._spawn(self._actor_classes.engine, place)
+        def process(name: str, slot: Slot) -> Process:
+            engine = self._spawn(self._actor_classes.engine, slot)
             return Process(
                 name=name,
                 handle=engine,
-                bundle=place.bundle,
+                bundle=slot.bundle,
                 start=lambda: _answer(engine.start.remote(spec, prefix), f"a {role} engine to start", timeout_s),
             )
 
-        return [
-            process(name, place) for name, place in zip(_numbered(f"{role} engine", len(seats)), seats, strict=True)
-        ]
+        return [process(name, slot) for name, slot in zip(_numbered(f"{role} engine", len(slots)), slots, strict=True)]
 
     def _addresses(self, replicas: list[Process]) -> list[EngineAddress]:
         timeout_s = self._config.engines.call_timeout_s
@@ -179,8 +177,8 @@ class Cluster:
             trust_remote_code=self._config.engines.trust_remote_code,
         )
         ranks = [
-            self._spawn(self._actor_classes.learner, place, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
-            for rank, place in enumerate(self._seating.learner)
+            self._spawn(self._actor_classes.learner, slot, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
+            for rank, slot in enumerate(self._placement.learner)
         ]
         return SpawnedLearner(ranks=ranks, started=_start_ranks(ranks))
 
@@ -202,7 +200,7 @@ class Cluster:
         self._probe_noise = await _unwrapped(learner.measure_probe_noise(texts, rows))
         return self._probe_noise
 
-    async def refuse_unshared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
+    async def check_folder_is_shared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
         """Raise UserError if a machine that writes to the run's folder does not share it with this one."""
         names = ["the controller", *_numbered("the learner", len(learner.ranks))]
         file = folder / f".{uuid4().hex}.unfinished"
@@ -216,10 +214,10 @@ class Cluster:
             answers = await asyncio.gather(*asked)
         finally:
             file.unlink()
-        if blind := [name for name, sees in zip(names, answers, strict=True) if not sees]:
+        if missing := [name for name, sees in zip(names, answers, strict=True) if not sees]:
             raise UserError(
-                f"run_dir: {folder} on the machine of {', '.join(blind)} is not the run's; expected a folder that all "
-                "machines share"
+                f"run_dir: {folder} on the machine of {', '.join(missing)} is not the run's; expected a folder that "
+                "all machines share"
             )
 
     def workers(self, learner: SpawnedLearner, pair: Pair) -> RunWorkers:
@@ -242,7 +240,7 @@ class Cluster:
             students_share_a_group=self.plan.sync_backend == "nccl",
             placement_timeout_s=self._config.placement.timeout_s,
             call_timeout_s=self._config.engines.call_timeout_s,
-            shortage=lambda: shortage_of(self._group, self._seating, self._config.placement.strategy),
+            shortage=lambda: shortage_of(self._group, self._placement, self._config.placement.strategy),
         )
 
     async def _connect(self, ranks: list[ActorHandle], pair: Pair) -> None:
@@ -265,36 +263,34 @@ class Cluster:
         """Stop the actors: first those without resources of their own, then concurrently those that must release some.
         All within one time limit, because a stopped job is killed after a while.
         """
-        holders = [actor for actor in reversed(self._actors) if hasattr(actor, "shutdown")]
+        with_shutdown = [actor for actor in reversed(self._actors) if hasattr(actor, "shutdown")]
         for actor in self._actors:
-            if actor not in holders:
+            if actor not in with_shutdown:
                 ray.kill(actor)
-        goodbyes = (within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end") for actor in holders)
-        for answer in await asyncio.gather(*goodbyes, return_exceptions=True):
+        shutdowns = (within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end") for actor in with_shutdown)
+        for answer in await asyncio.gather(*shutdowns, return_exceptions=True):
             if isinstance(answer, Exception):  # dead already, or never started; it can only be killed
                 logger.debug("an actor did not shut down cleanly", exc_info=answer)
-        for actor in holders:
+        for actor in with_shutdown:
             ray.kill(actor)
 
     def _spawn(
         self,
-        shell: type,
-        place: Seat,
+        actor_class: type,
+        slot: Slot,
         *arguments: Any,
         name: str | None = None,
         concurrency_groups: dict[str, int] | None = None,
     ) -> ActorHandle:
         """Start an actor. Ray restarts its process if it ends, but does not repeat the calls that it was running."""
-        remote = ray.remote(concurrency_groups=concurrency_groups or {})(shell).options(
+        remote = ray.remote(concurrency_groups=concurrency_groups or {})(actor_class).options(
             **({"name": name, "namespace": NAMESPACE} if name else {}),
             max_restarts=-1,
             max_task_retries=0,
-            **({"runtime_env": _NO_GPU} if self._hides_gpus and not place.num_gpus else {}),
+            **({"runtime_env": _NO_GPU} if self._hides_gpus and not slot.num_gpus else {}),
             num_cpus=CPUS_PER_ACTOR,
-            num_gpus=place.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=place.bundle
-            ),
+            num_gpus=slot.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot.bundle),
         )
         self._actors.append(remote.remote(*arguments))
         return self._actors[-1]
@@ -351,7 +347,7 @@ async def joined(
     plan = _plan(config, with_learner=with_learner)
     logger.info("placement: %s", plan)
     placement = config.placement
-    group = await reserve(plan.seating, strategy=placement.strategy, timeout_s=placement.timeout_s)
+    group = await reserve(plan.placement, strategy=placement.strategy, timeout_s=placement.timeout_s)
     hides_gpus = num_gpus() > 0 or Builds.installed().torch == "CUDA"
     cluster = Cluster(config, plan, group, actor_classes or ActorClasses(), hides_gpus=hides_gpus)
     try:
@@ -367,7 +363,7 @@ def _plan(config: RunConfig, *, with_learner: bool) -> Plan:
     if not device.use_gpus:
         return processor_plan(config, device.why, with_learner=with_learner)
     plan = make_plan(config, read_shapes(config), gpu_nodes(), with_learner=with_learner)
-    refuse_unfit(plan)
+    check_fits(plan)
     return plan
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _FIELDS = ("index", "memory.total", "memory.used", "compute_cap", "mig.mode.current", "name")
 _QUERY = ("nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits")
-_ANSWERS_WITHIN_S = 20.0
+_ANSWER_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Gpu:
 def gpus_of_this_machine() -> list[Gpu]:
     """All GPUs, ignoring CUDA_VISIBLE_DEVICES. Empty if nvidia-smi is missing, fails or times out."""
     try:
-        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_ANSWERS_WITHIN_S, check=True)
+        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_ANSWER_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return parse_gpus(answer.stdout)

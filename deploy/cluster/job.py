@@ -96,7 +96,7 @@ def stop(jobs: JobClient, job_id: str, *, within_s: float = 25.0) -> str:
 async def _details(jobs: Jobs, job_id: str, patience_s: float) -> JobDetails:
     """The job's status. Retries on failure. The first failure is printed, the last one is raised."""
 
-    def tell(state: RetryCallState) -> None:
+    def report(state: RetryCallState) -> None:
         if state.attempt_number == 1:
             assert state.outcome is not None
             typer.echo(f"no answer from the cluster ({one_line(state.outcome.exception())}); trying again", err=True)
@@ -105,7 +105,7 @@ async def _details(jobs: Jobs, job_id: str, patience_s: float) -> JobDetails:
         retry=retry_if_exception_type(FAILURES),
         wait=wait_exponential(max=_LONGEST_PAUSE_S),
         stop=stop_after_delay(patience_s),
-        before_sleep=tell,
+        before_sleep=report,
         reraise=True,
     )
     return cast(JobDetails, await retrying(asyncio.to_thread, jobs.get_job_info, job_id))
@@ -118,7 +118,7 @@ class _Log:
         self._jobs = jobs
         self._job_id = job_id
         self._num_shown = 0  # characters printed so far
-        self._is_told = False
+        self._is_reported = False
 
     async def copy(self, quiet_s: float) -> None:
         """Print new output until the log closes, fails, or is silent for ``quiet_s``. Reports the first failure."""
@@ -135,6 +135,6 @@ class _Log:
         except (StopAsyncIteration, TimeoutError):
             return
         except FAILURES as error:
-            if not self._is_told:
+            if not self._is_reported:
                 typer.echo(f"the job's log was interrupted ({one_line(error)}); opening it again", err=True)
-            self._is_told = True
+            self._is_reported = True

@@ -19,7 +19,7 @@ _HALF, _THIRD = 0.5, 0.3333  # Ray counts GPUs in steps of 0.0001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class Slot:
     """The bundle and GPU fraction of one actor."""
 
     bundle: int
@@ -27,14 +27,14 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SeatingPlan:
+class PlacementPlan:
     """A run's bundles, as Ray resources, and the slot of every actor."""
 
     bundles: list[dict[str, float]]
-    students: list[Seat]
-    teachers: list[Seat]
-    rollouts: Seat
-    learner: list[Seat]  # one per rank; empty without training
+    students: list[Slot]
+    teachers: list[Slot]
+    rollouts: Slot
+    learner: list[Slot]  # one per rank; empty without training
 
     @property
     def learner_shares_gpu(self) -> bool:
@@ -42,30 +42,30 @@ class SeatingPlan:
         return bool(self.learner) and self.learner[0].bundle == self.students[0].bundle
 
 
-def seat(config: RunConfig, layout: Layout | None, *, with_learner: bool = True) -> SeatingPlan:
+def place_actors(config: RunConfig, layout: Layout | None, *, with_learner: bool = True) -> PlacementPlan:
     """The placement of one run. ``layout`` None means CPUs."""
     engines = config.engines
     num_ranks = config.trainer.num_ranks if with_learner else 0
     bundles: list[dict[str, float]] = []
 
-    def own(num_gpus: int) -> Seat:
+    def own(num_gpus: int) -> Slot:
         num_gpus = 0 if layout is None else num_gpus
         bundles.append({"CPU": CPUS_PER_ACTOR, **({"GPU": float(num_gpus)} if num_gpus else {})})
-        return Seat(bundle=len(bundles) - 1, num_gpus=num_gpus)
+        return Slot(bundle=len(bundles) - 1, num_gpus=num_gpus)
 
-    def engine_seats(settings: EngineSettings) -> list[Seat]:
+    def engine_slots(settings: EngineSettings) -> list[Slot]:
         return [own(settings.num_gpus) for _ in range(settings.num_replicas)]
 
     if layout is None or layout == "spread":
-        students, teachers = engine_seats(engines.student), engine_seats(engines.teacher)
+        students, teachers = engine_slots(engines.student), engine_slots(engines.teacher)
         rollouts = own(0)
         learner = [own(1) for _ in range(num_ranks)]
     else:
         share = _THIRD if layout == "one_gpu" else _HALF
         num_sharers = 1 + (layout == "one_gpu") + num_ranks
         bundles.append({"CPU": num_sharers * CPUS_PER_ACTOR, "GPU": 1.0})
-        shared = Seat(bundle=0, num_gpus=share)
+        shared = Slot(bundle=0, num_gpus=share)
         students, learner = [shared], [shared] * num_ranks
-        teachers = [shared] if layout == "one_gpu" else engine_seats(engines.teacher)
+        teachers = [shared] if layout == "one_gpu" else engine_slots(engines.teacher)
         rollouts = own(0)
-    return SeatingPlan(bundles=bundles, students=students, teachers=teachers, rollouts=rollouts, learner=learner)
+    return PlacementPlan(bundles=bundles, students=students, teachers=teachers, rollouts=rollouts, learner=learner)

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.weights import SyncBackend
 from deploy.cluster.memory import dtype_bytes, shared_memory_gib
 from deploy.cluster.model_shape import Shapes
-from deploy.cluster.placement import SeatingPlan, seat
+from deploy.cluster.placement import PlacementPlan, place_actors
 from deploy.cluster.plan_memory import Budget, BundleMemory, Role, plan_memory
 
 
@@ -31,7 +31,7 @@ class Plan:
 
     layout: Layout | None  # None on CPUs
     why: str
-    seating: SeatingPlan
+    placement: PlacementPlan
     sync_backend: SyncBackend
     gpu_gib: float | None = None  # of the cluster's smallest GPU; all are treated as if they had this size
     bundles: tuple[BundleMemory, ...] = ()  # those with GPUs; empty if the GPUs' memory is unknown
@@ -47,8 +47,8 @@ def processor_plan(config: RunConfig, why: str, *, with_learner: bool = True) ->
     """A run without GPUs. Raises UserError if the sync backend needs GPUs."""
     if config.sync.backend in ("ipc", "nccl"):
         raise UserError(f"sync.backend must be host_memory or auto on processors ({why}), got {config.sync.backend}")
-    seating = seat(config, None, with_learner=with_learner)
-    return Plan(layout=None, why=why, seating=seating, sync_backend="host_memory")
+    placement = place_actors(config, None, with_learner=with_learner)
+    return Plan(layout=None, why=why, placement=placement, sync_backend="host_memory")
 
 
 def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_learner: bool = True) -> Plan:
@@ -74,12 +74,12 @@ def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_
         refused.append(plan.missing)
     assert plans, "no valid settings conflict with every layout"
     # Show the layout that needs the least memory per GPU, among those for which there are enough GPUs.
-    enough = [plan for plan in plans if _too_few(plan.seating, nodes, config.placement.strategy) is None]
+    enough = [plan for plan in plans if _too_few(plan.placement, nodes, config.placement.strategy) is None]
     shown = enough[0] if enough else plans[-1]
     return replace(shown, why=found, missing=f"placement.layout: no layout fits {found}: {'; '.join(refused)}")
 
 
-def refuse_unfit(plan: Plan) -> None:
+def check_fits(plan: Plan) -> None:
     """Raise a one-line UserError for a plan that does not fit."""
     if plan.missing is not None:
         raise UserError(plan.missing)
@@ -89,13 +89,13 @@ def _with_layout(
     config: RunConfig, layout: Layout, shapes: Shapes, nodes: Sequence[Node], *, with_learner: bool
 ) -> Plan:
     """A plan with one layout, whether it fits or not. ``why`` is set later."""
-    seating = seat(config, layout, with_learner=with_learner)
+    placement = place_actors(config, layout, with_learner=with_learner)
     backend = _sync_backend(config, layout)
-    too_few = _too_few(seating, nodes, config.placement.strategy)
+    too_few = _too_few(placement, nodes, config.placement.strategy)
     plan = Plan(
         layout=layout,
         why="",
-        seating=seating,
+        placement=placement,
         sync_backend=backend,
         shared_memory_gib=(
             shared_memory_gib(shapes.student, engine_bytes=dtype_bytes(config.engines.student))
@@ -110,7 +110,7 @@ def _with_layout(
         if layout == "spread":  # each engine measures its own GPU
             return plan
         return replace(plan, missing=plan.missing or f"{layout} divides a GPU whose memory nvidia-smi does not report")
-    bundles, budgets = plan_memory(config, shapes, seating, backend, gpu_gib=min(known))
+    bundles, budgets = plan_memory(config, shapes, placement, backend, gpu_gib=min(known))
     too_small = [f"{layout} needs {bundle.shortage(min(known))}" for bundle in bundles if bundle.shortage(min(known))]
     return replace(
         plan, gpu_gib=min(known), bundles=bundles, budgets=budgets, missing=plan.missing or next(iter(too_small), None)
@@ -136,9 +136,9 @@ def _found(nodes: Sequence[Node]) -> str:
     return f"{number} GPU{'s' if number > 1 else ''}{memory}{where}"
 
 
-def _too_few(seating: SeatingPlan, nodes: Sequence[Node], strategy: str) -> str | None:
+def _too_few(placement: PlacementPlan, nodes: Sequence[Node], strategy: str) -> str | None:
     """The GPUs that are needed, if there are too few or too few on one node; otherwise None."""
-    bundles = sorted((int(bundle.get("GPU", 0)) for bundle in seating.bundles), reverse=True)
+    bundles = sorted((int(bundle.get("GPU", 0)) for bundle in placement.bundles), reverse=True)
     free = sorted((node.num_gpus for node in nodes), reverse=True)
     if sum(bundles) > sum(free):
         return _gpus(sum(bundles))

@@ -21,7 +21,7 @@ from deploy.cluster.memory import (
     total_gib,
 )
 from deploy.cluster.model_shape import Shapes
-from deploy.cluster.placement import Seat, SeatingPlan
+from deploy.cluster.placement import PlacementPlan, Slot
 from rollout_server.engines.vllm_memory import GIB, Scoring, batched_tokens
 
 Role = Literal["student", "teacher"]
@@ -101,7 +101,7 @@ class Budget:
 
 
 def plan_memory(
-    config: RunConfig, shapes: Shapes, seating: SeatingPlan, backend: SyncBackend, *, gpu_gib: float
+    config: RunConfig, shapes: Shapes, placement: PlacementPlan, backend: SyncBackend, *, gpu_gib: float
 ) -> tuple[tuple[BundleMemory, ...], dict[Role, Budget]]:
     """All bundles with GPUs, and the budgets of the engines that share a GPU."""
     maker = _ActorMaker(
@@ -113,8 +113,8 @@ def plan_memory(
     )
     bundles: list[BundleMemory] = []
     budgets: dict[Role, Budget] = {}
-    for number, resources in enumerate(seating.bundles):
-        names = _names(seating, number)
+    for number, resources in enumerate(placement.bundles):
+        names = _names(placement, number)
         if not names or not resources.get("GPU"):
             continue
         is_shared = len(names) > 1
@@ -153,18 +153,18 @@ def context_tokens(config: RunConfig, shapes: Shapes) -> int:
     return min(tokens)
 
 
-def _names(seating: SeatingPlan, bundle: int) -> list[tuple[Literal["teacher", "student", "learner"], str]]:
+def _names(placement: PlacementPlan, bundle: int) -> list[tuple[Literal["teacher", "student", "learner"], str]]:
     """(role, name) of the actors in a bundle, in their start order."""
-    roles: list[tuple[Literal["teacher", "student", "learner"], str, list[Seat]]] = [
-        ("teacher", "teacher engine", seating.teachers),
-        ("student", "student engine", seating.students),
-        ("learner", "learner", seating.learner),
+    roles: list[tuple[Literal["teacher", "student", "learner"], str, list[Slot]]] = [
+        ("teacher", "teacher engine", placement.teachers),
+        ("student", "student engine", placement.students),
+        ("learner", "learner", placement.learner),
     ]
     return [
-        (role, name if len(seats) == 1 else f"{name} {number}")
-        for role, name, seats in roles
-        for number, place in enumerate(seats)
-        if place.bundle == bundle
+        (role, name if len(slots) == 1 else f"{name} {number}")
+        for role, name, slots in roles
+        for number, slot in enumerate(slots)
+        if slot.bundle == bundle
     ]
 
 

@@ -14,16 +14,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import UserError, one_line
 from deploy.cluster.gpus import Gpu, gpus_of_this_machine, smallest_gib
-from deploy.cluster.placement import SeatingPlan
+from deploy.cluster.placement import PlacementPlan
 from deploy.cluster.plan import Node
 from deploy.cluster.shortage import describe_shortage
-from deploy.cluster.sigterm import end_in_order_on_sigterm
+from deploy.cluster.sigterm import cancel_on_sigterm
 
 logger = logging.getLogger(__name__)
 
-_SAY_WHAT_IS_MISSING_EVERY_S = 10.0
-_ANSWERS_WITHIN_S = 10.0
-_NODE_ANSWERS_WITHIN_S = 60.0  # includes starting a worker process there
+_REPORT_EVERY_S = 10.0
+_ANSWER_TIMEOUT_S = 10.0
+_NODE_TIMEOUT_S = 60.0  # includes starting a worker process there
 
 
 def connect(address: str | None) -> None:
@@ -36,7 +36,7 @@ def connect(address: str | None) -> None:
     named = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         try:
-            _refuse_silent(named)
+            _check_reachable(named)
             ray.init(
                 address=named or "local",
                 log_to_driver=False,
@@ -53,14 +53,14 @@ def connect(address: str | None) -> None:
                 "or auto"
             ) from error
     # Ray's SIGTERM handler would exit at once, before the actors have released their resources.
-    end_in_order_on_sigterm()
+    cancel_on_sigterm()
 
 
-def _refuse_silent(named: str | None) -> None:
+def _check_reachable(named: str | None) -> None:
     """Raise OSError if nothing listens at the address. Ray would retry for minutes."""
     match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", named or "")
     if match is not None:
-        socket.create_connection((match[1], int(match[2])), timeout=_ANSWERS_WITHIN_S).close()
+        socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_TIMEOUT_S).close()
 
 
 def num_gpus() -> int:
@@ -83,21 +83,21 @@ def gpu_nodes() -> tuple[Node, ...]:
 def _answer(gpus: "ray.ObjectRef[list[Gpu]]") -> list[Gpu]:
     """A node's GPUs, or an empty list if it does not answer."""
     try:
-        answer: list[Gpu] = ray.get(gpus, timeout=_NODE_ANSWERS_WITHIN_S)
+        answer: list[Gpu] = ray.get(gpus, timeout=_NODE_TIMEOUT_S)
     except RayError as error:
         logger.warning("a node does not report its GPU memory: %s", one_line(error))
         return []
     return answer
 
 
-async def reserve(plan: SeatingPlan, *, strategy: str, timeout_s: float) -> PlacementGroup:
+async def reserve(plan: PlacementPlan, *, strategy: str, timeout_s: float) -> PlacementGroup:
     """Wait for the run's bundles, and log from time to time what is missing. Raises UserError after ``timeout_s``."""
     group = placement_group(plan.bundles, strategy=strategy)
     ready, started_s = asyncio.ensure_future(group.ready()), time.monotonic()
     try:
         while True:
             left_s = timeout_s - (time.monotonic() - started_s)
-            done, _ = await asyncio.wait([ready], timeout=max(0.0, min(_SAY_WHAT_IS_MISSING_EVERY_S, left_s)))
+            done, _ = await asyncio.wait([ready], timeout=max(0.0, min(_REPORT_EVERY_S, left_s)))
             if done:
                 ready.result()
                 return group
@@ -117,7 +117,7 @@ async def reserve(plan: SeatingPlan, *, strategy: str, timeout_s: float) -> Plac
         raise
 
 
-def shortage_of(group: PlacementGroup, plan: SeatingPlan, strategy: str) -> str | None:
+def shortage_of(group: PlacementGroup, plan: PlacementPlan, strategy: str) -> str | None:
     """Why Ray can't find another node for bundles whose node is lost. None if all bundles have a node."""
     placed = placement_group_table(group)["bundles_to_node_id"]
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -4,7 +4,7 @@ import asyncio
 import signal
 
 
-def end_in_order_on_sigterm() -> None:
+def cancel_on_sigterm() -> None:
     """Make SIGTERM cancel the current task, as Ctrl-C does. Replaces an earlier handler."""
     task = asyncio.current_task()
     assert task is not None

@@ -24,7 +24,7 @@ import typer
 
 from common.config.source import read_config
 from common.errors import UserError, one_line
-from deploy.cluster.sigterm import end_in_order_on_sigterm
+from deploy.cluster.sigterm import cancel_on_sigterm
 
 if TYPE_CHECKING:
     from deploy.cluster.job import JobClient
@@ -37,7 +37,7 @@ STOP_WAIT_S = 15
 TRAIN = ("python", "-m", "deploy.cli", "train")
 """The command of the job."""
 # A run needs none of these. Ray itself excludes what .gitignore lists, .git, .venv and __pycache__.
-_LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
+_EXCLUDED = ("/tests", "/docs", "/.ci", "/runs", "/build")
 
 
 def main(
@@ -99,7 +99,7 @@ def submit(
     logging.getLogger("ray").setLevel(logging.ERROR)  # it logs every ignored file and every closed connection
     runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
     if upload:
-        runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
+        runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_EXCLUDED)}
     job_id = f"raysubmit_{secrets.token_hex(8)}"  # chosen here, so that the job can be stopped before Ray has replied
     if stop_with_me:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -126,14 +126,14 @@ def _follow(client: "JobClient", job_id: str, address: str, *, stop_with_me: boo
 
     from deploy.cluster.job import FAILURES, follow
 
-    async def until_told_to_end() -> int:
+    async def until_stopped() -> int:
         if stop_with_me:
-            end_in_order_on_sigterm()
+            cancel_on_sigterm()
         return await follow(client, job_id)
 
     to_see_it = f"{_ray_job(address)} logs --follow {job_id}"
     try:
-        return asyncio.run(until_told_to_end())
+        return asyncio.run(until_stopped())
     except (KeyboardInterrupt, asyncio.CancelledError):
         if stop_with_me:
             _stop(client, job_id, address)

@@ -24,19 +24,19 @@ def examine(file: Path | None, overrides: Sequence[str]) -> tuple[Facts, tuple[F
     wanted, config = (None, None) if file is None else _read(file, overrides)
     with ThreadPoolExecutor() as threads:
         if config is not None and not needs_hub(wanted):
-            threads.submit(import_module, "deploy.doctor.seating")  # takes seconds; a failure shows up below
+            threads.submit(import_module, "deploy.doctor.run_plan")  # takes seconds; a failure shows up below
         facts = gather(wanted, config)
     if file is not None and config is not None and all(facts.package(name).version for name in _COUNT_PARAMETERS):
-        facts = _with_seats(facts, config, file)
+        facts = _with_plan(facts, config, file)
     return facts, check(facts)
 
 
-def _with_seats(facts: Facts, config: RunConfig, file: Path) -> Facts:
+def _with_plan(facts: Facts, config: RunConfig, file: Path) -> Facts:
     if facts.hub.error:
         os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise transformers would wait for the hub; read when it is imported
-    from deploy.doctor.seating import seats_of
+    from deploy.doctor.run_plan import plan_facts_of
 
-    return replace(facts, seats=seats_of(config, file, facts))
+    return replace(facts, plan=plan_facts_of(config, file, facts))
 
 
 def _read(file: Path, overrides: Sequence[str]) -> tuple[Wanted, RunConfig | None]:

@@ -143,7 +143,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seats:
+class PlanFacts:
     """The plan of the configured run: where its actors go, and what the run needs besides GPUs."""
 
     summary: str = ""
@@ -185,7 +185,7 @@ class Facts:
     ray: RayState
     hub: Hub
     wanted: Wanted | None
-    seats: Seats | None = None
+    plan: PlanFacts | None = None
     """None without a valid configuration, or without torch and transformers, which count the parameters."""
 
     def package(self, name: str) -> Package:

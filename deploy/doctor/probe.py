@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 Answer = dict[str, Any]
-_ANSWERS_WITHIN_S = 5.0
+_ANSWER_TIMEOUT_S = 5.0
 
 
 def _torch() -> Answer:
@@ -37,7 +37,7 @@ def _ray(address: str) -> Answer:
         return {"nodes": []}
     if named := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address):
         # If nothing listens there, Ray would retry for minutes.
-        socket.create_connection((named[1], int(named[2])), timeout=_ANSWERS_WITHIN_S).close()
+        socket.create_connection((named[1], int(named[2])), timeout=_ANSWER_TIMEOUT_S).close()
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     from deploy.cluster.reservation import gpu_nodes
 
@@ -54,7 +54,7 @@ def _hub() -> Answer:
     from huggingface_hub.constants import ENDPOINT
 
     try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_ANSWERS_WITHIN_S).close()
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_ANSWER_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         return {"error": _line(error)} if error.code >= 500 else {}
     except OSError as error:

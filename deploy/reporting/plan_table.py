@@ -11,7 +11,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from deploy.cluster.gpus import gpus_of_this_machine, smallest_gib
 from deploy.cluster.model_shape import ModelShape, Shapes, read_shapes
-from deploy.cluster.plan import Node, Plan, make_plan, refuse_unfit
+from deploy.cluster.plan import Node, Plan, check_fits, make_plan
 from deploy.cluster.plan_memory import ActorMemory, context_tokens
 from deploy.reporting.terminal import make_console
 
@@ -30,7 +30,7 @@ def print_plan(config: RunConfig, file: Path, *, num_nodes: int, gpus: int | Non
     shapes = read_shapes(config, beside=file)
     plan = make_plan(config, shapes, nodes)
     show_plan(plan, config, shapes, nodes)
-    refuse_unfit(plan)
+    check_fits(plan)
 
 
 def show_plan(
@@ -91,7 +91,7 @@ def _notes(plan: Plan, nodes: Sequence[Node]) -> list[str]:
     if plan.shared_memory_gib:
         notes.append(f"/dev/shm: {plan.shared_memory_gib:.1f} GiB, for weights being sent to the student engine")
     num_gpus = sum(node.num_gpus for node in nodes)
-    used = int(sum(bundle.get("GPU", 0) for bundle in plan.seating.bundles))
+    used = int(sum(bundle.get("GPU", 0) for bundle in plan.placement.bundles))
     if plan.missing is None:
         idle = num_gpus - used
         more = f"; {idle} stay idle: raise engines.*.num_replicas or trainer.num_ranks" if idle else ""

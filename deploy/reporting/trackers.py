@@ -93,7 +93,7 @@ class _Feed:
         self.name = name
         self.num_lost = 0
         self._tracker = tracker
-        self._is_told = False
+        self._is_reported = False
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=_QUEUED_RECORDS)
         self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -127,8 +127,8 @@ class _Feed:
 
     def _lose(self, reason: str) -> None:
         self.num_lost += 1
-        if not self._is_told:
-            self._is_told = True
+        if not self._is_reported:
+            self._is_reported = True
             logger.warning("%s %s; the run continues without it; further failures are not logged", self.name, reason)
 
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.run_dir import RunDir
 from deploy.cluster.actors import ActorClasses, joined
 from deploy.cluster.attach import live_name
-from deploy.cluster.sigterm import end_in_order_on_sigterm
+from deploy.cluster.sigterm import cancel_on_sigterm
 from deploy.preflight import Inputs, prepare
 from deploy.reporting.progress import ProgressDisplay
 from deploy.reporting.terminal import make_console, print_summary
@@ -78,7 +78,7 @@ async def started_actors(
         write_placement(folder.path, str(cluster.plan))
         pair, learner_actor = await cluster.start(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
-        await cluster.refuse_unshared(folder.path, learner_actor, pair)
+        await cluster.check_folder_is_shared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
         probe_prompts = inputs.prompts.peek(config.sync.num_probe_prompts)
         noise = await cluster.measure_probe_noise(learner, pair, probe_prompts)
@@ -124,7 +124,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     """Run to the end. SIGTERM, which stops a job, has the same effect as Ctrl-C: the actors are shut down first."""
 
     async def until_stopped() -> T:
-        end_in_order_on_sigterm()
+        cancel_on_sigterm()
         return await work
 
     try:

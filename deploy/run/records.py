@@ -59,7 +59,7 @@ def metrics_of(record: Trained | Evaluated) -> Metrics:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def summarise_run(
+def summarize_run(
     lines: Sequence[Metrics],
     *,
     run_dir: Path,

@@ -19,7 +19,7 @@ from deploy.reporting.progress import ProgressDisplay, StepLine
 from deploy.reporting.trackers import Trackers
 from deploy.run.copies import copied_names, kept_copied
 from deploy.run.provenance import hardware, write_versions
-from deploy.run.records import metrics_of, summarise_run
+from deploy.run.records import metrics_of, summarize_run
 from deploy.run.resume import Resumable, found_again, last_resumable, rewind, rewind_to_beginning
 from deploy.supervision.supervised import LearnerLost, StoredLearner
 from trainer.checkpoint import AHEAD, LEARNER, STUDENT, RunState, prune, write_checkpoint
@@ -93,7 +93,7 @@ async def run(
                 except LearnerLost as lost:
                     start = await _recover_learner(lost, actors, resolved, inputs, folder, display)
         seconds = time.perf_counter() - started_s
-        summary = summarise_run(
+        summary = summarize_run(
             folder.read_metrics(),
             run_dir=folder.path,
             seconds=seconds,

@@ -73,7 +73,7 @@ class HealthMonitor:
 
     def __init__(self, config: Supervision) -> None:
         self._config = config
-        self._heard_s: dict[str, float] = {}
+        self._last_healthy_s: dict[str, float] = {}
 
     async def check(self, processes: Sequence[MonitoredProcess]) -> list[Fault]:
         """Check all processes concurrently. Takes at most ``health_timeout_s``."""
@@ -81,7 +81,7 @@ class HealthMonitor:
         return [fault for fault in found if fault is not None]
 
     @asynccontextmanager
-    async def over(self, processes: Sequence[MonitoredProcess]) -> AsyncIterator["Guard"]:
+    async def watching(self, processes: Sequence[MonitoredProcess]) -> AsyncIterator["Guard"]:
         """Check the processes every few seconds until the block is left. Calls that are awaited through the guard fail
         as soon as a process is unhealthy.
         """
@@ -130,24 +130,24 @@ class HealthMonitor:
             return self._fault("died", process.name, _ENDED)
         if health.failure is not None:
             return self._fault("died", process.name, health.failure)
-        self._heard_s[process.name] = time.monotonic() - health.still_s
+        self._last_healthy_s[process.name] = time.monotonic() - health.still_s
         if health.num_busy and health.still_s > self._config.hang_timeout_s:
             reason = f"no progress for {health.still_s:.1f} s, with {health.num_busy} calls running"
             return self._fault("hung", process.name, reason)
         return None
 
     def _fault(self, kind: Kind, who: str, reason: object) -> Fault:
-        heard_s = self._heard_s.get(who)
+        last_healthy_s = self._last_healthy_s.get(who)
         return Fault(
             kind=kind,
             who=who,
             reason=one_line(reason),
-            detected_s=None if heard_s is None else time.monotonic() - heard_s,
+            detected_s=None if last_healthy_s is None else time.monotonic() - last_healthy_s,
         )
 
 
 class Guard:
-    """Awaits work while its processes are checked. Created by ``HealthMonitor.over``."""
+    """Awaits work while its processes are checked. Created by ``HealthMonitor.watching``."""
 
     def __init__(
         self, monitor: HealthMonitor, processes: Sequence[MonitoredProcess], checking: "asyncio.Task[list[Fault]]"

@@ -80,14 +80,14 @@ class SupervisedLearner:
         self, learner: StoredLearner, *, workers: Workers, monitor: HealthMonitor, restarts: RestartPolicy
     ) -> None:
         self._learner = learner
-        self._staff = workers
+        self._workers = workers
         self._monitor = monitor
         self._restarts = restarts
-        self._turn = asyncio.Lock()  # allows one step, sync or new connection at a time
+        self._lock = asyncio.Lock()  # allows one step, sync or new connection at a time
         self._version: WeightVersion = 0  # of the learner's weights, sent or about to be sent
 
     async def step(self, references: Sequence[Any]) -> StepReport:
-        async with self._turn:
+        async with self._lock:
             report = await self._guarded(self._learner.step(references))
             self._version += 1
             return report
@@ -96,7 +96,7 @@ class SupervisedLearner:
         """Send the weights. An unhealthy student engine is restarted first."""
         self._version = version
         try:
-            async with self._turn:
+            async with self._lock:
                 await self._reach_students(self._learner.sync(version))
         except Unhealthy as unhealthy:
             await self.recover_rollouts(unhealthy)
@@ -121,12 +121,12 @@ class SupervisedLearner:
         """Restart the unhealthy processes of the rollout side, and send the learner's weights between two steps."""
 
         async def recover(faults: list[Fault]) -> None:
-            await self._staff.recover_rollouts(unhealthy.names | await self._find_more(faults))
-            if self._staff.students_lack_weights:
-                async with self._turn:
-                    await self._reach_students(self._staff.connect())
+            await self._workers.recover_rollouts(unhealthy.names | await self._find_more(faults))
+            if self._workers.students_lack_weights:
+                async with self._lock:
+                    await self._reach_students(self._workers.connect())
                     await self._reach_students(self._learner.sync(self._version))
-                self._staff.students_lack_weights = False
+                self._workers.students_lack_weights = False
 
         await self._restarts.run(unhealthy.faults, recover, what="rollouts recovered", counts=counts)
 
@@ -137,12 +137,12 @@ class SupervisedLearner:
 
         async def recover(faults: list[Fault]) -> None:
             try:
-                await self._staff.recover_rollouts(await self._find_more(faults))
-                await self._staff.restart_learner()
-                await self._reach_students(self._staff.connect())
+                await self._workers.recover_rollouts(await self._find_more(faults))
+                await self._workers.restart_learner()
+                await self._reach_students(self._workers.connect())
                 self._version = await load()
                 await self._reach_students(self._learner.sync(self._version))
-                self._staff.students_lack_weights = False
+                self._workers.students_lack_weights = False
             except LearnerLost as again:
                 raise Unhealthy(again.faults) from again
 
@@ -150,7 +150,7 @@ class SupervisedLearner:
 
     async def _find_more(self, faults: list[Fault]) -> set[str]:
         """The names of unhealthy processes of the rollout side. Their new faults are added to ``faults``."""
-        found = await self._monitor.check(self._staff.rollout_side)
+        found = await self._monitor.check(self._workers.rollout_side)
         known = {fault.who for fault in faults}
         faults += [fault for fault in found if fault.who not in known]
         return {fault.who for fault in found}
@@ -158,16 +158,16 @@ class SupervisedLearner:
     async def _reach_students(self, work: Awaitable[T]) -> T:
         """Raises Unhealthy if only student engines are unhealthy, LearnerLost if a rank is."""
         try:
-            async with self._monitor.over([*self._staff.ranks, *self._staff.students]) as guard:
+            async with self._monitor.watching([*self._workers.ranks, *self._workers.students]) as guard:
                 return await guard(work)
         except Unhealthy as unhealthy:
-            if unhealthy.names <= {student.name for student in self._staff.students}:
+            if unhealthy.names <= {student.name for student in self._workers.students}:
                 raise
             raise LearnerLost(unhealthy.faults) from unhealthy
 
     async def _guarded(self, work: Awaitable[T]) -> T:
         try:
-            async with self._monitor.over(self._staff.ranks) as guard:
+            async with self._monitor.watching(self._workers.ranks) as guard:
                 return await guard(work)
         except Unhealthy as unhealthy:
             raise LearnerLost(unhealthy.faults) from unhealthy
@@ -199,7 +199,7 @@ class SupervisedRollouts:
     ) -> None:
         self._rollouts = rollouts
         self._learner = learner
-        self._staff = workers
+        self._workers = workers
         self._monitor = monitor
         self._restarts = restarts
         self._quarantine = quarantine
@@ -233,7 +233,7 @@ class SupervisedRollouts:
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         while True:
             try:
-                async with self._monitor.over(self._staff.rollout_side) as guard:
+                async with self._monitor.watching(self._workers.rollout_side) as guard:
                     return await guard(self._rollouts.probe(texts))
             except Unhealthy as unhealthy:
                 await self._learner.recover_rollouts(unhealthy)
@@ -254,11 +254,11 @@ class SupervisedRollouts:
         RunEnds.
         """
         search = Search(prompts, max_failures=self._config.max_prompt_failures)
-        num_done = num_in_vain = 0
+        num_done = num_failures = 0
         while (group := search.next_group()) is not None:
             try:
                 async with AsyncExitStack() as stack:
-                    guard = await stack.enter_async_context(self._monitor.over(self._staff.rollout_side))
+                    guard = await stack.enter_async_context(self._monitor.watching(self._workers.rollout_side))
                     items = await stack.enter_async_context(aclosing(ask(group)))
                     while True:
                         try:
@@ -266,16 +266,16 @@ class SupervisedRollouts:
                         except StopAsyncIteration:
                             break
                         search.done(id_of(item))
-                        num_done, num_in_vain = num_done + 1, 0
+                        num_done, num_failures = num_done + 1, 0
                         self._quarantine_suspects()
                         yield item
                 search.succeeded()
             except Unhealthy as unhealthy:
                 if unhealthy.suspect is None:
-                    num_in_vain += 1
-                    if num_in_vain > self._most_in_vain(len(prompts)):
+                    num_failures += 1
+                    if num_failures > self._max_failures_in_a_row(len(prompts)):
                         raise RunEnds(
-                            f"no prompt succeeds any more: {num_in_vain} failures in a row, the last: {unhealthy}"
+                            f"no prompt succeeds any more: {num_failures} failures in a row, the last: {unhealthy}"
                         ) from unhealthy
                     await self._learner.recover_rollouts(unhealthy, counts=not search.is_narrowing)
                 if (prompt := search.failed(unhealthy.suspect)) is not None:
@@ -287,7 +287,7 @@ class SupervisedRollouts:
         if num_done:
             self._quarantine_suspects()
 
-    def _most_in_vain(self, num_prompts: int) -> int:
+    def _max_failures_in_a_row(self, num_prompts: int) -> int:
         """Maximum failures in a row that a few bad prompts can cause. The bisection narrows down to the first bad
         prompt, which may have others next to it, and then tries each of them alone several times.
         """

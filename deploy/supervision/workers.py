@@ -114,8 +114,8 @@ class RunWorkers:
         self.students_lack_weights = False
         self._start_learner = start_learner
         self._connect = connect
-        self._students_are_one = students_share_a_group
-        self._seat_timeout_s = placement_timeout_s
+        self._students_share_a_group = students_share_a_group
+        self._placement_timeout_s = placement_timeout_s
         self._call_timeout_s = call_timeout_s
         self._shortage = shortage
 
@@ -131,7 +131,7 @@ class RunWorkers:
         return {process.name: health.pid for process, health in zip(processes, answers, strict=True)}
 
     async def recover_rollouts(self, unhealthy: set[str]) -> None:
-        if self._students_are_one and any(student.name in unhealthy for student in self.students):
+        if self._students_share_a_group and any(student.name in unhealthy for student in self.students):
             unhealthy = unhealthy | {student.name for student in self.students}
         self.students_lack_weights |= any(student.name in unhealthy for student in self.students)
         await _all(in_turn([process for process in self.rollout_side if process.name in unhealthy], self._restart))
@@ -142,7 +142,7 @@ class RunWorkers:
         await _all(within(self._call_timeout_s, call, "an engine to drop its calls") for call in calls)
 
     async def restart_learner(self) -> None:
-        if self._students_are_one:
+        if self._students_share_a_group:
             await _all(in_turn(self.students, self._restart))
         await _all(map(self._replace, self.ranks))
         await self._start_learner()
@@ -157,7 +157,7 @@ class RunWorkers:
 
     async def _replace(self, process: Process) -> None:
         try:
-            await process.replace(self._seat_timeout_s)
+            await process.replace(self._placement_timeout_s)
         except WaitedTooLong as error:
             if (shortage := self._shortage()) is not None:
                 raise RunEnds(

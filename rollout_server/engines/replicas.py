@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_MAX_REMEMBERED = 65_536  # sequences with an assigned replica; the least recently used is dropped
-_FORGIVEN_S = 60.0
+_MAX_ASSIGNED = 65_536  # sequences with an assigned replica; the least recently used is dropped
+_COOLDOWN_S = 60.0
 """A failed replica gets sequences again after this time, because one failed call does not mean it is down."""
 
 
@@ -45,12 +45,12 @@ class ReplicatedEngine:
         self.replicas = tuple(replicas)
         self._num_running = [0] * len(replicas)
         self._failed_s: dict[int, float] = {}  # replica -> when, on the monotonic clock
-        self._homes: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
+        self._replica_of: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         taken, go_on = np.empty(0, np.int32), None
         sent: dict[int, GoOn | None] = {}  # number of tokens so far -> what the consumer sent
-        with self._at(self._home(request.sequence_id)) as replica:
+        with self._counted(self._replica_for(request.sequence_id)) as replica:
             try:
                 async with aclosing(self.replicas[replica].stream(request)) as pieces:
                     while (written := await next_piece(pieces, go_on)) is not None:
@@ -60,7 +60,7 @@ class ReplicatedEngine:
             except EngineCallError as error:
                 failed, other = replica, self._move(request.sequence_id, replica, error)
         num_written, go_on = 0, None
-        with self._at(other) as replica:
+        with self._counted(other) as replica:
             async with aclosing(self.replicas[replica].stream(request)) as pieces:
                 while (written := await next_piece(pieces, go_on)) is not None:
                     known = taken[num_written : num_written + len(written)]
@@ -87,25 +87,25 @@ class ReplicatedEngine:
             await engine.load_weights(update)
 
     async def _retried(self, sequence_id: str | None, call: Callable[[Engine], Awaitable[T]]) -> T:
-        with self._at(self._home(sequence_id)) as replica:
+        with self._counted(self._replica_for(sequence_id)) as replica:
             try:
                 return await call(self.replicas[replica])
             except EngineCallError as error:
                 other = self._move(sequence_id, replica, error)
-        with self._at(other) as replica:
+        with self._counted(other) as replica:
             return await call(self.replicas[replica])
 
-    def _home(self, sequence_id: str | None) -> int:
+    def _replica_for(self, sequence_id: str | None) -> int:
         """The sequence's replica. A new sequence gets the least loaded one that has not failed recently."""
         alive = self._alive()
         if sequence_id is None:
             return self._least_loaded(alive)
-        if self._homes.get(sequence_id) not in alive:
-            self._homes[sequence_id] = self._least_loaded(alive)
-        self._homes.move_to_end(sequence_id)
-        if len(self._homes) > _MAX_REMEMBERED:
-            self._homes.popitem(last=False)
-        return self._homes[sequence_id]
+        if self._replica_of.get(sequence_id) not in alive:
+            self._replica_of[sequence_id] = self._least_loaded(alive)
+        self._replica_of.move_to_end(sequence_id)
+        if len(self._replica_of) > _MAX_ASSIGNED:
+            self._replica_of.popitem(last=False)
+        return self._replica_of[sequence_id]
 
     def _move(self, sequence_id: str | None, replica: int, error: EngineCallError) -> int:
         """Assign the sequence to another replica. Raises ``error`` if there is none."""
@@ -116,20 +116,20 @@ class ReplicatedEngine:
         logger.warning("sequence_id=%s moves to another replica: %s", sequence_id, error)
         other = self._least_loaded(others)
         if sequence_id is not None:
-            self._homes[sequence_id] = other
+            self._replica_of[sequence_id] = other
         return other
 
     def _alive(self) -> set[int]:
         """Replicas that have not failed recently."""
         now_s = time.monotonic()
-        self._failed_s = {replica: at_s for replica, at_s in self._failed_s.items() if now_s - at_s < _FORGIVEN_S}
+        self._failed_s = {replica: at_s for replica, at_s in self._failed_s.items() if now_s - at_s < _COOLDOWN_S}
         return set(range(len(self.replicas))) - self._failed_s.keys()
 
     def _least_loaded(self, candidates: set[int]) -> int:
         return min(candidates or range(len(self.replicas)), key=lambda replica: (self._num_running[replica], replica))
 
     @contextmanager
-    def _at(self, replica: int) -> Iterator[int]:
+    def _counted(self, replica: int) -> Iterator[int]:
         """Count a running call."""
         self._num_running[replica] += 1
         try:

@@ -164,15 +164,15 @@ class ScriptedEngine:
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         pieces: list[Written] = []
-        news = asyncio.Event()
+        updated = asyncio.Event()
         wanted: asyncio.Queue[GoOn] = asyncio.Queue(1)
         with self._call("write") as number:
-            writing = asyncio.create_task(self._write(request, number, pieces, news, wanted))
+            writing = asyncio.create_task(self._write(request, number, pieces, updated, wanted))
             try:
                 finish_reason, num_taken, pause_after = None, 0, request.pause_after
                 while finish_reason is None:
-                    await news.wait()
-                    news.clear()
+                    await updated.wait()
+                    updated.clear()
                     if not pieces:
                         writing.result()  # raises the error that ended the generation
                     written = concatenate_written(pieces)
@@ -229,7 +229,7 @@ class ScriptedEngine:
         request: WriteRequest,
         number: int,
         pieces: list[Written],
-        news: asyncio.Event,
+        updated: asyncio.Event,
         wanted: "asyncio.Queue[GoOn]",
     ) -> None:
         """Consumes the consumer's resume messages; produces pieces whether or not they are read; waits for the delay
@@ -249,14 +249,14 @@ class ScriptedEngine:
                 finish_reason, num_written = piece.finish_reason, num_written + len(piece)
                 self.num_written_tokens += len(piece)
                 pieces.append(piece)
-                news.set()
+                updated.set()
                 if num_written == pause_after:
                     go_on = await wanted.get()
                     pause_after = go_on.pause_after(num_written)
                     if go_on.token_id is not None:
                         text = np.append(text[:-1], np.int32(go_on.token_id))
         finally:
-            news.set()
+            updated.set()
 
     def _write_chunk(self, text: Ids, request: WriteRequest, rng: np.random.Generator, num_tokens: int) -> Written:
         """The next tokens after ``text``, which starts with the request's prefix."""
@@ -265,7 +265,7 @@ class ScriptedEngine:
         finish_reason: FinishReason | None = None
         while finish_reason is None and len(rows) < num_tokens:
             rows.append(self._script.next_logprobs(text))
-            token_ids.append(_choose(rows[-1], request, rng))
+            token_ids.append(_sample(rows[-1], request, rng))
             text = np.append(text, np.int32(token_ids[-1]))
             ends = token_ids[-1] == self._script.eos_token_id or token_ids[-1] in request.stop_token_ids
             if ends and not request.ignore_eos:
@@ -288,7 +288,7 @@ def _best(rows: list[Floats], k: int) -> TopLogprobs:
     return TopLogprobs(token_ids_NK.astype(np.int32), np.take_along_axis(logprobs_NV, token_ids_NK, axis=1))
 
 
-def _choose(row: Floats, request: WriteRequest, rng: np.random.Generator) -> int:
+def _sample(row: Floats, request: WriteRequest, rng: np.random.Generator) -> int:
     """The best token at temperature 0, otherwise a token sampled with top-p."""
     if request.excluded_token_ids:
         row = row.copy()

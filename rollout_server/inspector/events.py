@@ -18,7 +18,7 @@ from rollout_server.traces.index import QueryTimeout
 
 router = APIRouter(prefix="/api/v1")
 
-_LOOK_EVERY_S = 1.0
+_POLL_EVERY_S = 1.0
 _KEEP_ALIVE_EVERY = 15  # polls without changes
 _MAX_STREAMS = 16
 _EVENT_SCHEMA = {
@@ -69,7 +69,7 @@ async def _events(request: Request, store: RunStore, run: str, max_seconds: floa
             left_s = end - asyncio.get_running_loop().time()
             if left_s <= 0 or await request.is_disconnected():
                 return
-            await asyncio.sleep(min(_LOOK_EVERY_S, left_s))
+            await asyncio.sleep(min(_POLL_EVERY_S, left_s))
     finally:
         request.app.state.num_streams -= 1
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from common.config import AdaSwitch
 from common.sequence import Floats
-from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true
+from rollout_server.policies.protocol import Decision, ProposalBasedPolicy, ScoredPositions, first_true
 
 _NEAR = 0.85
 """A recent mean below this share of the sequence's mean divergence counts as small. Affects speed, never the result."""
 
 
-class AdaSwitchPolicy(Watching):
+class AdaSwitchPolicy(ProposalBasedPolicy):
     """AdaSwitch (arXiv 2510.07842): the first d_i above max(K * mean(d_{i-L} .. d_{i-1}), floor)."""
 
     guidance_tokens = None
@@ -29,7 +29,7 @@ class AdaSwitchPolicy(Watching):
         above = scored.divergences[scored.first :] > thresholds
         return Decision(thresholds=thresholds, switch=first_true(may_switch & above, scored.first))
 
-    def is_near(self, divergences: Floats) -> bool:
+    def switch_is_likely(self, divergences: Floats) -> bool:
         """True if the last L divergences were small: then the threshold is low, and an ordinary one exceeds it."""
         settings = self._settings
         if divergences.size < settings.window:

@@ -11,16 +11,16 @@ class Predetermined:
 
     guidance_tokens = None
 
-    def watches_after(self, num_switches: int) -> bool:
+    def may_switch_after(self, num_switches: int) -> bool:
         return False
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return False
 
     def decide(self, scored: ScoredPositions) -> Decision:
         return Decision(thresholds=no_thresholds(scored), switch=None)
 
-    def is_near(self, divergences: Floats) -> bool:
+    def switch_is_likely(self, divergences: Floats) -> bool:
         return False
 
 
@@ -40,7 +40,7 @@ class DatasetPolicy(FixedPolicy):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return True
 
 
@@ -50,7 +50,7 @@ class MixturePolicy(Predetermined):
     def __init__(self, settings: Mixture) -> None:
         self._settings = settings
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return self._settings.rest == "dataset" and not self._is_students(sequence_seed)
 
     def exploration_limit(self, sequence_seed: int) -> int | None:

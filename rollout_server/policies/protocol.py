@@ -38,11 +38,11 @@ class SwitchPolicy(Protocol):
         """Number of tokens that the teacher generates at a switch, or None for all the rest."""
         ...
 
-    def watches_after(self, num_switches: int) -> bool:
+    def may_switch_after(self, num_switches: int) -> bool:
         """Whether the student's proposals can cause another switch after ``num_switches`` switches."""
         ...
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         """Whether the sequence is the prompt's dataset answer, so that no model generates."""
         ...
 
@@ -52,24 +52,24 @@ class SwitchPolicy(Protocol):
 
     def decide(self, scored: ScoredPositions) -> Decision: ...
 
-    def is_near(self, divergences: Floats) -> bool:
+    def switch_is_likely(self, divergences: Floats) -> bool:
         """Whether a switch is more likely than usual in the next few positions, given the [n] nats so far."""
         ...
 
 
-class Watching:
+class ProposalBasedPolicy:
     """A policy that depends on the student's proposals."""
 
-    def watches_after(self, num_switches: int) -> bool:
+    def may_switch_after(self, num_switches: int) -> bool:
         return True
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return False
 
     def exploration_limit(self, sequence_seed: int) -> None:
         return None
 
-    def is_near(self, divergences: Floats) -> bool:
+    def switch_is_likely(self, divergences: Floats) -> bool:
         return False
 
 

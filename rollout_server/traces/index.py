@@ -29,7 +29,7 @@ _TABLE = """CREATE TABLE sequences (
     num_student_tokens INTEGER, num_teacher_tokens INTEGER, num_switches INTEGER, first_switch INTEGER,
     switches INTEGER[], num_wasted_tokens INTEGER, mean_divergence FLOAT, weight_version_min INTEGER,
     weight_version_max INTEGER, seed BIGINT, divergences FLOAT[], student_ranks INTEGER[], first_source VARCHAR)"""
-_READ_AGAIN_S = 30.0  # an unreadable segment is tried again after this time, because the disk may have been at fault
+_RETRY_AFTER_S = 30.0  # an unreadable segment is tried again after this time, because the disk may have been at fault
 
 
 class QueryTimeout(Exception):
@@ -40,12 +40,12 @@ class TraceIndex:
     """The sequences of one run's trace. Thread-safe; call ``refresh`` before a query."""
 
     def __init__(
-        self, folder: Path, *, memory_limit_mib: int = 256, num_threads: int = 2, look_again_s: float = 0.5
+        self, folder: Path, *, memory_limit_mib: int = 256, num_threads: int = 2, rescan_after_s: float = 0.5
     ) -> None:
         self._folder = folder
-        self._look_again_s = look_again_s  # minimum time between two scans of the folder
+        self._rescan_after_s = rescan_after_s  # minimum time between two scans of the folder
         self._lock = threading.Lock()
-        self._looked_at = float("-inf")
+        self._scanned_s = float("-inf")
         self._loaded: dict[int, Segment] = {}
         self._problems: dict[Segment, tuple[str, float]] = {}
         self.is_complete = False  # whether all segments found by a scan have been read
@@ -92,7 +92,7 @@ class TraceIndex:
 
     def refresh(self, timeout_s: float) -> None:
         """Read new segments. Raises QueryTimeout if the first scan is not finished; the next call continues it."""
-        if self.is_complete and time.monotonic() - self._looked_at < self._look_again_s:
+        if self.is_complete and time.monotonic() - self._scanned_s < self._rescan_after_s:
             return
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=0 if self.is_complete else timeout_s):
@@ -100,7 +100,7 @@ class TraceIndex:
                 return  # another thread is refreshing; use the present state
             raise QueryTimeout(f"the trace was still being read after {timeout_s:g} s")
         try:
-            self._take_in(deadline)
+            self._read_new_segments(deadline)
         finally:
             self._lock.release()
 
@@ -118,7 +118,7 @@ class TraceIndex:
             watch.cancel()
             cursor.close()
 
-    def _take_in(self, deadline: float) -> None:
+    def _read_new_segments(self, deadline: float) -> None:
         segments = scan(self._folder)
         wanted = {segment.step: segment for segment in segments}
         self._problems = {segment: problem for segment, problem in self._problems.items() if segment in segments}
@@ -137,12 +137,12 @@ class TraceIndex:
         if changed:
             self._changed.update(dict.fromkeys(changed, self.generation + 1))
             self.generation += 1
-        self._looked_at = time.monotonic()
+        self._scanned_s = time.monotonic()
         self.is_complete = True
 
     def _is_due(self, segment: Segment) -> bool:
         problem = self._problems.get(segment)
-        return problem is None or time.monotonic() - problem[1] > _READ_AGAIN_S
+        return problem is None or time.monotonic() - problem[1] > _RETRY_AFTER_S
 
     def _load(self, segment: Segment) -> None:
         self._forget(segment.step)

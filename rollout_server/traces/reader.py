@@ -124,10 +124,10 @@ class TraceReader:
         where = SequenceFilter(first_step=first_step, last_step=last_step)
         missing = [segment for segment in self._segments(where) if segment not in self._summaries]
         for start in range(0, len(missing), _SEGMENTS_PER_SUMMARY_QUERY):
-            self._summarise(missing[start : start + _SEGMENTS_PER_SUMMARY_QUERY])
+            self._summarize(missing[start : start + _SEGMENTS_PER_SUMMARY_QUERY])
         return [self._summaries[segment] for segment in self._segments(where) if segment in self._summaries]
 
-    def _summarise(self, segments: list[Segment]) -> None:
+    def _summarize(self, segments: list[Segment]) -> None:
         where = SequenceFilter(first_step=segments[0].step, last_step=segments[-1].step)
         divergences = {row[0]: row[1:] for row in self._rows(TOKENS_FILE, _STEP_DIVERGENCES, {}, where)}
         counted = {row[0]: row for row in self._rows(SEQUENCES_FILE, _STEP_SEQUENCES, {}, where)}

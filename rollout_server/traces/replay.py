@@ -46,7 +46,7 @@ class Replayed:
 
 def replay(policy: SwitchPolicy, recorded: RecordedSequence) -> Replayed:
     """Replay one sequence. ``unknown`` if the recording ends before the policy's decision is certain."""
-    if policy.takes_given_answer(recorded.seed):
+    if policy.uses_dataset_answer(recorded.seed):
         return Replayed(outcome="no_switch", reason="given_answer", first_switch=None)
     limit = policy.exploration_limit(recorded.seed)
     if limit == 0:

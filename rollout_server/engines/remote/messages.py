@@ -62,7 +62,7 @@ class WrittenBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ReadBatch:
+class ScoreBatch:
     """m score requests. Sequence ids are not sent, because the engine does not need them."""
 
     call_ids: CallIds  # [m]
@@ -71,7 +71,7 @@ class ReadBatch:
     token_ids: Ids  # [n]
 
     @classmethod
-    def pack(cls, asked: Sequence[tuple[int, ScoreRequest]]) -> "ReadBatch":
+    def pack(cls, asked: Sequence[tuple[int, ScoreRequest]]) -> "ScoreBatch":
         requests = [request for _, request in asked]
         return cls(
             call_ids=np.array([call_id for call_id, _ in asked], np.int64),
@@ -115,19 +115,19 @@ class RowsBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Orders:
+class ClientMessage:
     """New requests of a client."""
 
     number: int  # of the client's messages, from 0
     opens: dict[int, WriteRequest]
     resumes: dict[int, GoOn]  # paused streams -> how they continue
     closes: list[int]  # streams and scores that are no longer needed
-    reads: ReadBatch
-    instead_of: str | None = None  # this client's id before a message was lost: end the calls of that id
+    scores: ScoreBatch
+    previous_client: str | None = None  # this client's id before a message was lost: end the calls of that id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class News:
+class ServerMessage:
     """Results of a client's calls since the last reply."""
 
     written: WrittenBatch
@@ -135,5 +135,5 @@ class News:
     failures: dict[int, str]  # call id -> error; the call has ended
 
     @classmethod
-    def nothing(cls) -> "News":
+    def empty(cls) -> "ServerMessage":
         return cls(written=WrittenBatch.pack([]), rows=RowsBatch.pack([]), failures={})

@@ -13,7 +13,7 @@ _WORTH_TELLING_BYTES = GIB
 def check_shared_memory(facts: Facts) -> Finding:
     """Used by Ray's objects, vLLM's processes and, without NCCL, two versions of the weights."""
     shm = facts.shm
-    weights = facts.seats.shm_bytes if facts.seats else 0
+    weights = facts.plan.shm_bytes if facts.plan else 0
     needed = _SHM_BYTES + weights
     found = f"{gib(shm.free_bytes)} of {gib(shm.total_bytes)} free at {shm.path}"
     if weights >= _WORTH_TELLING_BYTES or shm.total_bytes < needed:
@@ -28,7 +28,7 @@ def check_shared_memory(facts: Facts) -> Finding:
 
 
 def check_run_folder(facts: Facts) -> Finding:
-    needed = facts.seats.checkpoints_bytes if facts.seats else 0
+    needed = facts.plan.checkpoints_bytes if facts.plan else 0
     return _disk(
         "run_dir", facts.run_space, needed=needed, for_what="checkpoints", advice="--set run_dir=FOLDER moves them"
     )
@@ -37,7 +37,7 @@ def check_run_folder(facts: Facts) -> Finding:
 def check_hub_cache(facts: Facts) -> Finding | None:
     if not needs_hub(facts.wanted):
         return None
-    needed = facts.seats.download_bytes if facts.seats else _MODEL_BYTES
+    needed = facts.plan.download_bytes if facts.plan else _MODEL_BYTES
     return _disk("HF_HOME", facts.hub_space, needed=needed, for_what="models", advice="set HF_HOME to another folder")
 
 

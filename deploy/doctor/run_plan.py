@@ -15,13 +15,13 @@ from deploy.cluster.memory import adapter_parameters, sent_parameters, shared_me
 from deploy.cluster.model_shape import ModelShape, Shapes, read_shapes
 from deploy.cluster.plan import Node, Plan, make_plan, processor_plan
 from deploy.cluster.plan_memory import BundleMemory
-from deploy.doctor.facts import GIB, Facts, Seats
+from deploy.doctor.facts import GIB, Facts, PlanFacts
 
 _HUB_BYTES = 2
 """Bytes per parameter of most stored models."""
 
 
-def seats_of(config: RunConfig, file: Path, facts: Facts) -> Seats:
+def plan_facts_of(config: RunConfig, file: Path, facts: Facts) -> PlanFacts:
     """The plan for these facts. If there is none, ``missing`` says why."""
     nodes = nodes_of(facts)
     try:
@@ -31,7 +31,7 @@ def seats_of(config: RunConfig, file: Path, facts: Facts) -> Seats:
         )
         plan = make_plan(config, shapes, nodes) if device.use_gpus else processor_plan(config, device.why)
     except UserError as error:
-        return Seats(missing=one_line(error))
+        return PlanFacts(missing=one_line(error))
     return describe(plan, config, shapes, facts)
 
 
@@ -43,14 +43,14 @@ def nodes_of(facts: Facts) -> list[Node]:
     return [Node(num_gpus=num_gpus, gpu_gib=smallest_gib(facts.gpus))] if num_gpus else []
 
 
-def describe(plan: Plan, config: RunConfig, shapes: Shapes, facts: Facts) -> Seats:
+def describe(plan: Plan, config: RunConfig, shapes: Shapes, facts: Facts) -> PlanFacts:
     """The plan in words, and the memory and disk space that its run needs besides GPUs."""
     shm_gib = plan.shared_memory_gib
     if plan.layout is None:
         shm_gib = shared_memory_gib(shapes.student, engine_bytes=_processor_bytes(config, facts))
     to_fetch = {source.key for source in facts.wanted.sources if source.place == "hub"} if facts.wanted else set()
     by_key = {"models.student": shapes.student, "models.teacher": shapes.teacher}
-    return Seats(
+    return PlanFacts(
         summary=str(plan),
         bundles=tuple(_line(bundle, plan.gpu_gib or 0.0) for bundle in plan.bundles),
         missing=plan.missing,
