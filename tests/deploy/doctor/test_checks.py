@@ -61,7 +61,7 @@ def test_a_machine_without_gpus_is_told_nothing_of_them() -> None:
 
 
 def test_another_python_is_a_failure() -> None:
-    assert finding(replace(LAPTOP, python=(3, 13, 0)), "python").text == "3.13.0; take 3.11 or 3.12"
+    assert finding(replace(LAPTOP, python=(3, 13, 0)), "python").text == "3.13.0; use 3.11 or 3.12"
     assert finding(replace(LAPTOP, python=(3, 12, 1)), "python").level == "ok"
 
 
@@ -95,7 +95,7 @@ def test_builds_that_differ_are_a_failure() -> None:
     mixed = (*CUDA_PACKAGES[:2], *CPU_PACKAGES[2:])
     found = finding(replace(GPU_SERVER, packages=mixed), "builds")
     assert found.level == "failure"
-    assert found.text.startswith("vLLM is built for CUDA, torch for processors")
+    assert found.text.startswith("vLLM is built for CUDA, torch for CPUs")
     assert "make setup GPU=1" in found.text
 
 
@@ -162,13 +162,13 @@ def test_forward_compatibility_makes_an_old_driver_new_enough() -> None:
 def test_mixed_gpus_are_a_warning() -> None:
     found = finding(replace(GPU_SERVER, gpus=(H100, replace(T4, index=1))), "GPUs")
     assert found.level == "warning"
-    assert found.text.startswith("1 x NVIDIA H100 80GB HBM3 with 80 GiB, 1 x Tesla T4 with 15 GiB; Ray does not tell")
+    assert found.text.startswith("1 x NVIDIA H100 80GB HBM3 with 80 GiB, 1 x Tesla T4 with 15 GiB; Ray treats them as equal")
     assert "CUDA_VISIBLE_DEVICES" in found.text
 
 
 def test_gpus_that_cuda_13_has_no_code_for_are_a_failure() -> None:
     found = finding(replace(GPU_SERVER, gpus=(V100,)), "GPUs")
-    assert (found.level, "no code for GPU 0 (Tesla V100" in found.text) == ("failure", True)
+    assert (found.level, "does not support GPU 0 (Tesla V100" in found.text) == ("failure", True)
 
 
 def test_gpus_that_others_use_or_that_are_divided_are_a_warning() -> None:
