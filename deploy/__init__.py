@@ -1,1 +1,1 @@
-"""Starting, configuring and watching whole runs; the only package that knows all the others."""
+"""Configures, starts and monitors whole runs. The only package that knows all the others."""

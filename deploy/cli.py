@@ -1,8 +1,8 @@
-"""The command ``adaswitch``. Every command imports what it needs when it runs, so that ``--help`` is quick and reading
-a trace needs neither torch nor Ray.
+"""The command ``adaswitch``. Each command imports what it needs when it runs, so that ``--help`` is fast and reading a
+trace needs neither torch nor Ray.
 
-Exit codes: 0 done, 2 something the user gave can't be used (one line on stderr), 130 interrupted, 1 a run that can't go
-on (one line on stderr) or our own failure (with its traceback).
+Exit codes: 0 success, 2 invalid input (one line on stderr), 130 interrupted, 1 a run that can't continue (one line on
+stderr) or a bug of ours (with its traceback).
 """
 
 from functools import partial
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with the run's settings.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as policy.window=5. May be repeated."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, for example policy.window=5. May be repeated."),
 ]
 
 
 class Commands(TyperGroup):
-    """Turns what a user can act on into one line and an exit code, for every command."""
+    """Turns errors that a user can act on into one line and an exit code, for every command."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
@@ -44,7 +44,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="Train a small language model on sequences that it and a large one write together.",
+    help="Train a small language model on sequences that it generates together with a large one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -76,21 +76,21 @@ def config(
     file: ConfigFile,
     overrides: Overrides = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print instead how the run would lie on GPUs, and what each of them holds.")
+        bool, typer.Option("--plan", help="Print how the run would be placed on GPUs instead, and the memory it needs.")
     ] = False,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="With --plan: GPUs of a machine. Default: those of this one.")
+        int | None, typer.Option(min=1, help="With --plan: GPUs per machine. Default: those of this machine.")
     ] = None,
-    gpu_gib: Annotated[float | None, typer.Option(min=1.0, help="With --gpus: memory of each, GiB.")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="With --gpus: machines that have so many.")] = 1,
+    gpu_gib: Annotated[float | None, typer.Option(min=1.0, help="With --gpus: memory per GPU in GiB.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --gpus: number of such machines.")] = 1,
 ) -> None:
-    """Print every setting of a run and where its value came from: default, file or --set."""
+    """Print every setting of a run and its source: default, file or --set."""
     from common.config.source import dump_config, read_config
 
     if (gpus is None) != (gpu_gib is None):
-        raise UserError("--gpus and --gpu-gib go together, such as --gpus 2 --gpu-gib 24")
+        raise UserError("--gpus and --gpu-gib must be given together, for example --gpus 2 --gpu-gib 24")
     if gpus is not None and not plan:
-        raise UserError("--gpus belongs to --plan")
+        raise UserError("--gpus requires --plan")
     resolved = read_config(file, overrides or [])
     if not plan:
         typer.echo(dump_config(resolved), nl=False)
@@ -103,14 +103,14 @@ def config(
 @app.command()
 def doctor(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="YAML file with a run's settings, to be looked at as well.")
+        Path | None, typer.Argument(metavar="[FILE]", help="YAML file with a run's settings, to be checked as well.")
     ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings and the facts as JSON.")] = False,
 ) -> None:
-    """Say whether this machine can do runs: versions, GPUs, driver, memory, disk, hub, Ray. Starts none.
+    """Check whether this machine can run adaswitch: versions, GPUs, driver, memory, disk, hub, Ray. Starts no run.
 
-    Each line is ok, a warning or a failure and says what to do. Exit code 1 where there is a failure.
+    Each line is ok, a warning or a failure and says what to do. The exit code is 1 if there is a failure.
     """
     from deploy.doctor.examine import examine
     from deploy.doctor.report import as_json as to_json
@@ -130,15 +130,15 @@ def train(
     file: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the newest run of this run_dir, from its last good checkpoint.")
+        bool, typer.Option("--resume", help="Resume the newest run of this run_dir from its last good checkpoint.")
     ] = False,
 ) -> None:
-    """Distil the teacher into the student and print what came of it."""
+    """Distill the teacher into the student and print a summary."""
     from common.config.source import read_config
     from common.logs import set_up_logging
     from deploy.cluster.loopback import keep_ray_on_loopback
 
-    resolved = read_config(file, overrides or [])  # before the imports below, which take seconds
+    resolved = read_config(file, overrides or [])  # before the following imports, which take seconds
     set_up_logging()
     keep_ray_on_loopback(resolved.config.placement)
 
@@ -149,9 +149,9 @@ def train(
 
 @app.command("eval")
 def evaluate(file: ConfigFile, overrides: Overrides = None) -> None:
-    """Measure models.student on the held-out prompts: accuracy, and divergence to the teacher.
+    """Evaluate models.student on the held-out prompts: accuracy, and divergence from the teacher.
 
-    To measure a trained student: --set models.student=RUN/student
+    To evaluate a trained student: --set models.student=RUN/student
     """
     from common.config.source import read_config
     from common.logs import set_up_logging
@@ -173,10 +173,10 @@ def traces(
     step: Annotated[int | None, typer.Option(min=0, help="Only this step.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many sequences.")] = 20,
     switched: Annotated[
-        bool | None, typer.Option("--switched/--not-switched", help="Only those the teacher took over, or did not.")
+        bool | None, typer.Option("--switched/--not-switched", help="Only sequences with a switch, or without one.")
     ] = None,
 ) -> None:
-    """List the sequences of a run, or show one: who wrote each token, and why."""
+    """List the sequences of a run, or show one: the source of each token, and why."""
     from deploy.reporting.terminal import print_sequence, print_sequences
     from rollout_server.traces.reader import TraceReader
     from rollout_server.traces.records import SequenceFilter
@@ -187,7 +187,7 @@ def traces(
             where = SequenceFilter(first_step=step, last_step=step, switched=switched)
             shown = reader.sequences(where, limit=limit)
             print_sequences(shown)
-            # On stderr, so that a pipe gets the rows alone.
+            # On stderr, so that a pipe only gets the rows.
             typer.echo(f"{len(shown)} of {reader.num_sequences(where)} sequences", err=True)
         elif trace := reader.sequence(sequence, step):
             print_sequence(trace)
@@ -199,24 +199,24 @@ def traces(
 @app.command()
 def serve(
     runs: Annotated[
-        str, typer.Argument(metavar="RUNS_DIR", help="The folder that holds the runs' folders, or its storage.url.")
+        str, typer.Argument(metavar="RUNS_DIR", help="The folder with the runs' folders, or their storage.url.")
     ],
-    host: Annotated[str, typer.Option(help="Address to listen at. Any but loopback needs --token-env.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to bind. Other than loopback needs --token-env.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8642,
     token_env: Annotated[
-        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the bearer token to ask for.")
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the required bearer token.")
     ] = None,
     name: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A name this machine is called by. May be repeated.")
+        list[str] | None, typer.Option(metavar="NAME", help="A host name of this machine. May be repeated.")
     ] = None,
     attach: Annotated[
-        bool, typer.Option("--attach", help="Join the Ray cluster of runs that go on, to try prompts on them.")
+        bool, typer.Option("--attach", help="Connect to the Ray cluster of live runs, to send prompts to them.")
     ] = False,
     address: Annotated[
-        str, typer.Option(envvar="RAY_ADDRESS", help="With --attach: the cluster's, such as 10.0.0.1:6379.")
+        str, typer.Option(envvar="RAY_ADDRESS", help="With --attach: the cluster's address, such as 10.0.0.1:6379.")
     ] = "auto",
 ) -> None:
-    """Serve the runs' traces over REST and as a page: the inspector."""
+    """Serve the runs' traces over REST and as a web page: the inspector."""
     from contextlib import nullcontext
 
     from rollout_server.inspector.mirror import mirrored

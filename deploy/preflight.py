@@ -1,6 +1,6 @@
-"""Everything that can be wrong with a run and be seen without an engine, in seconds: models, tokenizers, prompts.
+"""Finds errors of a run in seconds, without an engine: in models, tokenizers and prompts.
 
-Raises UserError with one line naming the key. Owns what both sides must agree on: context length and stop tokens.
+Raises UserError with one line naming the key. Sets what both sides must agree on: context length and stop tokens.
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ Role = Literal["student", "teacher"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
-    """What a run starts from, checked."""
+    """The checked inputs of a run."""
 
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptStream
     held_out: HeldOut | None
-    stop_token_ids: tuple[int, ...]  # of either model: a token that ends one's text ends the other's
-    max_model_len: int  # tokens, prompt and answer together, that both engines are started with
-    top_logprobs: int  # k: what is asked for, at most the smaller of the two vocabularies
+    stop_token_ids: tuple[int, ...]  # of both models: a token that stops one also stops the other
+    max_model_len: int  # tokens, prompt and answer together; both engines start with this value
+    top_logprobs: int  # k: as configured, at most the smaller vocabulary size
 
     @property
     def self_test_prefix(self) -> Ids:
@@ -42,7 +42,7 @@ class Inputs:
 def prepare(config: RunConfig, *, cursor: PromptCursor | None = None) -> Inputs:
     """Load tokenizers and prompts and check them against each other and the models.
 
-    ``cursor`` is where a resumed run goes on in the prompts.
+    ``cursor`` is the position in the prompts at which a resumed run continues.
     """
     refuse_missing_packages(config.logging)
     _check_vllm_options(config)
@@ -81,7 +81,7 @@ def prepare(config: RunConfig, *, cursor: PromptCursor | None = None) -> Inputs:
 
 
 def _check_vllm_options(config: RunConfig) -> None:
-    """Refuse what vLLM does not know. It takes seconds to import, so only where it is asked."""
+    """Reject arguments that vLLM does not have. Importing vLLM takes seconds, so do it only if there are any."""
     engines = {"student": config.engines.student, "teacher": config.engines.teacher}
     for role, settings in engines.items():
         if settings.vllm:
@@ -91,7 +91,7 @@ def _check_vllm_options(config: RunConfig) -> None:
 
 
 def _answers(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> AnswerReader | None:
-    """What reads the given answers, where they are trained on. They are as long as what a model may write."""
+    """The reader of dataset answers, if the run trains on them. They may have ``max_new_tokens`` tokens."""
     if not config.takes_given_answers:
         return None
     stop_token_ids = _stop_token_ids(config)
@@ -117,27 +117,27 @@ def _held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_
 
 
 def _text_config(config: RunConfig, role: Role) -> PreTrainedConfig:
-    """The model's own description of itself."""
+    """The text model's config."""
     model: str = getattr(config.models, role)
     try:
         loaded = AutoConfig.from_pretrained(model, trust_remote_code=config.engines.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"models.{role}: can't read the config of {model!r}: {one_line(error)}") from error
     if role == "student" and getattr(loaded, "quantization_config", None) is not None:
-        raise UserError(f"models.student: {model} holds quantized weights; expected weights that can be trained")
+        raise UserError(f"models.student: {model} has quantized weights; expected weights that can be trained")
     return loaded.get_text_config()
 
 
 def _context(model: PreTrainedConfig, settings: EngineSettings, role: str) -> int:
-    """Tokens the engine's context holds: what is asked for, at most what the model was made for."""
+    """The engine's context length in tokens: as configured, at most the model's maximum."""
     made_for = getattr(model, "max_position_embeddings", None)
     if settings.max_model_len is None:
         if made_for is None:
-            raise UserError(f"engines.{role}.max_model_len must be set: models.{role} names no context length")
+            raise UserError(f"engines.{role}.max_model_len must be set: models.{role} gives no context length")
         return int(made_for)
     if made_for is not None and settings.max_model_len > made_for:
         raise UserError(
-            f"engines.{role}.max_model_len must be <= {made_for}, the context of models.{role}, "
+            f"engines.{role}.max_model_len must be <= {made_for}, the context length of models.{role}, "
             f"got {settings.max_model_len}"
         )
     return settings.max_model_len

@@ -1,1 +1,1 @@
-"""Prompt to mixed sequence. Start at ``controller.py``. Knows nothing of the trainer."""
+"""Turns a prompt into a mixed sequence. Start reading at ``controller.py``. Does not depend on the trainer."""

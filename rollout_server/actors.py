@@ -1,6 +1,6 @@
-"""Ray shells around an engine and around the rollouts, and what the driver holds of them. No logic.
+"""Ray actors around an engine and around the rollouts, and the driver's clients for them. No logic.
 
-What they do is in ``engines/`` and ``rollouts``. vLLM is imported by the process that runs it, not by this module.
+The logic is in ``engines/`` and ``rollouts``. vLLM is imported only in the process that runs it, not by this module.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from common.waiting import within
 from common.weights import WeightUpdate
 from rollout_server.engines.protocol import EngineFacts, EngineSpec
 from rollout_server.engines.remote.client import RemoteEngine
-from rollout_server.engines.remote.messages import News, Orders
+from rollout_server.engines.remote.messages import ClientMessage, ServerMessage
 from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.replicas import ReplicatedEngine
 from rollout_server.engines.selftest import check_engine
@@ -46,17 +46,17 @@ _ENGINE_METRICS = (RUNNING_REQUESTS, WAITING_REQUESTS, WRITTEN_TOKENS, READ_POSI
 
 
 class EngineActor:
-    """One engine in a process of its own. ``start`` comes first.
+    """Runs one engine in its own process. ``start`` must be called first.
 
-    Where Ray puts a new process in a dead one's place, ``start`` comes first again.
+    It must be called again after Ray restarts the actor's process.
     """
 
     _engine: "VLLMEngine"
     _streams: StreamMultiplexer
-    _loading_since_s: float | None = None  # weights, where that is under way
+    _loading_since_s: float | None = None  # start of the weight load in progress
 
     async def start(self, spec: EngineSpec, self_test_prefix: Ids) -> EngineFacts:
-        """Load the model and check the engine's numbers. Raises UserError when they don't mean what they must."""
+        """Load the model and check the engine's numbers. Raises UserError if the check fails."""
         set_up_logging()
         self._engine = self._start_engine(spec)
         self._streams = StreamMultiplexer(self._engine)
@@ -78,7 +78,7 @@ class EngineActor:
         return VLLMEngine.start(spec)
 
     async def _export(self, spec: EngineSpec) -> None:
-        """Consumes the engine's counters; produces metrics; waits some seconds between looks; stops with the actor."""
+        """Consumes the engine's counters; produces metrics; waits some seconds in between; stops with the actor."""
         exported = Exported(_ENGINE_METRICS, {"run": spec.run, "role": spec.name})
         num_written = num_read = 0
         while True:
@@ -90,8 +90,8 @@ class EngineActor:
             num_written, num_read = self._streams.num_written_tokens, self._streams.num_read_positions
             await asyncio.sleep(_EXPORT_EVERY_S)
 
-    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
-        return await self._streams.exchange(client_id, orders, wait_s)
+    async def exchange(self, client_id: str, message: ClientMessage, wait_s: float) -> ServerMessage:
+        return await self._streams.exchange(client_id, message, wait_s)
 
     async def init_weight_transfer(self, transfer_info: Mapping[str, object]) -> None:
         await self._engine.init_weight_transfer(transfer_info)
@@ -117,11 +117,11 @@ class EngineActor:
         )
 
     async def drop_calls(self) -> None:
-        """End what dead clients, or those that have given up, left under way."""
+        """Abort the calls that crashed or timed-out clients left running."""
         self._streams.drop_calls()
 
     async def shutdown(self) -> None:
-        """End vLLM's own processes, which would outlive this one."""
+        """Stop vLLM's own processes, which would otherwise outlive this one."""
         self._engine.shutdown()
 
 
@@ -135,13 +135,13 @@ class EngineAddress:
 
 
 class RolloutActor:
-    """The switching controller in a process of its own. Without engines it waits for ``connect``."""
+    """Runs the switching controller in its own process. Without engines it waits for ``connect``."""
 
     def __init__(
         self, spec: RolloutSpec, students: list[EngineAddress], teachers: list[EngineAddress], tokenizer: str
     ) -> None:
         set_up_logging()
-        torch.set_num_threads(1)  # the verifier's arrays are small; more threads only wait for each other
+        torch.set_num_threads(1)  # the verifier's arrays are small; more threads only add overhead
         self._spec = spec
         self._addresses = (students, teachers)
         self._tokenizer = tokenizer
@@ -152,7 +152,7 @@ class RolloutActor:
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[list[MixedSequence], None]:
-        """Several at a time: Ray takes the next item only some turns of the event loop after the last one."""
+        """Yields batches, because Ray fetches the next item only several turns of the event loop after the last."""
         async with aclosing(self._on_this_loop().collect(prompts, step, kept)) as batches:
             async for finished in batches:
                 for sequence in finished:
@@ -167,29 +167,29 @@ class RolloutActor:
         return await self._on_this_loop().probe(texts)
 
     async def health(self) -> Health:
-        """Answered by the event loop that the rollouts run on: where it is stuck, no answer comes."""
+        """Runs on the event loop of the rollouts, so there is no answer if that loop is blocked."""
         return Health(pid=os.getpid(), is_ready=bool(self._addresses[0]))
 
     async def sees(self, path: Path) -> bool:
-        """Whether a file is there for this process's machine."""
+        """Whether this process's machine can see the file."""
         return path.exists()
 
     async def connect(self, students: list[EngineAddress], teachers: list[EngineAddress]) -> None:
-        """Use these engines from now on, and forget all calls to others, or to those behind the same handles before."""
+        """Use these engines from now on. Drops all calls to earlier engines, even behind the same handles."""
         self._addresses = (students, teachers)
         self._rollouts = self._live = None
 
     async def write_live(self, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
-        """One sequence for who watches it; goes on beside the other calls. Raises LiveRefusal or LiveFailure."""
+        """Stream one sequence to a user, concurrently with the other calls. Raises LiveRefusal or LiveFailure."""
         self._on_this_loop()
         if self._live is None:
-            raise LiveRefusal("invalid", "this run writes nothing live")
+            raise LiveRefusal("invalid", "live sequences are disabled for this run")
         async with aclosing(self._live.write(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
     def _on_this_loop(self) -> Rollouts:
-        """Made at the first call: remote engines belong to the event loop the calls run on."""
+        """Created at the first call, because remote engines belong to the event loop that the calls run on."""
         if self._rollouts is None:
             student, teacher = (
                 ReplicatedEngine(
@@ -212,14 +212,14 @@ class RolloutActor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Collected:
-    """A sequence as the training loop gets it: to look at, and to pass on without copying."""
+    """A sequence for the training loop: its value, and a reference to pass it on without a copy."""
 
     sequence: MixedSequence
-    reference: "tuple[ray.ObjectRef[list[MixedSequence]], int]"  # what it came with, and its place there
+    reference: "tuple[ray.ObjectRef[list[MixedSequence]], int]"  # the batch it came in, and its index there
 
     @classmethod
     def put(cls, sequence: MixedSequence) -> Self:
-        """One that no rollout actor holds, for it comes from a file."""
+        """For a sequence that was read from a file, so that no rollout actor holds it."""
         return cls(sequence=sequence, reference=(ray.put([sequence]), 0))
 
 
@@ -233,7 +233,7 @@ class RemoteRollouts:
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[Collected, None]:
-        """Yield sequences as they finish. Closing it ends what is still being written."""
+        """Yield sequences as they finish. Closing the generator cancels those in progress."""
         references = self._handle.collect.options(num_returns="streaming").remote(prompts, step, kept)
         try:
             while True:
@@ -244,7 +244,7 @@ class RemoteRollouts:
         except StopAsyncIteration:
             return
         finally:
-            # Not what the actor called meanwhile: one exchange with an engine serves every stream of the actor.
+            # Don't cancel nested calls: one exchange with an engine serves every stream of the actor.
             ray.cancel(references, recursive=False)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
@@ -254,7 +254,7 @@ class RemoteRollouts:
         return await self._answer(self._handle.probe.remote(texts), "the probe's rows")
 
     async def _answer(self, reference: "ray.ObjectRef[T]", what: str) -> T:
-        """What is not waited for any more is not written any more either."""
+        """Await a call. Cancels it on time-out and cancellation."""
         try:
             return await within(self._timeout_s, reference, what)
         except (TimeoutError, asyncio.CancelledError):

@@ -1,12 +1,12 @@
-"""START HERE. One prompt's way to a mixed sequence.
+"""START HERE. How one prompt becomes a mixed sequence.
 
     student  --stream-->  proposal  --teacher score-->  scores  --verifier-->  divergences  --policy-->  keep | switch
                              ^                                                                  |           |
                              +---------------------- the student never stopped ----------------+           v
                                                                             teacher generates from its cached prefix
 
-Owns the order of these steps for one sequence; ``pool`` runs many at once. Knows nothing of Ray, vLLM, or which replica
-answers. P = prompt tokens, T = new tokens, k = length of a top list.
+Owns the order of these steps for one sequence; ``pool`` runs many sequences concurrently. Does not know about Ray,
+vLLM, or which replica answers. P = prompt tokens, T = new tokens, k = length of a top-k list.
 """
 
 from contextlib import aclosing
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from common.config import Policy, Sampling
 from common.sequence import MixedSequence, Prompt
-from rollout_server.dataset_answers import read_answer
+from rollout_server.dataset_answers import score_answer
 from rollout_server.engines.protocol import Engine, GoOn, WriteRequest, next_piece
 from rollout_server.judge import Judge
 from rollout_server.policies import divergence_of, make_policy
@@ -29,8 +29,8 @@ from rollout_server.verifier import TeacherScores, Verifier
 class SwitchingController:
     """Generates mixed sequences under one switch policy. The result does not depend on any engine's timing.
 
-    ``stop_token_ids`` must hold every token that ends a text of either engine. With ``live`` a builder grows in
-    chunks whoever writes, so that it can be shown; this changes no token.
+    ``stop_token_ids`` must contain every token that ends the generation of either engine. With ``live``, teacher tokens
+    are appended in chunks too, so that they can be displayed early. It does not change any token.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class SwitchingController:
         self._live = live
 
     async def generate(self, prompt: Prompt, *, others_wait: bool = False) -> MixedSequence:
-        """The sequence that student and teacher write together, or the dataset's answer scored by the teacher.
+        """The sequence that student and teacher generate together, or the dataset answer scored by the teacher.
 
-        ``others_wait``: more sequences are to be generated than the engines hold, so that a token generated in vain
-        takes the place of another sequence's. Changes no token.
+        ``others_wait``: there are more sequences to generate than the engines can run at once, so a discarded token
+        takes a slot from another sequence. It does not change any token.
         """
-        if self._policy.takes_given_answer(prompt.seed):
-            return await read_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
+        if self._policy.uses_dataset_answer(prompt.seed):
+            return await score_answer(prompt, self._teacher, policy=self._policy_name, top_logprobs=self._top_logprobs)
         builder = self.new_builder(prompt)
         await self.write(builder, others_wait=others_wait)
         return builder.seal(self._policy_name)
 
     def new_builder(self, prompt: Prompt) -> SequenceBuilder:
-        """An empty sequence, for ``write``."""
+        """An empty sequence to pass to ``write``."""
         return SequenceBuilder(prompt, self._top_logprobs, max_new_tokens=self._sampling.max_new_tokens)
 
     async def write(self, builder: SequenceBuilder, *, others_wait: bool = False) -> None:
-        """Continue until the sequence is finished. The builder only grows, so its holder may read it at any time."""
+        """Generate until the sequence is finished. The builder only grows, so the caller may read it at any time."""
         while builder.finish_reason is None:
             if self._token_by_token.is_worth_it(builder):
                 await self._token_by_token.write(builder)
@@ -84,16 +84,16 @@ class SwitchingController:
                 await self._guide(builder, refused)
 
     async def _explore(self, builder: SequenceBuilder, others_wait: bool) -> tuple[bool, Judged | None]:
-        """The student writes until the policy switches or the sequence ends.
+        """The student generates until the policy switches or the sequence ends.
 
-        Returns whether the teacher takes over at the builder's end, and the proposal it refused there, if any.
+        Returns whether the teacher takes over at the builder's end, and the rejected proposal there, if any.
         """
         max_new_tokens = self._sampling.max_new_tokens
         limit = self._policy.exploration_limit(builder.prompt.seed)
         last_position = max_new_tokens if limit is None else min(limit, max_new_tokens)
         if len(builder) >= last_position:
             return True, None
-        # After guidance the teacher has the text in its cache; it is scored with the first proposal.
+        # After guidance the text is already in the teacher's KV cache, and is scored with the first proposal.
         scores = TeacherScores(self._teacher, builder.text, builder.prompt.sequence_id, ahead=not builder.num_switches)
         finish_reason, go_on = None, None
         try:
@@ -123,7 +123,7 @@ class SwitchingController:
             max_tokens=last_position - len(builder),
             pause_after=self._until_pause(builder, others_wait),
         )
-        if self._live or self._policy.watches_after(builder.num_switches):
+        if self._live or self._policy.may_switch_after(builder.num_switches):
             return request
         chunk_tokens = uninterrupted_chunk(
             max_new_tokens=self._sampling.max_new_tokens, chunk_tokens=request.chunk_tokens
@@ -131,13 +131,13 @@ class SwitchingController:
         return replace(request, chunk_tokens=chunk_tokens)
 
     def _until_pause(self, builder: SequenceBuilder, others_wait: bool) -> int | None:
-        """How many tokens the student writes before it waits for the verdict; None where it never waits.
+        """Number of tokens that the student generates before it waits for the verdict, or None if it never waits.
 
-        A student that can't be interrupted any more does not wait, and neither does one that can be interrupted only
-        once while no other sequence needs its place.
+        It does not wait if no more switches can happen. If only one more can happen (guidance runs to the end), it
+        waits only if other sequences need its slot.
         """
         block_tokens = self._sampling.chunk_tokens
-        if not self._policy.watches_after(builder.num_switches):
+        if not self._policy.may_switch_after(builder.num_switches):
             return None
         if self._policy.guidance_tokens is not None:
             return until_pause_between_switches(
@@ -145,11 +145,13 @@ class SwitchingController:
             )
         if not others_wait:
             return None
-        is_near = self._policy.is_near(builder.divergences)
-        return until_pause_before_the_switch(text_tokens=builder.text.size, block_tokens=block_tokens, is_near=is_near)
+        switch_is_likely = self._policy.switch_is_likely(builder.divergences)
+        return until_pause_before_the_switch(
+            text_tokens=builder.text.size, block_tokens=block_tokens, switch_is_likely=switch_is_likely
+        )
 
     async def _guide(self, builder: SequenceBuilder, refused: Judged | None) -> None:
-        """The teacher writes from the builder's end, to the end of the sequence or for as long as the policy says."""
+        """The teacher generates from the builder's end, up to the policy's limit or the end of the sequence."""
         max_tokens = min(builder.num_left, self._policy.guidance_tokens or builder.num_left)
         request = self._requests.after(builder, "teacher", max_tokens=max_tokens)
         if refused is not None and max_tokens == 1 and can_draw(self._sampling):

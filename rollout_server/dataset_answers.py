@@ -1,6 +1,6 @@
-"""A given answer as a sequence: nobody writes it, the teacher reads it once.
+"""A dataset answer as a sequence: no model generates it, and the teacher scores it once.
 
-Owns what such a sequence's record holds. Knows no policy: whether a prompt's answer is taken is the controller's.
+Owns the content of such a sequence's record. The controller decides which prompts use their dataset answer.
 """
 
 import numpy as np
@@ -9,13 +9,13 @@ from common.sequence import MixedSequence, Prompt, TokenSource, TopLogprobs
 from rollout_server.engines.protocol import Engine, ScoreRequest
 
 
-async def read_answer(prompt: Prompt, teacher: Engine, *, policy: str, top_logprobs: int) -> MixedSequence:
-    """The prompt's own answer with the teacher's distribution at every token. The student has no part in it.
+async def score_answer(prompt: Prompt, teacher: Engine, *, policy: str, top_logprobs: int) -> MixedSequence:
+    """The prompt's dataset answer with the teacher's distribution at every token. The student is not involved.
 
-    The last token is not sent: its row is the one after all before it, and the context may have no room for one more.
+    The last token is not sent: its row depends only on the tokens before it, and the context may have no room for it.
     """
     answer = prompt.answer_token_ids
-    assert answer is not None, f"prompt {prompt.sequence_id} came without its answer's tokens"
+    assert answer is not None, f"prompt {prompt.sequence_id} has no answer tokens"
     num_tokens = answer.size
     teacher_top = await teacher.score(
         ScoreRequest(

@@ -1,4 +1,4 @@
-"""The verdict on a proposal: its divergences from the verifier, the switch from the policy. Calls no engine."""
+"""The verdict on a proposal: divergences from the verifier, the switch from the policy. Calls no engine."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from rollout_server.verifier import Verifier
 
 
 class Judge:
-    """One policy over one verifier. Belongs to one event loop, as the verifier does."""
+    """Applies one policy and one verifier. Belongs to one event loop, like the verifier."""
 
     def __init__(self, policy: SwitchPolicy, verifier: Verifier) -> None:
         self._policy = policy
@@ -19,7 +19,7 @@ class Judge:
     async def judge(
         self, builder: SequenceBuilder, proposal: Written, scores: TopLogprobs
     ) -> tuple[Judged, int | None]:
-        """The proposal [n] with everything known about it, and the index in it where the teacher takes over, if any.
+        """The proposal [n] with its scores and thresholds, and the index where the teacher takes over, if any.
 
         ``scores`` [n, k] are the teacher's rows at the proposal's positions, which follow the builder's end.
         """

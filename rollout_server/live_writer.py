@@ -1,7 +1,7 @@
 """Generates one sequence under any policy and streams its decisions as they are made. Knows nothing of Ray or HTTP.
 
-It uses the run's engines and nothing else of the run: its sequences enter no trace, no batch and no metric of the
-training. At most ``MAX_AT_ONCE`` run at once, because the training has priority.
+It uses the run's engines and nothing else of the run: its sequences are not part of the trace, the batches or the
+training metrics. At most ``MAX_AT_ONCE`` run concurrently, because training has priority.
 """
 
 import asyncio
@@ -36,12 +36,12 @@ from rollout_server.traces.columns import TokenColumns
 
 MAX_AT_ONCE = 4
 TIMEOUT_S = 600.0
-_POLL_EVERY_S = 0.05  # what was decided in between is one piece
-_CHUNK_TOKENS = 8  # at most; smaller than a run's, so that tokens appear early; changes no token
+_POLL_EVERY_S = 0.05  # tokens decided within this interval are sent together
+_CHUNK_TOKENS = 8  # upper limit; smaller than in training, so that tokens appear early; does not change any token
 
 
 class LiveWriter:
-    """Belongs to one event loop, as the engines do. ``tokenizer`` is the student's."""
+    """Belongs to one event loop, like the engines. ``tokenizer`` is the student's."""
 
     def __init__(
         self, spec: RolloutSpec, context: LiveContext, *, student: Engine, teacher: Engine, tokenizer: Any
@@ -57,11 +57,11 @@ class LiveWriter:
     async def write(self, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
         """Yield a LiveStart, LiveTokens as they are decided, and a LiveEnd.
 
-        Consumes one request; waits for the engines; stops at the sequence's end, after ``TIMEOUT_S``, or when closed:
-        then nothing of it keeps running in an engine. Raises LiveRefusal before anything is written, LiveFailure after.
+        Consumes one request; waits for the engines; stops at the sequence's end, after ``TIMEOUT_S``, or when closed.
+        After closing, no request is left running. Raises LiveRefusal before the first token, LiveFailure after it.
         """
         if self._num_running >= MAX_AT_ONCE:
-            raise LiveRefusal("busy", f"{MAX_AT_ONCE} sequences are running for others; the training has priority")
+            raise LiveRefusal("busy", f"{MAX_AT_ONCE} live sequences are running already; training has priority")
         policy = request.policy or self._spec.policy
         token_ids = self._token_ids(request)
         sampling = self._sampling(request, token_ids.size)
@@ -87,7 +87,7 @@ class LiveWriter:
                     break
                 if left_s <= 0:
                     raise LiveFailure(
-                        f"waited {TIMEOUT_S:g} s for the sequence's end; {len(builder)} tokens were written"
+                        f"the sequence did not finish within {TIMEOUT_S:g} s; {len(builder)} tokens were generated"
                     )
             if error := writing.exception():
                 raise LiveFailure(f"{type(error).__name__}: {one_line(error)}") from error
@@ -109,7 +109,7 @@ class LiveWriter:
         )
 
     def _token_ids(self, request: LiveRequest) -> Ids:
-        """[P] Tokenized as the run's own prompts are."""
+        """[P] Tokenized like the run's own prompts."""
         if not isinstance(request.prompt, str):
             vocabulary_size = len(self._tokenizer)
             if not all(0 <= token_id < vocabulary_size for token_id in request.prompt):
@@ -125,7 +125,7 @@ class LiveWriter:
         return np.asarray(encoding["input_ids"], np.int32)
 
     def _sampling(self, request: LiveRequest, num_prompt_tokens: int) -> Sampling:
-        """The run's sampling settings with the request's changes, limited by the context."""
+        """The run's sampling settings with the request's overrides, limited by the context length."""
         context = self._context.max_model_len
         room = context - num_prompt_tokens
         if num_prompt_tokens < 1 or room < 1:
@@ -133,8 +133,8 @@ class LiveWriter:
         if request.max_new_tokens is not None and request.max_new_tokens > room:
             raise LiveRefusal(
                 "invalid",
-                f"max_new_tokens must be <= {room}, what {num_prompt_tokens} prompt tokens leave of the context of "
-                f"{context}, got {request.max_new_tokens}",
+                f"max_new_tokens must be <= {room} ({num_prompt_tokens} prompt tokens in a context of "
+                f"{context}), got {request.max_new_tokens}",
             )
         wanted = {
             "max_new_tokens": request.max_new_tokens or min(self._spec.sampling.max_new_tokens, room),
@@ -177,10 +177,10 @@ class LiveWriter:
 
 
 def _prompt(token_ids: Ids, request: LiveRequest, policy: Policy) -> Prompt:
-    """A prompt with a unique id. The same seed gives the same tokens every time."""
+    """A prompt with a unique id. The same seed always gives the same tokens."""
     prompt = Prompt(prompt_id=f"live-{uuid4().hex}", token_ids=token_ids, seed=derive_seed("live", request.seed))
-    if make_policy(policy).takes_given_answer(prompt.seed):
-        raise LiveRefusal("invalid", f"policy {policy.type} uses the dataset's answers, and a live prompt has none")
+    if make_policy(policy).uses_dataset_answer(prompt.seed):
+        raise LiveRefusal("invalid", f"policy {policy.type} uses dataset answers, and a live prompt has none")
     return prompt
 
 

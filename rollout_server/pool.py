@@ -1,4 +1,4 @@
-"""Many sequences at once: a bounded number of workers, each generating one prompt's sequence after the other."""
+"""Generates many sequences concurrently with a bounded number of workers, each taking one prompt after another."""
 
 import asyncio
 import logging
@@ -25,11 +25,11 @@ class RolloutError(RuntimeError):
 async def generate_all(
     controller: SwitchingController, prompts: Sequence[Prompt], *, max_in_flight: int
 ) -> AsyncGenerator[list[MixedSequence], None]:
-    """Yield the sequences that have finished since the last yield, at least one. A slow reader gets more at a time.
+    """Yield the sequences finished since the last yield, at least one. A slow consumer gets more sequences per yield.
 
     Consumes prompts, at most ``max_in_flight`` at once; produces sequences in the order they finish; waits for the
-    engines; stops when all are generated, or when closed: then nothing keeps running in an engine.
-    Raises RolloutError for the first prompt that fails, after yielding what finished before it and ending the others.
+    engines; stops when all are generated, or when closed. After closing, no request is left running in an engine.
+    Raises RolloutError for the first prompt that fails, after yielding what finished before it and cancelling the rest.
     """
     num_workers = min(len(prompts), max_in_flight)
     queue = iter(prompts)

@@ -1,7 +1,7 @@
-"""Measurements to Ray's metrics agent, where Prometheus fetches them. Knows how they travel, not what they mean.
+"""Exports measurements to Ray's metrics agent, which Prometheus scrapes. Knows the transport, not the meaning.
 
-What is measured is in ``common.metrics``. A process that is on no cluster, or on one without an agent, loses nothing
-but the export.
+``common.metrics`` defines what is measured. In a process without a cluster, or on a cluster without an agent, only the
+export is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from common.metrics import Metric
 
 
 class Exported:
-    """Some metrics under fixed labels. To be made once in a process for each set of labels."""
+    """Some metrics with fixed labels. Create it once per process and label set."""
 
     def __init__(self, metrics: Sequence[Metric], labels: Mapping[str, str]) -> None:
         self._labels = dict(labels)
         self._metrics = {metric.name: _make(metric) for metric in metrics}
 
     def add(self, metric: Metric, value: float) -> None:
-        """A gauge takes the value, a counter grows by it, a histogram counts it."""
+        """Set a gauge, increment a counter by ``value``, or add ``value`` to a histogram."""
         exported = self._metrics[metric.name]
         match exported:
             case Gauge():

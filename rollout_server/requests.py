@@ -1,4 +1,4 @@
-"""What a sequence asks of an engine at its present end: same sequence, same position, same request. Pure."""
+"""The engine requests of a sequence. The same sequence at the same position gives the same request. Pure functions."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,10 +11,10 @@ from rollout_server.sequence_builder import SequenceBuilder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
-    """The run's sampling settings as requests."""
+    """Builds requests with the run's sampling settings."""
 
     sampling: Sampling
-    stop_token_ids: tuple[int, ...]  # every token that ends a text of either engine
+    stop_token_ids: tuple[int, ...]  # every token that ends the generation of either engine
 
     def after(
         self,
@@ -24,7 +24,7 @@ class Requests:
         max_tokens: int,
         pause_after: int | None = None,
     ) -> WriteRequest:
-        """Continue the builder's text. The seed depends on the prompt, the role and the position alone."""
+        """A request that continues the builder's text. Its seed depends only on prompt, role and position."""
         return WriteRequest(
             prefix=builder.text,
             max_tokens=max_tokens,
@@ -38,5 +38,5 @@ class Requests:
         )
 
     def as_one_token(self, token: Written) -> Written:
-        """One token of the teacher's, with the finish reason of a request for no more than that token."""
+        """A single teacher token, with the finish reason of a request with max_tokens=1."""
         return replace(token, finish_reason="stop" if int(token.token_ids[0]) in self.stop_token_ids else "length")

@@ -1,6 +1,6 @@
-"""What a rollout actor does for the training loop: collect and trace, evaluate, probe. Knows nothing of Ray.
+"""What a rollout actor does for the training loop: collect and trace, evaluate, probe. Does not know about Ray.
 
-Owns the two controllers (the run's policy; the student alone and greedy, for evaluation) and the trace.
+Owns two controllers (one with the run's policy; one with the student alone, greedy, for evaluation) and the trace.
 """
 
 import asyncio
@@ -20,22 +20,22 @@ from rollout_server.traces.writer import TraceWriter
 
 
 class Decoder(Protocol):
-    """Ids to text: what the trace needs of a tokenizer."""
+    """Converts ids to text. The part of a tokenizer that the trace needs."""
 
     def decode(self, token_ids: list[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveContext:
-    """What a prompt that comes from outside must fit."""
+    """Limits and settings for live prompts, which come from users."""
 
     max_model_len: int  # tokens, prompt and answer together
-    prompts_as_chat: bool  # a prompt given as text goes into the chat template
+    prompts_as_chat: bool  # apply the chat template to prompts given as text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSpec:
-    """What one rollout actor is told."""
+    """Settings of one rollout actor."""
 
     policy: Policy
     sampling: Sampling
@@ -43,12 +43,12 @@ class RolloutSpec:
     trace_folder: Path
     top_logprobs: int
     stop_token_ids: tuple[int, ...]
-    live: LiveContext | None = None  # None: nothing is written for who watches
-    trust_remote_code: bool = False  # the tokenizer's own
+    live: LiveContext | None = None  # None: live sequences are disabled
+    trust_remote_code: bool = False  # for the tokenizer
 
 
 class Rollouts:
-    """Mixed sequences from one student and one teacher."""
+    """Generates mixed sequences with one student and one teacher."""
 
     def __init__(self, spec: RolloutSpec, *, student: ReplicatedEngine, teacher: Engine, decoder: Decoder) -> None:
         self._student = student
@@ -79,9 +79,9 @@ class Rollouts:
     async def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
     ) -> AsyncGenerator[list[MixedSequence], None]:
-        """Yield the step's sequences as they finish; the trace's segment is on disk when the last has been taken.
+        """Yield the step's sequences as they finish. The trace segment is written after the last one is consumed.
 
-        ``kept`` are sequences of the step that need not be written again; the segment holds them too.
+        ``kept`` are the step's sequences that exist already. They are not generated again; the segment includes them.
         """
         sequences = list(kept)
         generated = generate_all(self._controller, prompts, max_in_flight=self._max_in_flight)
@@ -90,15 +90,15 @@ class Rollouts:
                 sequences.extend(finished)
                 yield finished
         if self._writer is not None and sequences:
-            sequences.sort(key=lambda sequence: sequence.sequence_id)  # the order of arrival means nothing
+            sequences.sort(key=lambda sequence: sequence.sequence_id)  # arrival order is not meaningful
             await asyncio.to_thread(self._writer.write_segment, step, sequences)
 
     async def evaluate(self, prompts: Sequence[Prompt]) -> list[MixedSequence]:
-        """What the student writes on its own, greedily, with the teacher's view of it."""
+        """Greedy sequences of the student alone, scored by the teacher."""
         generated = generate_all(self._student_alone, prompts, max_in_flight=self._max_in_flight)
         return [sequence async for finished in generated for sequence in finished]
 
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
-        """Each student replica's rows for positions 1 to n of each text, for comparison with the learner's."""
+        """Each student replica's rows at positions 1 to n of each text, to compare with the learner's rows."""
         requests = [ScoreRequest(token_ids=text, start=1) for text in texts]
         return [list(await asyncio.gather(*map(replica.score, requests))) for replica in self._student.replicas]

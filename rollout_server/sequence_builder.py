@@ -1,6 +1,6 @@
-"""A mixed sequence in the making: tokens and everything known about them, appended together, sealed once.
+"""A mixed sequence under construction: tokens and their measurements are appended together, and sealed once.
 
-Owned by one controller coroutine. Calls no engine and decides nothing.
+Owned by one controller coroutine. Calls no engine and makes no decision.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Judged:
-    """Consecutive student tokens with the teacher's scores and the policy's view of them. n = their number."""
+    """Consecutive student tokens with the teacher's scores and the policy's thresholds. n = number of tokens."""
 
     token_ids: Ids  # [n]
     student_logprobs: Floats  # [n] nats
@@ -34,7 +34,7 @@ class Judged:
     teacher_top: TopLogprobs  # [n, k]
     divergences: Floats  # [n] nats
     thresholds: Floats  # [n] nats
-    student_ranks: Ids  # [n] place in the teacher's list, k outside
+    student_ranks: Ids  # [n] rank in the teacher's list, k if outside it
     weight_version: int
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Judged:
 
 
 class _Column:
-    """An array that grows at its end; what it holds is a view, whatever the number of pieces it came in."""
+    """An array that grows at its end. ``values`` is a contiguous view, however many pieces were appended."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._buffer = values.copy()
@@ -70,15 +70,15 @@ class _Column:
 
 @dataclass(slots=True)
 class SequenceBuilder:
-    """Grows by ``keep`` (student) and ``take`` (teacher) until it has a finish_reason."""
+    """Grows through ``keep`` (student) and ``take`` (teacher) until it has a finish_reason."""
 
     prompt: Prompt
     top_logprobs: int
     max_new_tokens: int
     finish_reason: FinishReason | None = None
     num_wasted_tokens: int = 0
-    num_judged: int = 0  # proposals kept or refused so far
-    _text: _Column = field(init=False)  # the prompt and the column token_ids
+    num_judged: int = 0  # proposals kept or rejected so far
+    _text: _Column = field(init=False)  # the prompt followed by the column token_ids
     _columns: dict[str, _Column] = field(init=False)
     _student_top: list[TopLogprobs] = field(default_factory=list)
     _teacher_top: list[TopLogprobs] = field(default_factory=list)
@@ -103,7 +103,7 @@ class SequenceBuilder:
 
     @property
     def text(self) -> Ids:
-        """[P + T so far] prompt and new tokens. Stays as it is while the builder grows."""
+        """[P + T so far] Prompt and new tokens. The returned view does not change while the builder grows."""
         return self._text.values
 
     @property
@@ -112,7 +112,7 @@ class SequenceBuilder:
 
     @property
     def divergences(self) -> Floats:
-        """[T so far] nats, NaN where the teacher wrote without a proposal to judge."""
+        """[T so far] nats; NaN where the teacher generated without a proposal to judge."""
         return self._columns["divergences"].values
 
     @property
@@ -121,7 +121,7 @@ class SequenceBuilder:
         return self._columns["student_ranks"].values
 
     def keep(self, judged: Judged) -> None:
-        """Append student tokens that the policy let pass."""
+        """Append student tokens that the policy accepted."""
         self.num_judged += len(judged)
         self._append(
             judged.student_top,
@@ -137,11 +137,11 @@ class SequenceBuilder:
         )
 
     def take(self, written: Written, refused: Judged | None, *, is_switch: bool = True) -> None:
-        """Append teacher tokens from a switch on. ``refused`` is the student's proposal at the switch, if it made one.
+        """Append teacher tokens from a switch on. ``refused`` is the student's proposal at the switch, if there is one.
 
-        What the policy saw at the switch is recorded with the teacher's token that replaced the proposal. Without
-        ``is_switch`` they continue the guidance that came before. The sequence is finished where the teacher stopped or
-        no more tokens may follow.
+        The divergence and threshold at the switch are stored with the teacher's token that replaces the proposal. With
+        ``is_switch=False`` the tokens continue the current guidance. The sequence is finished if the teacher stopped or
+        the token limit is reached.
         """
         num_tokens = len(written)
         student_top = TopLogprobs.unknown(num_tokens, self.top_logprobs)
@@ -172,7 +172,7 @@ class SequenceBuilder:
 
     def _append(self, student_top: TopLogprobs, teacher_top: TopLogprobs, **columns: np.ndarray) -> None:
         if not len(student_top):
-            return  # a switch at a proposal's first token keeps nothing of it
+            return  # a switch at the first token of a proposal keeps none of it
         for name, values in columns.items():
             self._columns[name].extend(values)
         self._text.extend(columns["token_ids"])
@@ -181,17 +181,17 @@ class SequenceBuilder:
         self._num_tokens += len(student_top)
 
     def seal(self, policy: str) -> MixedSequence:
-        """The finished record."""
+        """The finished sequence."""
         assert self.finish_reason is not None, f"{self.prompt.sequence_id} is not finished"
         return self._sequence(policy, self.finish_reason, first_part=0)
 
     @property
     def num_parts(self) -> int:
-        """How often it grew."""
+        """How many times tokens were appended."""
         return len(self._student_top)
 
     def excerpt(self, policy: str, first_part: int) -> MixedSequence:
-        """What was appended from a part on, as a sequence of its own that was cut off: positions count anew."""
+        """The tokens from part ``first_part`` on, as a truncated sequence of its own whose positions start at 0."""
         return self._sequence(policy, "length", first_part=first_part)
 
     def _sequence(self, policy: str, finish_reason: FinishReason, *, first_part: int) -> MixedSequence:

@@ -1,11 +1,11 @@
-"""Both engines advance one token at a time, for policies that take single tokens again and again.
+"""Both engines advance one token at a time. For policies that replace single tokens often.
 
     student  --token-->  proposal  --teacher's row there-->  judge  -->  keep it, or take the teacher's token
                              ^                                                        |
                              +------------- both continue after that token -----------+
 
-The teacher scores by generating: its own token at a position is what it writes there at a switch. Nothing is generated
-in vain and nothing is scored twice, and each token costs the teacher a decode step.
+The teacher scores by generating: the token that it samples at a position is the replacement if the policy switches
+there. No token is discarded and no token is scored twice, but each token costs the teacher a decode step.
 """
 
 from contextlib import aclosing
@@ -16,12 +16,12 @@ from rollout_server.engines.protocol import Engine, GoOn, next_piece
 from rollout_server.judge import Judge
 from rollout_server.policies import SwitchPolicy
 from rollout_server.requests import Requests
-from rollout_server.schedule import goes_in_step
+from rollout_server.schedule import prefers_token_by_token
 from rollout_server.sequence_builder import SequenceBuilder
 
 
 class TokenByToken:
-    """The mode of one controller."""
+    """Token-by-token generation for one controller."""
 
     def __init__(
         self, *, student: Engine, teacher: Engine, policy: SwitchPolicy, judge: Judge, requests: Requests
@@ -33,17 +33,19 @@ class TokenByToken:
         self._requests = requests
 
     def is_worth_it(self, builder: SequenceBuilder, *, is_running: bool = False) -> bool:
-        """Whether the sequence switches so often that this mode is faster. ``is_running``: the mode is on already."""
-        if self._policy.guidance_tokens != 1 or not self._policy.watches_after(builder.num_switches):
+        """Whether the sequence switches so often that this mode is faster. ``is_running``: the mode is active."""
+        if self._policy.guidance_tokens != 1 or not self._policy.may_switch_after(builder.num_switches):
             return False
-        return goes_in_step(num_judged=builder.num_judged, num_switches=builder.num_switches, is_in_step=is_running)
+        return prefers_token_by_token(
+            num_judged=builder.num_judged, num_switches=builder.num_switches, is_running=is_running
+        )
 
     async def write(self, builder: SequenceBuilder) -> None:
         """Extend the sequence until it ends or switches have become rare.
 
-        A paused stream keeps its place in its engine. So the teacher's stream starts once the student's has a place:
-        otherwise sequences that hold teacher places and wait for student places could wait for ever for sequences that
-        hold student places and wait to be scored.
+        A paused stream keeps its slot in the engine. So the teacher's stream starts only after the student's stream has
+        a slot. Otherwise there could be a deadlock: sequences that hold teacher slots wait for student slots, while
+        sequences that hold student slots wait to be scored.
         """
         proposals_request = self._requests.after(builder, "student", max_tokens=builder.num_left, pause_after=1)
         rows_request = self._requests.after(builder, "teacher", max_tokens=builder.num_left, pause_after=1)

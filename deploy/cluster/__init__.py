@@ -1,1 +1,1 @@
-"""A run on Ray: placement, reservation, actors, and jobs on a cluster."""
+"""A run on Ray: plan, placement, reservation, actors, and jobs on a cluster."""

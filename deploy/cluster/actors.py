@@ -1,4 +1,4 @@
-"""A run's actors on Ray: how they start, how they are wired, how they end. The only place that knows every actor."""
+"""Starts, connects and stops a run's Ray actors. This is the only module that knows every actor."""
 
 import asyncio
 import logging
@@ -23,8 +23,8 @@ from common.waiting import within
 from deploy.cluster.attach import NAMESPACE
 from deploy.cluster.builds import Builds, choose_device
 from deploy.cluster.model_shape import read_shapes
-from deploy.cluster.placement import CPUS_PER_ACTOR, Seat
-from deploy.cluster.plan import Plan, make_plan, processor_plan, refuse_unfit
+from deploy.cluster.placement import CPUS_PER_ACTOR, Slot
+from deploy.cluster.plan import Plan, check_fits, make_plan, processor_plan
 from deploy.cluster.reservation import connect, gpu_nodes, num_gpus, reserve, shortage_of
 from deploy.preflight import Inputs
 from deploy.supervision.workers import Process, RunWorkers, in_turn
@@ -38,10 +38,10 @@ from trainer.probe_statistics import ProbeNoise
 logger = logging.getLogger(__name__)
 
 _NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-"""Ray hides the GPUs of others from an actor that has some, and none from one that has none."""
+"""Ray hides other actors' GPUs from an actor that has some, but hides none from an actor without GPUs."""
 
 _STOP_TIMEOUT_S = (
-    8.0  # less than what ``deploy.cluster.submit`` has Ray wait between asking a job to stop and killing it
+    8.0  # shorter than Ray's wait between asking a job to stop and killing it, which ``deploy.cluster.submit`` sets
 )
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Student and teacher engines, started and checked, and the rollouts over them. Replicas of a role are alike."""
+    """Student and teacher engines, started and checked, and the rollouts that use them. A role's replicas are equal."""
 
     students: list[Process]
     teachers: list[Process]
@@ -61,22 +61,22 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpawnedLearner:
-    """The learner on its way."""
+    """A learner that is starting."""
 
     ranks: list[ActorHandle]
-    started: list[Any]  # each rank's answer to ``start``, to be awaited
+    started: list[Any]  # each rank's pending reply to ``start``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorClasses:
-    """Whose processes are started; others than the run's own stand for engines that compute nothing."""
+    """Classes of the actors to start. Tests and dry runs replace them with actors that compute nothing."""
 
     engine: type = EngineActor
     learner: type = LearnerActor
 
 
 class Cluster:
-    """The actors of one run. Made by ``joined``."""
+    """The actors of one run. Created by ``joined``."""
 
     def __init__(
         self,
@@ -87,31 +87,31 @@ class Cluster:
         *,
         hides_gpus: bool,
     ) -> None:
-        """``hides_gpus``: from actors that have none, where there are some that a package could use."""
+        """``hides_gpus``: hide GPUs from actors that have none."""
         self._config = config
         self.plan = plan
-        self._seating = plan.seating
+        self._placement = plan.placement
         self._group = group
         self._actor_classes = actor_classes
         self._hides_gpus = hides_gpus
         self._actors: list[ActorHandle] = []
-        self._probe_noise: ProbeNoise | None = None  # until it has been measured
+        self._probe_noise: ProbeNoise | None = None  # None until measured
 
     async def start(self, inputs: Inputs, folder: RunDir, *, name: str) -> tuple[Pair, SpawnedLearner]:
-        """Engines, rollouts and learner, side by side. On a GPU that they share they start one after the other, the
-        learner last: it takes memory as it needs it, and an engine measures what is free as it starts.
+        """Start engines, rollouts and learner concurrently. Those that share a GPU start one after another, the learner
+        last: it allocates memory on demand, whereas an engine measures the free memory when it starts.
         """
-        learner = None if self._seating.learner_shares_gpu else self.spawn_learner()
+        learner = None if self._placement.learner_shares_gpu else self.spawn_learner()
         pair = await self.start_pair(inputs, folder, name=name)
         return pair, learner or self.spawn_learner()
 
     async def start_pair(self, inputs: Inputs, folder: RunDir, *, name: str | None = None) -> Pair:
-        """Start all engines and the rollouts over them, which others find under ``name``.
+        """Start all engines and the rollouts that use them. Other processes can find the rollout actor by ``name``.
 
-        Raises UserError when a self-test fails, WaitedTooLong when an engine does not come up in time.
+        Raises UserError if a self-test fails, WaitedTooLong if an engine does not start in time.
         """
-        students = self._spawn_engines("student", self._seating.students, inputs, folder)
-        teachers = self._spawn_engines("teacher", self._seating.teachers, inputs, folder)
+        students = self._spawn_engines("student", self._placement.students, inputs, folder)
+        teachers = self._spawn_engines("teacher", self._placement.teachers, inputs, folder)
         answers: list[dict[str, EngineFacts]] = await asyncio.gather(*in_turn([*teachers, *students], _start))
         facts = {name: engine for answer in answers for name, engine in answer.items()}
         spec = RolloutSpec(
@@ -124,9 +124,9 @@ class Cluster:
             live=LiveContext(max_model_len=inputs.max_model_len, prompts_as_chat=self._config.data.as_chat),
             trust_remote_code=self._config.engines.trust_remote_code,
         )
-        # No engine's handle among what Ray keeps for a restart: it warns of arguments that refer to anything.
+        # Ray keeps these arguments for restarts and warns about references in them, so engine handles are sent later.
         rollouts = self._spawn(
-            RolloutActor, self._seating.rollouts, spec, [], [], self._config.models.student, name=name
+            RolloutActor, self._placement.rollouts, spec, [], [], self._config.models.student, name=name
         )
         addresses = self._addresses(students), self._addresses(teachers)
 
@@ -145,31 +145,29 @@ class Cluster:
         )
 
     def _spawn_engines(
-        self, role: Literal["student", "teacher"], seats: list[Seat], inputs: Inputs, folder: RunDir
+        self, role: Literal["student", "teacher"], slots: list[Slot], inputs: Inputs, folder: RunDir
     ) -> list[Process]:
-        """A process for each replica, still to be started."""
+        """A process for each replica, not started yet."""
         spec, timeout_s = self._engine_spec(role, inputs, folder.path.name), self._config.engines.start_timeout_s
         prefix = inputs.self_test_prefix
 
-        def process(name: str, place: Seat) -> Process:
-            engine = self._spawn(self._actor_classes.engine, place)
+        def process(name: str, slot: Slot) -> Process:
+            engine = self._spawn(self._actor_classes.engine, slot)
             return Process(
                 name=name,
                 handle=engine,
-                bundle=place.bundle,
+                bundle=slot.bundle,
                 start=lambda: _answer(engine.start.remote(spec, prefix), f"a {role} engine to start", timeout_s),
             )
 
-        return [
-            process(name, place) for name, place in zip(_numbered(f"{role} engine", len(seats)), seats, strict=True)
-        ]
+        return [process(name, slot) for name, slot in zip(_numbered(f"{role} engine", len(slots)), slots, strict=True)]
 
     def _addresses(self, replicas: list[Process]) -> list[EngineAddress]:
         timeout_s = self._config.engines.call_timeout_s
         return [EngineAddress(handle=it.handle, name=it.name, call_timeout_s=timeout_s) for it in replicas]
 
     def spawn_learner(self) -> SpawnedLearner:
-        """Start the learner's ranks; they meet and load the model while the engines start."""
+        """Start the learner's ranks. They connect to each other and load the model while the engines start."""
         spec = LearnerSpec(
             student=self._config.models.student,
             trainer=self._config.trainer,
@@ -179,13 +177,13 @@ class Cluster:
             trust_remote_code=self._config.engines.trust_remote_code,
         )
         ranks = [
-            self._spawn(self._actor_classes.learner, place, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
-            for rank, place in enumerate(self._seating.learner)
+            self._spawn(self._actor_classes.learner, slot, rank, spec, concurrency_groups={HEALTH_GROUP: 1})
+            for rank, slot in enumerate(self._placement.learner)
         ]
         return SpawnedLearner(ranks=ranks, started=_start_ranks(ranks))
 
     async def connect_learner(self, learner: SpawnedLearner, pair: Pair) -> RemoteLearner:
-        """Open the weight transfer from the learner, once all of it is there, to the student engines."""
+        """Wait for all ranks, then open the weight transfer to the student engines."""
         config = self._config
         await _unwrapped(every_rank(learner.started, "the learner to start", timeout_s=config.engines.start_timeout_s))
         await self._connect(learner.ranks, pair)
@@ -194,16 +192,16 @@ class Cluster:
         )
 
     async def measure_probe_noise(self, learner: RemoteLearner, pair: Pair, prompts: Sequence[Prompt]) -> ProbeNoise:
-        """What the probe finds now, while engines and learner hold what they loaded, whatever step the run goes on
-        from. Learners that are started again are told. Raises WeightSyncError where they are not the same model.
+        """Measure the probe's noise while engines and learner both have the initial weights, even in a resumed run.
+        Restarted learners get this value. Raises WeightSyncError if the models differ.
         """
         texts = probe_texts_of(prompts)
         rows = await pair.rollouts.probe(texts)
         self._probe_noise = await _unwrapped(learner.measure_probe_noise(texts, rows))
         return self._probe_noise
 
-    async def refuse_unshared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
-        """Raise UserError where a machine that writes into the run's folder has another one of that name."""
+    async def check_folder_is_shared(self, folder: Path, learner: SpawnedLearner, pair: Pair) -> None:
+        """Raise UserError if a machine that writes to the run's folder does not share it with this one."""
         names = ["the controller", *_numbered("the learner", len(learner.ranks))]
         file = folder / f".{uuid4().hex}.unfinished"
         file.touch()
@@ -216,14 +214,14 @@ class Cluster:
             answers = await asyncio.gather(*asked)
         finally:
             file.unlink()
-        if blind := [name for name, sees in zip(names, answers, strict=True) if not sees]:
+        if missing := [name for name, sees in zip(names, answers, strict=True) if not sees]:
             raise UserError(
-                f"run_dir: {folder} on the machine of {', '.join(blind)} is not the run's; expected a folder that all "
-                "machines share"
+                f"run_dir: {folder} on the machine of {', '.join(missing)} is not the run's; expected a folder that "
+                "all machines share"
             )
 
     def workers(self, learner: SpawnedLearner, pair: Pair) -> RunWorkers:
-        """The run's processes, as they are looked after."""
+        """The run's processes, for supervision."""
 
         async def start_learner() -> None:
             timeout_s = self._config.engines.start_timeout_s
@@ -242,11 +240,11 @@ class Cluster:
             students_share_a_group=self.plan.sync_backend == "nccl",
             placement_timeout_s=self._config.placement.timeout_s,
             call_timeout_s=self._config.engines.call_timeout_s,
-            shortage=lambda: shortage_of(self._group, self._seating, self._config.placement.strategy),
+            shortage=lambda: shortage_of(self._group, self._placement, self._config.placement.strategy),
         )
 
     async def _connect(self, ranks: list[ActorHandle], pair: Pair) -> None:
-        """Open the weight transfer, again where there was one."""
+        """Open the weight transfer, also again after a restart."""
         config = self._config
         transfer = TransferSpec(
             students=[student.handle for student in pair.students],
@@ -262,39 +260,37 @@ class Cluster:
         await _unwrapped(every_rank(calls, what, timeout_s=timeout_s))
 
     async def stop(self) -> None:
-        """End the actors: first those that only call others, then, side by side, those that hold something and give it
-        back. All within one limit, for whoever stops a job waits only so long before it is killed.
+        """Stop the actors: first those without resources of their own, then concurrently those that must release some.
+        All within one time limit, because a stopped job is killed after a while.
         """
-        holders = [actor for actor in reversed(self._actors) if hasattr(actor, "shutdown")]
+        with_shutdown = [actor for actor in reversed(self._actors) if hasattr(actor, "shutdown")]
         for actor in self._actors:
-            if actor not in holders:
+            if actor not in with_shutdown:
                 ray.kill(actor)
-        goodbyes = (within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end") for actor in holders)
-        for answer in await asyncio.gather(*goodbyes, return_exceptions=True):
-            if isinstance(answer, Exception):  # dead already, or never started: killing it is all that is left
-                logger.debug("an actor did not end in an orderly way", exc_info=answer)
-        for actor in holders:
+        shutdowns = (within(_STOP_TIMEOUT_S, actor.shutdown.remote(), "an actor to end") for actor in with_shutdown)
+        for answer in await asyncio.gather(*shutdowns, return_exceptions=True):
+            if isinstance(answer, Exception):  # dead already, or never started; it can only be killed
+                logger.debug("an actor did not shut down cleanly", exc_info=answer)
+        for actor in with_shutdown:
             ray.kill(actor)
 
     def _spawn(
         self,
-        shell: type,
-        place: Seat,
+        actor_class: type,
+        slot: Slot,
         *arguments: Any,
         name: str | None = None,
         concurrency_groups: dict[str, int] | None = None,
     ) -> ActorHandle:
-        """Ray puts a new process in place of one that ends; what it was doing is not done again by itself."""
-        remote = ray.remote(concurrency_groups=concurrency_groups or {})(shell).options(
+        """Start an actor. Ray restarts its process if it ends, but does not repeat the calls that it was running."""
+        remote = ray.remote(concurrency_groups=concurrency_groups or {})(actor_class).options(
             **({"name": name, "namespace": NAMESPACE} if name else {}),
             max_restarts=-1,
             max_task_retries=0,
-            **({"runtime_env": _NO_GPU} if self._hides_gpus and not place.num_gpus else {}),
+            **({"runtime_env": _NO_GPU} if self._hides_gpus and not slot.num_gpus else {}),
             num_cpus=CPUS_PER_ACTOR,
-            num_gpus=place.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=place.bundle
-            ),
+            num_gpus=slot.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot.bundle),
         )
         self._actors.append(remote.remote(*arguments))
         return self._actors[-1]
@@ -321,12 +317,12 @@ def _numbered(name: str, number: int) -> list[str]:
 
 
 async def _start(process: Process) -> Any:
-    """For the first time. Raises RunEnds naming it where it dies meanwhile."""
+    """Start a process for the first time. Raises RunEnds with its name if it dies."""
     assert process.start is not None, process.name
     try:
         return await process.start()
     except RayActorError as error:
-        if isinstance(error, RayTaskError):  # somebody else's end
+        if isinstance(error, RayTaskError):  # raised inside the actor, about another process
             raise
         raise RunEnds(
             f"{process.name}: its process ended while it started; its log is in Ray's session folder"
@@ -334,7 +330,7 @@ async def _start(process: Process) -> Any:
 
 
 def _start_ranks(ranks: list[ActorHandle]) -> list[Any]:
-    """Each rank's answer to ``start``, to be awaited."""
+    """Each rank's pending reply to ``start``."""
     meeting_point = ranks[0].meeting_point.remote()
     return [rank.start.remote(meeting_point) for rank in ranks]
 
@@ -343,15 +339,15 @@ def _start_ranks(ranks: list[ActorHandle]) -> list[Any]:
 async def joined(
     config: RunConfig, actor_classes: ActorClasses | None = None, *, with_learner: bool = True
 ) -> AsyncIterator[Cluster]:
-    """Connect to Ray and reserve a run's resources; end all its actors and give everything back in the end.
+    """Connect to Ray and reserve a run's resources. On exit, stop all its actors and release the resources.
 
-    Raises UserError when the run does not fit on what the cluster has, or the resources never come.
+    Raises UserError if the run does not fit on the cluster, or the resources do not become available in time.
     """
     connect(config.placement.address)
     plan = _plan(config, with_learner=with_learner)
     logger.info("placement: %s", plan)
     placement = config.placement
-    group = await reserve(plan.seating, strategy=placement.strategy, timeout_s=placement.timeout_s)
+    group = await reserve(plan.placement, strategy=placement.strategy, timeout_s=placement.timeout_s)
     hides_gpus = num_gpus() > 0 or Builds.installed().torch == "CUDA"
     cluster = Cluster(config, plan, group, actor_classes or ActorClasses(), hides_gpus=hides_gpus)
     try:
@@ -362,17 +358,17 @@ async def joined(
 
 
 def _plan(config: RunConfig, *, with_learner: bool) -> Plan:
-    """How a run lies on the cluster that has been joined. Raises UserError where it can't."""
+    """The run's plan on the connected cluster. Raises UserError if there is none."""
     device = choose_device(config.placement.use_gpus, num_gpus=num_gpus(), builds=Builds.installed())
     if not device.use_gpus:
         return processor_plan(config, device.why, with_learner=with_learner)
     plan = make_plan(config, read_shapes(config), gpu_nodes(), with_learner=with_learner)
-    refuse_unfit(plan)
+    check_fits(plan)
     return plan
 
 
 async def _answer(call: Any, what: str, timeout_s: float) -> Any:
-    """An actor's answer. What the user can change comes back as the UserError it was."""
+    """An actor's reply. A UserError in the actor is raised again as such."""
     return await _unwrapped(within(timeout_s, call, what))
 
 

@@ -1,7 +1,7 @@
-"""Live runs for the inspector: rollout actors found by name on a Ray cluster. Implements ``LiveRollouts``.
+"""Live runs for the inspector: finds rollout actors by name on a Ray cluster. Implements ``LiveRollouts``.
 
-A training gives its rollout actor a name that contains the run's (``live_name``). Every process on the cluster can find
-it there while the run lasts. Where several runs have one name, the name alone is ambiguous.
+A training run gives its rollout actor a name that contains the run's name (``live_name``). Every process on the cluster
+can look it up while the run lasts. If several runs have the same name, that name alone is ambiguous.
 """
 
 import asyncio
@@ -26,29 +26,29 @@ _LIST_TIMEOUT_S = 10.0
 
 
 def live_name(run: str) -> str:
-    """A name for a run's rollout actor: the run's, and a suffix that makes it unique on the cluster."""
+    """A unique name for a run's rollout actor: the run's name with a random suffix."""
     return f"{_PREFIX}{run}/{uuid4().hex[:8]}"
 
 
 def attach(address: str) -> LiveRollouts:
-    """Join a running Ray cluster: ``auto`` is the one of this machine. Raises UserError where there is none."""
+    """Connect to a running Ray cluster; ``auto`` is the one on this machine. Raises UserError if there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = one_line(error)
-        raise UserError(f"--attach {address}: no Ray cluster to join there ({reason})") from error
+        raise UserError(f"--attach {address}: can't connect to a Ray cluster there ({reason})") from error
     return AttachedRollouts()
 
 
 class AttachedRollouts:
-    """The live runs of the cluster that this process has joined."""
+    """The live runs of the connected cluster."""
 
     def __init__(self, *, piece_timeout_s: float = 120.0) -> None:
         self._piece_timeout_s = piece_timeout_s
 
     async def runs(self) -> list[str]:
-        """The names of the live runs, sorted, one for each run."""
+        """The names of the live runs, sorted, one entry per run."""
         return sorted(run for run, _ in await self._actors())
 
     async def generate(self, run: str | None, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
@@ -68,7 +68,7 @@ class AttachedRollouts:
         except (RayActorError, WaitedTooLong) as error:
             raise LiveFailure(one_line(error)) from error
         finally:
-            # Not the actor's own calls: one exchange with an engine serves every stream, the training's too.
+            # Don't cancel nested calls: one exchange with an engine serves all streams, including the training's.
             with suppress(RayError):
                 ray.cancel(references, recursive=False)
 

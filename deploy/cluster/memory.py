@@ -1,8 +1,8 @@
-"""What a run's parts hold of a GPU's memory, by arithmetic. Pure: knows neither Ray nor vLLM, allocates nothing.
+"""GPU memory of a run's parts, by arithmetic. Pure: does not use Ray or vLLM, and allocates nothing.
 
-Each function says where its formula comes from. What is marked as an estimate is a round number or a rule of thumb
-that depends on driver, kernels or allocator; nothing here has been compared with a GPU yet. The learner's formula is
-held against the bytes that torch allocates on a processor in ``tests/deploy/test_memory.py``.
+Each function gives the source of its formula. Values marked as estimates are round numbers or rules of thumb that
+depend on driver, kernels or allocator; none has been compared with a GPU yet. ``tests/deploy/test_memory.py`` compares
+the learner's formula with the bytes that torch allocates on a CPU.
 """
 
 import math
@@ -14,17 +14,17 @@ from deploy.cluster.model_shape import ModelShape
 from rollout_server.engines.vllm_memory import GIB, Scoring
 
 CONTEXT_GIB = 0.75
-"""Estimate: what a process takes of a GPU before it holds a tensor (CUDA context, loaded kernels, cuBLAS), 0.5 to 1."""
+"""Estimate: a process's GPU memory before its first tensor (CUDA context, loaded kernels, cuBLAS), 0.5 to 1 GiB."""
 GRAPHS_GIB = 0.75
 """Estimate: vLLM's captured CUDA graphs."""
 COMMUNICATOR_GIB = 0.5
 """Estimate: the buffers of an NCCL group."""
 CACHE_BLOCK_TOKENS = 16
-"""vLLM's block on GPUs: a sequence takes whole ones."""
+"""vLLM's block size on GPUs. A sequence takes whole blocks."""
 
 _FLOAT32, _HALF = 4, 2
-_SAMPLER_BYTES = 12  # estimate: a row's logits in the model's dtype and in float32, and a copy to sort
-# Bits of a weight by vLLM's names, where the model's own config says nothing of them.
+_SAMPLER_BYTES = 12  # estimate: per logit, in the model's dtype and in float32, and a copy for sorting
+# Bits per weight by vLLM's quantization name, used if the model's config does not give them.
 _BITS = {
     "fp8": 8, "fbgemm_fp8": 8, "ptpc_fp8": 8, "modelopt": 8, "modelopt_mxfp8": 8, "mxfp8": 8, "experts_int8": 8,
     "awq": 4, "awq_marlin": 4, "gptq": 4, "gptq_marlin": 4, "bitsandbytes": 4, "modelopt_fp4": 4, "mxfp4": 4,
@@ -33,7 +33,7 @@ _BITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Something that one process holds on each of its GPUs."""
+    """One component of a process's memory, on each of its GPUs."""
 
     name: str
     gib: float
@@ -48,10 +48,10 @@ def total_gib(parts: tuple[Part, ...]) -> float:
 
 
 def weight_bytes(shape: ModelShape, settings: EngineSettings) -> float:
-    """Of the whole model: quantized matrices by their bits, everything else in the engine's dtype.
+    """Weights of the whole model: quantized matrices by their bits, everything else in the engine's dtype.
 
     A group of quantized weights has a scale of 2 bytes and a zero point of half a byte (AutoAWQ's and GPTQ's formats).
-    A method that is not known here counts as not quantized.
+    An unknown method counts as not quantized.
     """
     plain = dtype_bytes(settings)
     matrix = plain if (quantized := _quantized_bytes(shape, settings)) is None else quantized
@@ -59,7 +59,7 @@ def weight_bytes(shape: ModelShape, settings: EngineSettings) -> float:
 
 
 def dtype_bytes(settings: EngineSettings) -> int:
-    """Of a number an engine on GPUs computes with. auto is bfloat16 or float16 there."""
+    """Bytes per number of an engine on GPUs. auto means bfloat16 or float16 there."""
     return _FLOAT32 if settings.dtype == "float32" else _HALF
 
 
@@ -76,7 +76,7 @@ def _quantized_bytes(shape: ModelShape, settings: EngineSettings) -> float | Non
 
 
 def _grouped_bits(stored: object) -> int | None:
-    """compressed-tensors keeps the bits with each group of layers."""
+    """compressed-tensors stores the bits with each group of layers."""
     groups = stored.get("config_groups") if isinstance(stored, dict) else None
     bits = [(group.get("weights") or {}).get("num_bits") for group in (groups or {}).values()]
     known = [each for each in bits if each]
@@ -84,10 +84,10 @@ def _grouped_bits(stored: object) -> int | None:
 
 
 def cache_bytes_per_token(shape: ModelShape, settings: EngineSettings) -> int:
-    """On one GPU: keys and values of all layers that it has (vLLM's ``FullAttentionSpec``, ``MLAAttentionSpec``).
+    """Keys and values of all layers on one GPU (vLLM's ``FullAttentionSpec``, ``MLAAttentionSpec``).
 
-    Tensor parallelism divides the key-value heads, down to one on each GPU; pipeline parallelism the layers. Layers
-    that attend to a window are counted as if they attended to everything: an upper bound.
+    Tensor parallelism divides the KV heads, down to one per GPU; pipeline parallelism divides the layers. Layers with
+    sliding-window attention are counted as full attention, which is an upper bound.
     """
     number_bytes = 1 if settings.kv_cache_dtype.startswith(("fp8", "int8")) else dtype_bytes(settings)
     if settings.kv_cache_dtype in ("float32", "float"):
@@ -99,7 +99,7 @@ def cache_bytes_per_token(shape: ModelShape, settings: EngineSettings) -> int:
 
 
 def cache_gib_per_sequence(shape: ModelShape, settings: EngineSettings, *, max_model_len: int) -> float:
-    """Of a sequence that fills the context. vLLM starts no engine whose cache can't hold one."""
+    """A sequence that fills the context. vLLM does not start an engine whose cache can't hold one."""
     blocks = math.ceil(max_model_len / CACHE_BLOCK_TOKENS)
     return blocks * CACHE_BLOCK_TOKENS * cache_bytes_per_token(shape, settings) / GIB
 
@@ -107,10 +107,10 @@ def cache_gib_per_sequence(shape: ModelShape, settings: EngineSettings, *, max_m
 def engine_parts(
     shape: ModelShape, settings: EngineSettings, *, num_batched_tokens: int, scoring: Scoring, joins_nccl: bool
 ) -> tuple[Part, ...]:
-    """All that one engine holds on each of its GPUs but the cache. ``joins_nccl``: for the weight transfer.
+    """Memory of one engine on each of its GPUs, without the cache. ``joins_nccl``: it is in the weight-transfer group.
 
-    Activations are an estimate: in vLLM's largest step the widest moment of a layer (four hidden vectors, three inner
-    ones), or the sampler's rows, whichever is more.
+    Activations are an estimate: the larger of a layer's peak in vLLM's largest step (four hidden vectors, three inner
+    ones) and the sampler's rows.
     """
     tensor, stages = settings.tensor_parallel_size, settings.pipeline_parallel_size
     number = dtype_bytes(settings)
@@ -134,7 +134,7 @@ def engine_parts(
 
 
 def _transfer_gib(shape: ModelShape, number_bytes: int) -> float:
-    """The group of the weight transfer and its buffers, on each side; the largest tensor is the output layer."""
+    """NCCL group and buffers of the weight transfer, on each side. The largest tensor is the output layer."""
     return COMMUNICATOR_GIB + nccl_buffer_bytes(shape.vocab_size * shape.hidden_size * number_bytes) / GIB
 
 
@@ -144,10 +144,10 @@ def _transfer_gib(shape: ModelShape, number_bytes: int) -> float:
 def learner_parts(
     shape: ModelShape, trainer: Trainer, *, sync_backend: SyncBackend, engine_bytes: int
 ) -> tuple[Part, ...]:
-    """All that one rank of the learner holds on its GPU at the peak of a step. ``engine_bytes``: of a weight there.
+    """Memory of one learner rank at the peak of a step. ``engine_bytes``: bytes per weight in the engine.
 
-    The peak is in the loss, or in the backward pass through a layer; what is sent to the engines comes after both and
-    counts where it is more.
+    The peak is in the loss, or in the backward pass through a layer. Sending the weights comes after both and counts
+    only if it needs more.
     """
     nccl_gib = COMMUNICATOR_GIB if trainer.num_ranks > 1 else 0.0
     if sync_backend == "nccl":
@@ -155,7 +155,7 @@ def learner_parts(
     kept, one_layer = _activation_bytes(shape, trainer)
     loss = _loss_bytes(shape, trainer)
     ends = 0 if trainer.lora is not None else 2 * _FLOAT32 * shape.vocab_size * shape.hidden_size
-    backward = one_layer + ends  # embedding's and output layer's gradients, not yet added to the others
+    backward = one_layer + ends  # the embedding's and output layer's gradients, before they are accumulated
     passing = max(loss, backward, _sent_bytes(shape, sync_backend, engine_bytes) - kept)
     return tuple(
         part
@@ -173,7 +173,7 @@ def learner_parts(
 
 
 def adapter_parameters(shape: ModelShape, trainer: Trainer) -> int:
-    """Of the low-rank additions: rank x (inputs + outputs) of each adapted layer (arXiv 2106.09685, section 4.1)."""
+    """Number of adapter parameters: rank x (inputs + outputs) of each adapted layer (arXiv 2106.09685, section 4.1)."""
     assert trainer.lora is not None
     targets = trainer.lora.target_modules
     sides = [
@@ -185,8 +185,8 @@ def adapter_parameters(shape: ModelShape, trainer: Trainer) -> int:
 
 
 def _state_bytes(shape: ModelShape, trainer: Trainer) -> float:
-    """Float32 weights, gradients and AdamW's two moments, 16 bytes a parameter, over the ranks; of a frozen one the
-    weight alone (torch.optim.AdamW; Learner).
+    """Float32 weights, gradients and AdamW's two moments: 16 bytes per parameter, divided by the ranks. Frozen
+    parameters have only the weight (torch.optim.AdamW; Learner).
     """
     if trainer.lora is not None:
         return _FLOAT32 * shape.num_parameters + 4 * _FLOAT32 * adapter_parameters(shape, trainer)
@@ -194,8 +194,8 @@ def _state_bytes(shape: ModelShape, trainer: Trainer) -> float:
 
 
 def _copies_bytes(shape: ModelShape, trainer: Trainer) -> float:
-    """Under autocast torch casts each matrix once and keeps the copy until autocast is left, also of a layer that is
-    split over ranks (ATen/autocast_mode.cpp, ``cached_cast``). A frozen one's is kept for the gradient alone.
+    """Autocast casts each matrix once and keeps the copy until it exits, even for layers that are sharded over ranks
+    (ATen/autocast_mode.cpp, ``cached_cast``). A frozen matrix's copy is kept only for the gradient.
     """
     if trainer.dtype != "bfloat16":
         return 0.0
@@ -204,8 +204,9 @@ def _copies_bytes(shape: ModelShape, trainer: Trainer) -> float:
 
 
 def _gathered_bytes(shape: ModelShape, trainer: Trainer) -> float:
-    """Over ranks a layer is whole while it computes, the next one is fetched meanwhile, and the gradient is whole
-    before it is divided; so are embedding and output layer (FSDP2, ``reshard_after_forward``; ``sharding.shard``).
+    """With several ranks, a layer is gathered while it computes, the next one is prefetched, and the gradient is whole
+    before it is reduced. The same holds for embedding and output layer (FSDP2, ``reshard_after_forward``;
+    ``sharding.shard``).
     """
     if trainer.num_ranks == 1:
         return 0.0
@@ -214,11 +215,12 @@ def _gathered_bytes(shape: ModelShape, trainer: Trainer) -> float:
 
 
 def _activation_bytes(shape: ModelShape, trainer: Trainer) -> tuple[float, float]:
-    """What autograd keeps of ``tokens_per_micro_batch`` tokens until the loss: all of each layer, or with checkpointing
-    its input; and what the backward pass through one layer takes on top: the layer once more, and gradients as large.
+    """Bytes that autograd keeps for ``tokens_per_micro_batch`` tokens until the loss (everything in each layer, or only
+    its input with checkpointing), and bytes for the backward pass through one layer on top (the layer's activations
+    again, and gradients of the same size).
 
-    A layer's coefficients are those of a Llama decoder with sdpa attention. Its residual stream is float32 also under
-    autocast, since the embedding is.
+    The coefficients are those of a Llama decoder layer with sdpa attention. Its residual stream is float32 even under
+    autocast, because the embedding is.
     """
     half = trainer.dtype == "bfloat16"
     hidden, inner = shape.hidden_size, shape.inner_size
@@ -232,8 +234,8 @@ def _activation_bytes(shape: ModelShape, trainer: Trainer) -> tuple[float, float
 
 
 def _loss_bytes(shape: ModelShape, trainer: Trainer) -> float:
-    """The output layer's gradient, where it has one, and with bfloat16 the layer and a chunk's share of the gradient in
-    it; one chunk's logits in float32, and the copy that becomes their gradient (``trainer/loss.py``).
+    """The output layer's gradient, if it is trained; with bfloat16 also the layer and one chunk's part of its gradient;
+    one chunk's logits in float32, and the copy that becomes their gradient (``trainer/loss.py``).
     """
     number = _HALF if trainer.dtype == "bfloat16" else 0
     gradient = 0 if trainer.lora is not None else _FLOAT32 + number
@@ -242,7 +244,7 @@ def _loss_bytes(shape: ModelShape, trainer: Trainer) -> float:
 
 
 def _sent_bytes(shape: ModelShape, sync_backend: SyncBackend, engine_bytes: int) -> float:
-    """IPC shows the engine a copy of all weights. Through host memory and NCCL one tensor at a time is cast."""
+    """IPC shares a copy of all weights with the engine. Host memory and NCCL cast one tensor at a time."""
     if sync_backend == "ipc":
         return float(engine_bytes * sent_parameters(shape))
     return float(engine_bytes * shape.vocab_size * shape.hidden_size)
@@ -252,10 +254,10 @@ def _sent_bytes(shape: ModelShape, sync_backend: SyncBackend, engine_bytes: int)
 
 
 def sent_parameters(shape: ModelShape) -> int:
-    """What a weight sync sends: a tied output layer under its own name too."""
+    """Number of parameters in a weight sync. A tied output layer is sent under its own name too."""
     return shape.num_parameters + (shape.vocab_size * shape.hidden_size if shape.is_tied else 0)
 
 
 def shared_memory_gib(shape: ModelShape, *, engine_bytes: int) -> float:
-    """Room in /dev/shm for a weight sync through host memory: the weights of two versions, in the engine's dtype."""
+    """Space in /dev/shm for a weight sync through host memory: two versions of the weights, in the engine's dtype."""
     return 2 * sent_parameters(shape) * engine_bytes / GIB

@@ -1,7 +1,7 @@
-"""What a model's ``config.json`` says of its size: no weights are read, and none are made.
+"""Sizes of a model, from its ``config.json``. No weights are read or allocated.
 
-Parameters are counted on the model itself, built without memory (torch's ``meta`` device), so that the count is exact
-for whatever transformers knows.
+Parameters are counted on the model itself, built on torch's ``meta`` device without memory, so the count is exact for
+every model that transformers supports.
 """
 
 import os
@@ -19,50 +19,50 @@ from common.config import RunConfig
 from common.errors import UserError, one_line
 
 BESIDE = "models"
-"""Folder beside a configuration file that may hold hub models' ``config.json``, as ``models/ORG/NAME/config.json``."""
+"""Folder next to a configuration file for hub models' ``config.json``, as ``models/ORG/NAME/config.json``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """One decoder's sizes. Parameters are counted once where they are tied."""
+    """The sizes of one decoder. Tied parameters are counted once."""
 
-    source: str  # where its config.json came from
+    source: str  # where its config.json was read from
     num_parameters: int
-    num_matrix_parameters: int  # of the layers' matrices: what is quantized, and what autocast copies
+    num_matrix_parameters: int  # matrices of the layers, which are quantized and which autocast copies
     num_embedding_parameters: int  # input embedding and output layer
-    is_tied: bool  # the output layer is the embedding
+    is_tied: bool  # the output layer shares the embedding's weights
     vocab_size: int
     hidden_size: int
-    inner_size: int  # of the feed-forward part that one token passes through: all its experts' together
+    inner_size: int  # feed-forward width per token; for a mixture of experts, that of all active experts
     num_layers: int
     num_heads: int
     head_size: int
     num_kv_heads: int
-    cache_width: int  # numbers that one token's keys and values are in one layer, on all GPUs together
-    splits_cache: bool  # whether tensor parallelism divides them (latent attention keeps them whole)
-    linear_sides: Mapping[str, int]  # by a linear layer's last name, inputs + outputs of all layers of that name
+    cache_width: int  # numbers in one token's keys and values in one layer, over all GPUs
+    splits_cache: bool  # whether tensor parallelism divides them (latent attention does not)
+    linear_sides: Mapping[str, int]  # last name of a linear layer -> sum of inputs + outputs of all layers of that name
     max_position_embeddings: int | None
     quantization: Mapping[str, Any] | None  # config.json's ``quantization_config``
 
     @property
     def num_layer_parameters(self) -> int:
-        """Of all layers together, norms included."""
+        """Parameters of all layers, including norms."""
         return self.num_parameters - self.num_embedding_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shapes:
-    """Both models of a run."""
+    """The sizes of both models of a run."""
 
     student: ModelShape
     teacher: ModelShape
 
 
 def read_shapes(config: RunConfig, *, beside: Path | None = None) -> Shapes:
-    """Both models' shapes. Raises UserError naming the key of one that can't be read.
+    """Both models' shapes. Raises UserError naming the key of a model that can't be read.
 
-    ``beside``: the configuration file, next to which a hub model's config.json may lie (``BESIDE``); then the hub is
-    not asked for it.
+    ``beside``: the configuration file. If a hub model's config.json lies next to it (``BESIDE``), the hub is not
+    accessed.
     """
     remote_code = config.engines.trust_remote_code
     student, teacher = (
@@ -80,12 +80,12 @@ def _read(name: str, *, key: str, beside: Path | None, trust_remote_code: bool) 
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         return shape_of(config, source=source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        hint = "" if Path(name).exists() else f"; without the hub, put its config.json into {BESIDE}/{name} beside FILE"
+        hint = "" if Path(name).exists() else f"; without the hub, put its config.json in {BESIDE}/{name} next to FILE"
         raise UserError(f"{key}: can't read the config of {name!r}: {one_line(error)}{hint}") from error
 
 
 def shape_of(config: PreTrainedConfig, *, source: str = "", trust_remote_code: bool = False) -> ModelShape:
-    """The text model's shape. ValueError for a config that transformers can't build a model from."""
+    """The text model's shape. Raises ValueError for a config that transformers can't build a model from."""
     text = config.get_text_config()
     model = _outline(text, trust_remote_code=trust_remote_code)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -121,7 +121,7 @@ def shape_of(config: PreTrainedConfig, *, source: str = "", trust_remote_code: b
 
 
 def _outline(text: PreTrainedConfig, *, trust_remote_code: bool) -> Any:
-    """The model without memory; without its output layer where transformers has no such class."""
+    """The model on the meta device; without its output layer if transformers has no such class."""
     with torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(text, trust_remote_code=trust_remote_code)

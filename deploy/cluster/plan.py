@@ -1,8 +1,8 @@
-"""Which layout a run has on a cluster's GPUs, and whether its memory suffices. Pure: no Ray, no GPU, nothing started.
+"""Which layout a run has on a cluster's GPUs, and whether it fits into memory. Pure: no Ray, no GPU, nothing started.
 
-    make_plan(config, shapes, nodes) -> Plan      what `adaswitch config --plan` shows, and what a run is started by
+    make_plan(config, shapes, nodes) -> Plan      shown by `adaswitch config --plan`, and used to start a run
 
-Owns the choice of the layout and of the way the weights go. What the actors hold is ``plan_memory``'s.
+Chooses the layout and the weight-transfer backend. ``plan_memory`` computes the actors' memory.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.weights import SyncBackend
 from deploy.cluster.memory import dtype_bytes, shared_memory_gib
 from deploy.cluster.model_shape import Shapes
-from deploy.cluster.placement import SeatingPlan, seat
+from deploy.cluster.placement import PlacementPlan, place_actors
 from deploy.cluster.plan_memory import Budget, BundleMemory, Role, plan_memory
 
 
@@ -22,39 +22,39 @@ class Node:
     """A machine of the cluster."""
 
     num_gpus: int
-    gpu_gib: float | None  # of the smallest; None where it can't be asked
+    gpu_gib: float | None  # of the smallest GPU; None if unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Where a run's actors sit and what they hold."""
+    """Where a run's actors are placed and how much memory they use."""
 
-    layout: Layout | None  # None on processors
+    layout: Layout | None  # None on CPUs
     why: str
-    seating: SeatingPlan
+    placement: PlacementPlan
     sync_backend: SyncBackend
-    gpu_gib: float | None = None  # of the cluster's smallest GPU, which all are taken to be
-    bundles: tuple[BundleMemory, ...] = ()  # those with GPUs; none where the GPUs' memory is not known
-    budgets: dict[Role, Budget] = field(default_factory=dict)  # of engines that share a GPU
-    shared_memory_gib: float = 0.0  # of /dev/shm on the learner's node, for the weights on their way
-    missing: str | None = None  # why it can't be had, naming the key; None where it fits
+    gpu_gib: float | None = None  # of the cluster's smallest GPU; all are treated as if they had this size
+    bundles: tuple[BundleMemory, ...] = ()  # those with GPUs; empty if the GPUs' memory is unknown
+    budgets: dict[Role, Budget] = field(default_factory=dict)  # for engines that share a GPU
+    shared_memory_gib: float = 0.0  # in /dev/shm on the learner's node, for the weight transfer
+    missing: str | None = None  # why the run does not fit, naming the key; None if it fits
 
     def __str__(self) -> str:
         return f"{self.layout or 'processors'} ({self.why}), weights by {self.sync_backend}"
 
 
 def processor_plan(config: RunConfig, why: str, *, with_learner: bool = True) -> Plan:
-    """A run without GPUs. Raises UserError where its weights can't go."""
+    """A run without GPUs. Raises UserError if the sync backend needs GPUs."""
     if config.sync.backend in ("ipc", "nccl"):
         raise UserError(f"sync.backend must be host_memory or auto on processors ({why}), got {config.sync.backend}")
-    seating = seat(config, None, with_learner=with_learner)
-    return Plan(layout=None, why=why, seating=seating, sync_backend="host_memory")
+    placement = place_actors(config, None, with_learner=with_learner)
+    return Plan(layout=None, why=why, placement=placement, sync_backend="host_memory")
 
 
 def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_learner: bool = True) -> Plan:
-    """The layout that is asked for, or under auto the first that fits. ``missing`` says why it can't be had.
+    """The requested layout, or for auto the first one that fits. ``missing`` says why it does not fit.
 
-    Raises UserError where neither settings nor models say how long a context is.
+    Raises UserError if neither the settings nor the models give a context length.
     """
     found = _found(nodes)
     if config.placement.layout != "auto":
@@ -73,14 +73,14 @@ def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_
         plans.append(plan)
         refused.append(plan.missing)
     assert plans, "no valid settings conflict with every layout"
-    # The one that needs the least of each GPU, of those for which there are GPUs enough.
-    enough = [plan for plan in plans if _too_few(plan.seating, nodes, config.placement.strategy) is None]
+    # Show the layout that needs the least memory per GPU, among those for which there are enough GPUs.
+    enough = [plan for plan in plans if _too_few(plan.placement, nodes, config.placement.strategy) is None]
     shown = enough[0] if enough else plans[-1]
     return replace(shown, why=found, missing=f"placement.layout: no layout fits {found}: {'; '.join(refused)}")
 
 
-def refuse_unfit(plan: Plan) -> None:
-    """Raise UserError, in one line, for a plan that can't be had."""
+def check_fits(plan: Plan) -> None:
+    """Raise a one-line UserError for a plan that does not fit."""
     if plan.missing is not None:
         raise UserError(plan.missing)
 
@@ -88,14 +88,14 @@ def refuse_unfit(plan: Plan) -> None:
 def _with_layout(
     config: RunConfig, layout: Layout, shapes: Shapes, nodes: Sequence[Node], *, with_learner: bool
 ) -> Plan:
-    """A run under one layout, whether it fits or not; ``why`` is still to be said."""
-    seating = seat(config, layout, with_learner=with_learner)
+    """A plan with one layout, whether it fits or not. ``why`` is set later."""
+    placement = place_actors(config, layout, with_learner=with_learner)
     backend = _sync_backend(config, layout)
-    too_few = _too_few(seating, nodes, config.placement.strategy)
+    too_few = _too_few(placement, nodes, config.placement.strategy)
     plan = Plan(
         layout=layout,
         why="",
-        seating=seating,
+        placement=placement,
         sync_backend=backend,
         shared_memory_gib=(
             shared_memory_gib(shapes.student, engine_bytes=dtype_bytes(config.engines.student))
@@ -107,10 +107,10 @@ def _with_layout(
     sizes = [node.gpu_gib for node in nodes if node.num_gpus]
     known = [size for size in sizes if size is not None]
     if not known or len(known) < len(sizes):
-        if layout == "spread":  # each engine measures the GPU it has
+        if layout == "spread":  # each engine measures its own GPU
             return plan
-        return replace(plan, missing=plan.missing or f"{layout} divides a GPU whose memory nvidia-smi does not tell")
-    bundles, budgets = plan_memory(config, shapes, seating, backend, gpu_gib=min(known))
+        return replace(plan, missing=plan.missing or f"{layout} divides a GPU whose memory nvidia-smi does not report")
+    bundles, budgets = plan_memory(config, shapes, placement, backend, gpu_gib=min(known))
     too_small = [f"{layout} needs {bundle.shortage(min(known))}" for bundle in bundles if bundle.shortage(min(known))]
     return replace(
         plan, gpu_gib=min(known), bundles=bundles, budgets=budgets, missing=plan.missing or next(iter(too_small), None)
@@ -118,14 +118,14 @@ def _with_layout(
 
 
 def _sync_backend(config: RunConfig, layout: Layout) -> SyncBackend:
-    """NCCL joins no two processes on one GPU. IPC could, but has not been run on one yet; host memory needs no GPU."""
+    """NCCL can't connect two processes on one GPU. IPC could, but has not been tested; host memory needs no GPU."""
     if config.sync.backend != "auto":
         return config.sync.backend
     return "nccl" if layout == "spread" else "host_memory"
 
 
 def _found(nodes: Sequence[Node]) -> str:
-    """What a cluster has: ``2 GPUs of 24.0 GiB``, ``16 GPUs of 80.0 GiB on 2 nodes``."""
+    """The cluster's GPUs, for example ``2 GPUs of 24.0 GiB``, ``16 GPUs of 80.0 GiB on 2 nodes``."""
     with_gpus = [node for node in nodes if node.num_gpus]
     number = sum(node.num_gpus for node in with_gpus)
     if not number:
@@ -136,9 +136,9 @@ def _found(nodes: Sequence[Node]) -> str:
     return f"{number} GPU{'s' if number > 1 else ''}{memory}{where}"
 
 
-def _too_few(seating: SeatingPlan, nodes: Sequence[Node], strategy: str) -> str | None:
-    """What GPUs are needed, where there are not enough, or not where they are needed together; None where there are."""
-    bundles = sorted((int(bundle.get("GPU", 0)) for bundle in seating.bundles), reverse=True)
+def _too_few(placement: PlacementPlan, nodes: Sequence[Node], strategy: str) -> str | None:
+    """The GPUs that are needed, if there are too few or too few on one node; otherwise None."""
+    bundles = sorted((int(bundle.get("GPU", 0)) for bundle in placement.bundles), reverse=True)
     free = sorted((node.num_gpus for node in nodes), reverse=True)
     if sum(bundles) > sum(free):
         return _gpus(sum(bundles))

@@ -1,8 +1,8 @@
-"""What each actor of a run holds on its GPUs under one layout. Pure.
+"""GPU memory of each actor of a run under one layout. Pure.
 
-Where an engine has GPUs for itself vLLM sizes its key-value cache, and what is said of it here is a forecast. Where it
-shares one the cache is set here, so that its size depends neither on who starts first nor on what the others hold at
-that moment: what the rest leaves of the GPU is divided by what each engine would want, ``max_num_seqs`` whole contexts.
+An engine with its own GPUs lets vLLM size the KV cache, so its size here is a forecast. For engines that share a GPU
+the cache size is set here, so that it does not depend on the start order or on the memory in use at that moment. The
+remaining memory is divided in proportion to what each engine could use: ``max_num_seqs`` full contexts.
 """
 
 from collections.abc import Sequence
@@ -21,38 +21,38 @@ from deploy.cluster.memory import (
     total_gib,
 )
 from deploy.cluster.model_shape import Shapes
-from deploy.cluster.placement import Seat, SeatingPlan
+from deploy.cluster.placement import PlacementPlan, Slot
 from rollout_server.engines.vllm_memory import GIB, Scoring, batched_tokens
 
 Role = Literal["student", "teacher"]
 
 KEPT_FREE = 0.05
-"""Estimate: the share of a learner's or a shared GPU that nobody is given, for what allocators can't use."""
+"""Estimate: share of a learner's or a shared GPU that stays unassigned, because allocators can't use all memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """An engine's key-value cache, on each of its GPUs."""
+    """An engine's KV cache, on each of its GPUs."""
 
     gib: float
-    gib_per_sequence: float  # one that fills the context
+    gib_per_sequence: float  # for a sequence that fills the context
     max_num_seqs: int
 
     @property
     def num_sequences(self) -> int:
-        """Whole contexts that fit, at most as many as the engine runs at once."""
+        """Number of full contexts that fit, at most ``max_num_seqs``."""
         return min(self.max_num_seqs, int(max(0.0, self.gib) / self.gib_per_sequence + 1e-9))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorMemory:
-    """What one actor holds on each of its GPUs."""
+    """Memory of one actor on each of its GPUs."""
 
     name: str  # "student engine", "teacher engine 1", "learner"
     parts: tuple[Part, ...]
-    cache: Cache | None = None  # engines'
-    limit_gib: float | None = None  # what its settings let it use
-    limit_key: str = ""  # the setting
+    cache: Cache | None = None  # for engines
+    limit_gib: float | None = None  # limit from its settings
+    limit_key: str = ""  # the setting with the limit
 
     @property
     def gib(self) -> float:
@@ -60,15 +60,15 @@ class ActorMemory:
 
     @property
     def least_gib(self) -> float:
-        """With a cache for one sequence, without which vLLM does not start."""
+        """Minimum memory: with a cache for one sequence, which vLLM needs to start."""
         return total_gib(self.parts) + (self.cache.gib_per_sequence if self.cache is not None else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleMemory:
-    """GPUs that lie together on one node, and who holds what on each of them."""
+    """GPUs on one node, and the actors that use each of them."""
 
-    number: int  # in Ray's placement group
+    number: int  # index in Ray's placement group
     num_gpus: int
     actors: tuple[ActorMemory, ...]
     kept_free_gib: float
@@ -78,7 +78,7 @@ class BundleMemory:
         return sum(actor.gib for actor in self.actors) + self.kept_free_gib
 
     def shortage(self, gpu_gib: float) -> str | None:
-        """What a GPU, or an engine's share of one, would have to have; None where all fits."""
+        """The memory that a GPU, or an engine's share of one, would need; None if everything fits."""
         for actor in self.actors:
             if actor.limit_gib is not None and actor.least_gib > actor.limit_gib:
                 gives = f"{actor.limit_key} gives it {actor.limit_gib:.1f}"
@@ -86,14 +86,14 @@ class BundleMemory:
         needed = {actor.name: actor.gib for actor in self.actors}
         needed["kept free"] = self.kept_free_gib
         total = sum(needed.values())
-        if total <= gpu_gib * (1 + 1e-6):  # a cache that takes all that is left may exceed it by rounding
+        if total <= gpu_gib * (1 + 1e-6):  # a cache that takes all remaining memory may exceed it by rounding
             return None
         return f"{total:.1f} GiB of one GPU ({', '.join(f'{name} {gib:.1f}' for name, gib in needed.items() if gib)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What an engine that shares a GPU is started with."""
+    """Memory settings for an engine that shares a GPU."""
 
     gpu_memory_gib: float
     kv_cache_gib: float
@@ -101,9 +101,9 @@ class Budget:
 
 
 def plan_memory(
-    config: RunConfig, shapes: Shapes, seating: SeatingPlan, backend: SyncBackend, *, gpu_gib: float
+    config: RunConfig, shapes: Shapes, placement: PlacementPlan, backend: SyncBackend, *, gpu_gib: float
 ) -> tuple[tuple[BundleMemory, ...], dict[Role, Budget]]:
-    """All bundles that have GPUs, and the budgets of the engines that share one."""
+    """All bundles with GPUs, and the budgets of the engines that share a GPU."""
     maker = _ActorMaker(
         config=config,
         shapes=shapes,
@@ -113,8 +113,8 @@ def plan_memory(
     )
     bundles: list[BundleMemory] = []
     budgets: dict[Role, Budget] = {}
-    for number, resources in enumerate(seating.bundles):
-        names = _names(seating, number)
+    for number, resources in enumerate(placement.bundles):
+        names = _names(placement, number)
         if not names or not resources.get("GPU"):
             continue
         is_shared = len(names) > 1
@@ -137,9 +137,9 @@ def plan_memory(
 
 
 def context_tokens(config: RunConfig, shapes: Shapes) -> int:
-    """Of both engines: what is asked for, else what the models were made for; the smaller of the two.
+    """Context length of both engines: the smaller of the two. Each is the setting, or else the model's maximum.
 
-    Raises UserError where neither says.
+    Raises UserError if an engine has neither.
     """
     tokens = []
     for role, settings, shape in (
@@ -148,23 +148,23 @@ def context_tokens(config: RunConfig, shapes: Shapes) -> int:
     ):
         wanted = settings.max_model_len or shape.max_position_embeddings
         if wanted is None:
-            raise UserError(f"engines.{role}.max_model_len must be set: models.{role} names no context length")
+            raise UserError(f"engines.{role}.max_model_len must be set: models.{role} gives no context length")
         tokens.append(wanted)
     return min(tokens)
 
 
-def _names(seating: SeatingPlan, bundle: int) -> list[tuple[Literal["teacher", "student", "learner"], str]]:
-    """(role, name) of the actors in a bundle, in the order in which they start."""
-    roles: list[tuple[Literal["teacher", "student", "learner"], str, list[Seat]]] = [
-        ("teacher", "teacher engine", seating.teachers),
-        ("student", "student engine", seating.students),
-        ("learner", "learner", seating.learner),
+def _names(placement: PlacementPlan, bundle: int) -> list[tuple[Literal["teacher", "student", "learner"], str]]:
+    """(role, name) of the actors in a bundle, in their start order."""
+    roles: list[tuple[Literal["teacher", "student", "learner"], str, list[Slot]]] = [
+        ("teacher", "teacher engine", placement.teachers),
+        ("student", "student engine", placement.students),
+        ("learner", "learner", placement.learner),
     ]
     return [
-        (role, name if len(seats) == 1 else f"{name} {number}")
-        for role, name, seats in roles
-        for number, place in enumerate(seats)
-        if place.bundle == bundle
+        (role, name if len(slots) == 1 else f"{name} {number}")
+        for role, name, slots in roles
+        for number, slot in enumerate(slots)
+        if slot.bundle == bundle
     ]
 
 
@@ -173,7 +173,7 @@ def _names(seating: SeatingPlan, bundle: int) -> list[tuple[Literal["teacher", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Engine:
-    """An engine whose cache is still to be sized."""
+    """An engine whose cache size is not set yet."""
 
     role: Role
     name: str
@@ -181,7 +181,7 @@ class _Engine:
     num_batched_tokens: int
     gib_per_sequence: float
     max_num_seqs: int
-    set_cache_gib: float | None  # by the settings
+    set_cache_gib: float | None  # from the settings
     limit_gib: float | None
     limit_key: str
 
@@ -201,8 +201,8 @@ class _Engine:
 
 
 def _with_caches(engines: Sequence[_Engine], left_gib: float) -> list[ActorMemory]:
-    """The engines of one GPU, of which they have ``left_gib`` together. Each cache that the settings leave open gets
-    its part of the rest: a whole context at least, whether there is room for it or not, and at most all it could use.
+    """The engines of one GPU, which together have ``left_gib``. Caches that the settings don't size share the rest.
+    Each gets at least one full context, even if that does not fit, and at most all that it could use.
     """
     left_gib -= sum(total_gib(engine.parts) + (engine.set_cache_gib or 0.0) for engine in engines)
     wanted_gib = sum(
@@ -221,7 +221,7 @@ def _with_caches(engines: Sequence[_Engine], left_gib: float) -> list[ActorMemor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ActorMaker:
-    """The actors of one run, under one layout, on GPUs of one size."""
+    """Creates the actors of one run, under one layout, on GPUs of one size."""
 
     config: RunConfig
     shapes: Shapes
@@ -237,7 +237,7 @@ class _ActorMaker:
         return ActorMemory(name=name, parts=parts)
 
     def engine(self, role: Role, name: str, num_sharers: int) -> _Engine:
-        """One that shares each of its GPUs with so many actors, itself counted."""
+        """An engine that shares each of its GPUs; ``num_sharers`` counts the actors there, including itself."""
         engines = self.config.engines
         settings, shape = (
             (engines.student, self.shapes.student) if role == "student" else (engines.teacher, self.shapes.teacher)
@@ -279,7 +279,7 @@ class _ActorMaker:
         )
 
     def _limit(self, role: Role, settings: EngineSettings, *, is_alone: bool) -> tuple[float | None, str]:
-        """GiB of a GPU that the settings let an engine use, and which setting says so."""
+        """GiB of a GPU that the settings let an engine use, and the setting that limits it."""
         if settings.gpu_memory_gib is not None:
             return settings.gpu_memory_gib, f"engines.{role}.gpu_memory_gib"
         key = f"engines.{role}.gpu_memory_utilization"

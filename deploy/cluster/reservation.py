@@ -1,4 +1,4 @@
-"""How a run joins Ray, and what it reserves there. Knows what a run needs (``placement``), not who sits there."""
+"""Connects a run to Ray and reserves its resources. Does not know which actor uses which bundle."""
 
 import asyncio
 import logging
@@ -14,29 +14,29 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import UserError, one_line
 from deploy.cluster.gpus import Gpu, gpus_of_this_machine, smallest_gib
-from deploy.cluster.placement import SeatingPlan
+from deploy.cluster.placement import PlacementPlan
 from deploy.cluster.plan import Node
 from deploy.cluster.shortage import describe_shortage
-from deploy.cluster.sigterm import end_in_order_on_sigterm
+from deploy.cluster.sigterm import cancel_on_sigterm
 
 logger = logging.getLogger(__name__)
 
-_SAY_WHAT_IS_MISSING_EVERY_S = 10.0
-_ANSWERS_WITHIN_S = 10.0
-_NODE_ANSWERS_WITHIN_S = 60.0  # a worker process has to start there
+_REPORT_EVERY_S = 10.0
+_ANSWER_TIMEOUT_S = 10.0
+_NODE_TIMEOUT_S = 60.0  # includes starting a worker process there
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster that is named, or start one on this machine. From then on SIGTERM cancels this task.
+    """Connect to the given cluster, or start one on this machine. After this, SIGTERM cancels the current task.
 
-    Raises UserError where no cluster answers at the address.
+    Raises UserError if no cluster answers at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other process on the machine starve engines
+    os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's default of 15 other processes can starve the engines
     named = address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         try:
-            _refuse_silent(named)
+            _check_reachable(named)
             ray.init(
                 address=named or "local",
                 log_to_driver=False,
@@ -49,26 +49,27 @@ def connect(address: str | None) -> None:
             key = "placement.address" if address else "RAY_ADDRESS"
             reason = one_line(error)
             raise UserError(
-                f"{key}: can't join a Ray cluster at {named!r}: {reason}; expected a running head's host:port, or auto"
+                f"{key}: can't connect to a Ray cluster at {named!r}: {reason}; expected a running head's host:port, "
+                "or auto"
             ) from error
-    # Ray has taken SIGTERM over, and would end this process at once: no actor could give anything back.
-    end_in_order_on_sigterm()
+    # Ray's SIGTERM handler would exit at once, before the actors have released their resources.
+    cancel_on_sigterm()
 
 
-def _refuse_silent(named: str | None) -> None:
-    """Raise OSError where nobody listens: Ray would go on trying for minutes."""
+def _check_reachable(named: str | None) -> None:
+    """Raise OSError if nothing listens at the address. Ray would retry for minutes."""
     match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", named or "")
     if match is not None:
-        socket.create_connection((match[1], int(match[2])), timeout=_ANSWERS_WITHIN_S).close()
+        socket.create_connection((match[1], int(match[2])), timeout=_ANSWER_TIMEOUT_S).close()
 
 
 def num_gpus() -> int:
-    """Of the whole cluster, used or not."""
+    """Number of GPUs in the cluster, used or not."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def gpu_nodes() -> tuple[Node, ...]:
-    """The cluster's machines that have GPUs, each with the memory of its smallest, which is asked for there."""
+    """The cluster's nodes with GPUs, each with the memory of its smallest GPU, which is queried on the node."""
     counts = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]}
     ask = ray.remote(num_cpus=0, max_retries=0)(gpus_of_this_machine)
     asked = {
@@ -80,25 +81,23 @@ def gpu_nodes() -> tuple[Node, ...]:
 
 
 def _answer(gpus: "ray.ObjectRef[list[Gpu]]") -> list[Gpu]:
-    """What a node says of its GPUs; nothing where it does not answer."""
+    """A node's GPUs, or an empty list if it does not answer."""
     try:
-        answer: list[Gpu] = ray.get(gpus, timeout=_NODE_ANSWERS_WITHIN_S)
+        answer: list[Gpu] = ray.get(gpus, timeout=_NODE_TIMEOUT_S)
     except RayError as error:
-        logger.warning("a node does not say how large its GPUs are: %s", one_line(error))
+        logger.warning("a node does not report its GPU memory: %s", one_line(error))
         return []
     return answer
 
 
-async def reserve(plan: SeatingPlan, *, strategy: str, timeout_s: float) -> PlacementGroup:
-    """Waits for the run's bundles and says now and then what is missing. Stops when they are there or time is up: then
-    raises UserError.
-    """
+async def reserve(plan: PlacementPlan, *, strategy: str, timeout_s: float) -> PlacementGroup:
+    """Wait for the run's bundles, and log from time to time what is missing. Raises UserError after ``timeout_s``."""
     group = placement_group(plan.bundles, strategy=strategy)
     ready, started_s = asyncio.ensure_future(group.ready()), time.monotonic()
     try:
         while True:
             left_s = timeout_s - (time.monotonic() - started_s)
-            done, _ = await asyncio.wait([ready], timeout=max(0.0, min(_SAY_WHAT_IS_MISSING_EVERY_S, left_s)))
+            done, _ = await asyncio.wait([ready], timeout=max(0.0, min(_REPORT_EVERY_S, left_s)))
             if done:
                 ready.result()
                 return group
@@ -118,8 +117,8 @@ async def reserve(plan: SeatingPlan, *, strategy: str, timeout_s: float) -> Plac
         raise
 
 
-def shortage_of(group: PlacementGroup, plan: SeatingPlan, strategy: str) -> str | None:
-    """What keeps Ray from finding another node for bundles whose node is lost. None where all have one."""
+def shortage_of(group: PlacementGroup, plan: PlacementPlan, strategy: str) -> str | None:
+    """Why Ray can't find another node for bundles whose node is lost. None if all bundles have a node."""
     placed = placement_group_table(group)["bundles_to_node_id"]
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     lost = [bundle for number, bundle in enumerate(plan.bundles) if placed.get(number) not in alive]

@@ -1,4 +1,4 @@
-"""What a run still waits for, in words: its bundles against what the cluster has. Pure; ``reservation`` asks Ray."""
+"""Describes the resources that a run waits for: its bundles compared with the cluster. Pure; no calls to Ray."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,10 +8,10 @@ Resources = Mapping[str, float]
 def describe_shortage(
     bundles: Sequence[Resources], *, strategy: str, nodes: Sequence[Resources], free: Resources
 ) -> str:
-    """One line. ``nodes``: each node's resources, used or not; ``free``: what is unused on all nodes together.
+    """One line. ``nodes``: each node's total resources; ``free``: unused resources of all nodes together.
 
-    A bundle is on one node by nature, so that an engine with n GPUs needs a node with n; the strategy says how bundles
-    lie to each other.
+    A bundle is always on one node, so an engine with n GPUs needs a node with n. The strategy constrains how bundles
+    are distributed over nodes.
     """
     needed = _sum(bundles)
     reasons = [_whole_cluster(name, needed[name], nodes, free) for name in needed]
@@ -31,7 +31,7 @@ def _whole_cluster(name: str, needed: float, nodes: Sequence[Resources], free: R
 
 
 def _one_node(name: str, bundles: Sequence[Resources], strategy: str, nodes: Sequence[Resources]) -> str:
-    """What no node is large enough for."""
+    """A requirement that is larger than every node."""
     largest = max((node.get(name, 0.0) for node in nodes), default=0.0)
     bundle = max(bundle.get(name, 0.0) for bundle in bundles)
     if bundle > largest:

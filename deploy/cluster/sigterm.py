@@ -1,11 +1,11 @@
-"""SIGTERM, as a job's stop or a container's sends it."""
+"""Handles SIGTERM, which a stopped job or container receives."""
 
 import asyncio
 import signal
 
 
-def end_in_order_on_sigterm() -> None:
-    """Let it end this task as Ctrl-C does. The last to ask for the signal gets it."""
+def cancel_on_sigterm() -> None:
+    """Make SIGTERM cancel the current task, as Ctrl-C does. Replaces an earlier handler."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

@@ -1,11 +1,11 @@
-"""``make submit``: this checkout's code as a job on a running Ray cluster, followed to its end.
+"""``make submit``: runs this checkout's code as a job on a running Ray cluster, and follows it to its end.
 
-Beyond plain ``ray job submit``: the configuration is checked before anything is uploaded, a relative ``run_dir`` is on
+Differences from plain ``ray job submit``: the configuration is checked before the upload, a relative ``run_dir`` is on
 this machine (Ray deletes a job's own folder), a stopped run gets time to shut down its actors, and the exit code is
 the run's.
 
-Exit codes: the run's own (see ``cli``), 130 for a run that was stopped or left running, 1 where the job or the
-connection failed.
+Exit codes: the run's own (see ``cli``), 130 for a run that was stopped or left running, 1 if the job or the connection
+failed.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ import typer
 
 from common.config.source import read_config
 from common.errors import UserError, one_line
-from deploy.cluster.sigterm import end_in_order_on_sigterm
+from deploy.cluster.sigterm import cancel_on_sigterm
 
 if TYPE_CHECKING:
     from deploy.cluster.job import JobClient
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[2]
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
-# Between asking a stopped job to end and killing it. Ray's default of 3 s is less than engines need.
+# Time between asking a job to stop and killing it. Ray's default of 3 s is too short for engines.
 STOP_WAIT_S = 15
 TRAIN = ("python", "-m", "deploy.cli", "train")
-"""What the job runs."""
-# A run needs none of these. Ray leaves out what .gitignore names, .git, .venv and __pycache__ by itself.
-_LEFT_AT_HOME = ("/tests", "/docs", "/.ci", "/runs", "/build")
+"""The command of the job."""
+# A run needs none of these. Ray itself excludes what .gitignore lists, .git, .venv and __pycache__.
+_EXCLUDED = ("/tests", "/docs", "/.ci", "/runs", "/build")
 
 
 def main(
@@ -81,7 +81,7 @@ def submit(
     stop_with_me: bool = False,
     program: Sequence[str] = TRAIN,
 ) -> int:
-    """Wait for the run and return its exit code. Raises UserError where the job can't be submitted."""
+    """Wait for the run and return its exit code. Raises UserError if the job can't be submitted."""
     config = read_config(file, list(overrides)).config
     command = entrypoint(
         _in_checkout(file) if upload else file.absolute(),
@@ -99,14 +99,14 @@ def submit(
     logging.getLogger("ray").setLevel(logging.ERROR)  # it logs every ignored file and every closed connection
     runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
     if upload:
-        runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_LEFT_AT_HOME)}
-    job_id = f"raysubmit_{secrets.token_hex(8)}"  # chosen here, so that the job can be stopped before Ray has answered
+        runtime_env |= {"working_dir": str(REPOSITORY), "excludes": list(_EXCLUDED)}
+    job_id = f"raysubmit_{secrets.token_hex(8)}"  # chosen here, so that the job can be stopped before Ray has replied
     if stop_with_me:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         client = JobClient(address)
         if not client.asks_for_token():
-            typer.echo(f"warning: {address} asks for no token: everyone who can reach it can run code there", err=True)
+            typer.echo(f"warning: {address} requires no token: everyone who can reach it can run code there", err=True)
         try:
             client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job_id)
         except KeyboardInterrupt:
@@ -121,19 +121,19 @@ def submit(
 
 
 def _follow(client: "JobClient", job_id: str, address: str, *, stop_with_me: bool) -> int:
-    """The exit code: the job is followed to its end, left running, or its connection is lost."""
+    """Follow the job and return the exit code: of the job, 130 if interrupted, or 1 if the connection is lost."""
     from ray.exceptions import AuthenticationError
 
     from deploy.cluster.job import FAILURES, follow
 
-    async def until_told_to_end() -> int:
+    async def until_stopped() -> int:
         if stop_with_me:
-            end_in_order_on_sigterm()
+            cancel_on_sigterm()
         return await follow(client, job_id)
 
     to_see_it = f"{_ray_job(address)} logs --follow {job_id}"
     try:
-        return asyncio.run(until_told_to_end())
+        return asyncio.run(until_stopped())
     except (KeyboardInterrupt, asyncio.CancelledError):
         if stop_with_me:
             _stop(client, job_id, address)
@@ -163,7 +163,7 @@ def _stop(client: "JobClient", job_id: str, address: str) -> None:
 
 
 def _ray_job(address: str) -> str:
-    """A command that works in the user's shell: with the token, if there is one, and without an active environment."""
+    """A command for the user's shell: with the token, if there is one, and independent of the active environment."""
     token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     ray = "ray" if shutil.which("ray") else shlex.quote(str(Path(sys.executable).with_name("ray")))
     return f"{token}RAY_API_SERVER_ADDRESS={address} {ray} job"
@@ -172,8 +172,8 @@ def _ray_job(address: str) -> str:
 def entrypoint(
     file: Path, overrides: Sequence[str], *, run_dir: Path, resume: bool = False, program: Sequence[str] = TRAIN
 ) -> str:
-    """The job's shell command. Where the cluster is on this machine, or shares its disk, this environment's programs
-    come first; elsewhere this folder does not exist, and the cluster's programs are used.
+    """The job's shell command. It puts this environment's programs first in PATH. On other machines that folder does
+    not exist, so the cluster's programs are used.
     """
     settings = [*overrides, f"run_dir={run_dir}"]
     words = [*program, str(file), *(["--resume"] if resume else [])]
@@ -183,7 +183,7 @@ def entrypoint(
 
 
 def use_token_where_there_is_one() -> None:
-    """Have Ray's job client send the token if there is one, as ``ray start`` does by default.
+    """Make Ray's job client send the token if there is one, as ``ray start`` does by default.
 
     Call it before Ray is imported, because Ray reads the setting once.
     """

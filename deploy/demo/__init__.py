@@ -1,1 +1,1 @@
-"""A small task and two small models on which every method of the project can be tried on one core."""
+"""A small task and two small models for trying every method of the project on one core."""

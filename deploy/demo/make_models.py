@@ -1,11 +1,11 @@
-"""Trains the demo's two models: a teacher that solves the task, and a student that has read too little.
+"""Trains the demo's two models: a teacher that solves the task, and a student with too little data.
 
 Both learn by plain cross-entropy on the answer's tokens, from problems that are never among the shipped prompts. The
-teacher never sees a problem twice. The student sees 640 of them over and over, as in fine-tuning on a small data set:
-it is sure of itself everywhere and wrong in places, so it differs from the teacher in a few high spikes.
-A model is stopped at an accuracy, not at a step count.
+teacher never sees a problem twice. The student sees 640 of them repeatedly, as in fine-tuning on a small data set: it
+is confident everywhere and wrong in some places, so its divergence from the teacher has a few high spikes.
+Training stops at an accuracy, not at a step count.
 
-One thread and fixed seeds: on one machine the same files come out again.
+One thread and fixed seeds: the same machine gives the same files.
 
 Axes: B sequences, T positions.
 """
@@ -35,23 +35,23 @@ WARMUP_UPDATES = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One model: its size, how it learns, and the accuracy at which it is done."""
+    """One model: its size, its training, and the accuracy at which it is finished."""
 
     name: str
     hidden_size: int
     intermediate_size: int
     num_layers: int
     seed: int
-    # Distinct problems, seen again and again; None for a new one every time.
+    # Distinct problems, repeated; None for a new one every time.
     num_problems: int | None
     num_validation: int
     learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
-    # From the accuracy `slow_from` on, learning goes on at `slow_learning_rate`.
+    # From the accuracy `slow_from` on, training uses `slow_learning_rate`.
     slow_from: float
     slow_learning_rate: float
-    # The model is done when its validation accuracy lies in this band, both ends included, ...
+    # The model is finished when its validation accuracy is in this range, both ends included, ...
     done_from: float
     done_to: float
     # ... and the mean loss since the last evaluation is at most this, nats per token.
@@ -75,7 +75,7 @@ TEACHER = Recipe(
     slow_learning_rate=6e-4,
     done_from=1.0,
     done_to=1.0,
-    # Sharp enough to be right when it samples, too: at this loss about one answer in 100 goes wrong.
+    # Low enough to be right when sampling too: at this loss about one answer in 100 is wrong.
     done_loss=3e-4,
     eval_every=50,
     max_updates=2500,
@@ -102,7 +102,7 @@ STUDENT = Recipe(
 
 
 def make_model(recipe: Recipe) -> LlamaForCausalLM:
-    """A fresh model, weights drawn from the recipe's seed."""
+    """A new model with weights from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -110,7 +110,7 @@ def make_model(recipe: Recipe) -> LlamaForCausalLM:
             hidden_size=recipe.hidden_size,
             intermediate_size=recipe.intermediate_size,
             num_hidden_layers=recipe.num_layers,
-            # vLLM's attention kernels want a head of at least 32.
+            # vLLM's attention kernels need a head size of at least 32.
             num_attention_heads=recipe.hidden_size // 32,
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
@@ -141,7 +141,7 @@ def train_step(
 ) -> float:
     """One update. Returns the mean cross-entropy in nats per trained token.
 
-    No attention mask: padding is on the right, so no trained position sees any.
+    No attention mask: padding is on the right, so no trained position attends to it.
     """
     loss = model(input_ids=input_ids_BT, labels=labels_BT).loss
     optimizer.zero_grad()
@@ -158,7 +158,7 @@ def train_until_done(
     problems: Iterator[Problem],
     validation: Sequence[Problem],
 ) -> None:
-    """Trains in place until the recipe says done; RuntimeError if it is passed by or never reached."""
+    """Trains in place until the recipe is finished. RuntimeError if the accuracy range is skipped or not reached."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=recipe.betas
     )
@@ -174,16 +174,16 @@ def train_until_done(
         share_right = accuracy(complete(model, tokenizer, validation), validation)
         print_progress(recipe, update, loss, share_right, time.perf_counter() - start_s)
         if share_right > recipe.done_to:
-            raise RuntimeError(f"{recipe.name}: accuracy {share_right:.3f} has passed {recipe.done_to}")
+            raise RuntimeError(f"{recipe.name}: accuracy {share_right:.3f} has exceeded {recipe.done_to}")
         if share_right >= recipe.done_from and loss <= recipe.done_loss:
             return
         if share_right >= recipe.slow_from:
             learning_rate = recipe.slow_learning_rate
-    raise RuntimeError(f"{recipe.name}: not done after {recipe.max_updates} updates")
+    raise RuntimeError(f"{recipe.name}: not finished after {recipe.max_updates} updates")
 
 
 def repeat_problems(problems: list[Problem]) -> Iterator[Problem]:
-    """The same problems without end, in a new order each time round."""
+    """The same problems repeated endlessly, in a new order each time."""
     rng = random.Random(0)
     while True:
         rng.shuffle(problems)
@@ -191,7 +191,7 @@ def repeat_problems(problems: list[Problem]) -> Iterator[Problem]:
 
 
 def print_progress(recipe: Recipe, update: int, loss: float, share_right: float, elapsed_s: float) -> None:
-    """One line an evaluation. The time left is a bound: it is the time to the last update allowed."""
+    """One line per evaluation. The remaining time is an upper bound, up to the last allowed update."""
     at_most_s = elapsed_s / update * (recipe.max_updates - update)
     print(
         f"{recipe.name}: update {update:5d}  loss {loss:.5f} nats  accuracy {share_right:.3f}"
@@ -201,11 +201,11 @@ def print_progress(recipe: Recipe, update: int, loss: float, share_right: float,
 
 
 def make(recipe: Recipe, folder: Path, shipped_prompts: AbstractSet[str]) -> None:
-    """Trains one model and saves it with its tokenizer, ready for `from_pretrained` and for vLLM."""
+    """Trains one model and saves it with its tokenizer, for `from_pretrained` and for vLLM."""
     tokenizer = make_tokenizer()
     model = make_model(recipe)
     problems = stream_problems(recipe.seed, excluded_prompts=shipped_prompts)
-    # Taken from the same stream before training starts, so none of them is trained on.
+    # Taken from the same stream before training, so none of them is trained on.
     validation = list(islice(problems, recipe.num_validation))
     if recipe.num_problems is not None:
         problems = repeat_problems(list(islice(problems, recipe.num_problems)))

@@ -1,8 +1,8 @@
-"""What the demo models can do: accuracy, and how far the student is from the teacher.
+"""Measures the demo models: accuracy, and the student's divergence from the teacher.
 
     python -m deploy.demo.measure --models deploy/demo/models
 
-Plain Hugging Face generation, so the figures owe nothing to the engines they are compared with.
+Plain Hugging Face generation, so the results are independent of the engines that they are compared with.
 
 Axes: B sequences, P prompt positions (padded on the left), T completion positions, V vocabulary.
 """
@@ -24,11 +24,11 @@ NUM_COMPLETION_TOKENS = NUM_ANSWER_CHARACTERS + 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """What one model wrote after a batch of prompts.
+    """One model's output for a batch of prompts.
 
-    input_ids_BPT: prompts and completions, as the model saw and wrote them.
-    attention_mask_BPT: 1 on the prompt with its BOS and on the completion with its EOS, else 0.
-    num_prompt_columns: where the completions begin.
+    input_ids_BPT: prompts and completions.
+    attention_mask_BPT: 1 on the prompt with its BOS and on the completion with its EOS, otherwise 0.
+    num_prompt_columns: column where the completions begin.
     texts: the completions without special tokens.
     """
 
@@ -42,10 +42,10 @@ class Completions:
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], *, sample: bool = False
 ) -> Completions:
-    """Greedy completions, or samples at temperature 1. One that does not end is cut at the length of a right one."""
+    """Greedy completions, or samples at temperature 1, cut at the length of a correct answer."""
     prompts = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt")
     num_prompt_columns = prompts.input_ids.shape[1]
-    # Without top_k=0 Hugging Face cuts the distribution at 50: no change at 32 symbols, but not what is meant.
+    # Hugging Face's default is top_k=50, which changes nothing with 32 symbols but is not intended.
     decoding = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
     input_ids_BPT = model.generate(**prompts, **decoding, max_new_tokens=NUM_COMPLETION_TOKENS)
     completion_ids_BT = input_ids_BPT[:, num_prompt_columns:]
@@ -60,12 +60,12 @@ def complete(
 
 
 def accuracy(completions: Completions, problems: Sequence[Problem]) -> float:
-    """The share of completions that end in the right result."""
+    """Share of completions that end in the right result."""
     return sum(map(grade, completions.texts, problems)) / len(problems)
 
 
 def exact_match(completions: Completions, problems: Sequence[Problem]) -> float:
-    """The share of completions in which every step is right, not the result alone."""
+    """Share of completions in which every step is right, not only the result."""
     answers = [problem.answer for problem in problems]
     return sum(text == answer for text, answer in zip(completions.texts, answers, strict=True)) / len(problems)
 
@@ -74,7 +74,7 @@ def exact_match(completions: Completions, problems: Sequence[Problem]) -> float:
 def forward_kl(teacher: PreTrainedModel, student: PreTrainedModel, completions: Completions) -> Tensor:
     """[num_tokens] nats. KL(teacher || student) at each completion token, EOS included, full vocabulary."""
     inputs = {"input_ids": completions.input_ids_BPT, "attention_mask": completions.attention_mask_BPT}
-    # Position i of the logits speaks of token i + 1.
+    # The logits at position i predict token i + 1.
     predicting = slice(completions.num_prompt_columns - 1, -1)
     teacher_logprobs_BTV = teacher(**inputs).logits[:, predicting].log_softmax(dim=-1)
     student_logprobs_BTV = student(**inputs).logits[:, predicting].log_softmax(dim=-1)
@@ -100,7 +100,7 @@ def main() -> None:
     divergence = forward_kl(models["teacher"], models["student"], samples)
     median, p90, p99 = divergence.quantile(torch.tensor([0.5, 0.9, 0.99])).tolist()
     print(
-        f"forward KL on {len(divergence)} tokens the student sampled, nats: "
+        f"forward KL on {len(divergence)} tokens sampled by the student, nats: "
         f"mean {divergence.mean():.3f}, median {median:.1e}, p90 {p90:.3f}, p99 {p99:.2f}"
     )
 

@@ -1,7 +1,7 @@
-"""The demo's task: chains of single-digit arithmetic modulo 10, read left to right, every step written out.
+"""The demo's task: chains of single-digit arithmetic modulo 10, evaluated left to right, with every step written out.
 
-A prompt `7+3*8-2=` is answered by `7+3=0;0*8=0;0-2=8;8`: one step an operator, each starting from the digit
-before it, then the result alone. Text only: this module knows no tokenizer and no model.
+The answer to a prompt `7+3*8-2=` is `7+3=0;0*8=0;0-2=8;8`: one step per operator, each starting from the previous
+digit, then the result. Text only: independent of tokenizer and model.
 """
 
 import argparse
@@ -18,12 +18,12 @@ OPERATORS = "+-*"
 END_OF_PROMPT = "="
 END_OF_STEP = ";"
 
-# All chains have one length: step n then reads the prompt at a fixed distance, which a small model learns in
-# minutes. With lengths 5, 6 and 7 mixed, 800 updates taught the teacher the shortest chains only.
+# All chains have the same length, so that step n reads the prompt at a fixed distance, which a small model learns in
+# minutes. With mixed lengths 5, 6 and 7, the teacher had learned only the shortest chains after 800 updates.
 NUM_OPERATORS = 6
-# Operand and operator by turns, then `=`.
+# Operands and operators alternate, followed by `=`.
 NUM_PROMPT_CHARACTERS = 2 * NUM_OPERATORS + 2
-# `7+3=0;` a step, then the result.
+# `7+3=0;` per step, then the result.
 NUM_ANSWER_CHARACTERS = 6 * NUM_OPERATORS + 1
 
 NUM_TRAIN = 2048
@@ -33,7 +33,7 @@ SPLIT_SEED = 20251007
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One chain, the whole worked answer, and the digit that is compared when an answer is graded."""
+    """One chain, the worked answer, and the result digit that is compared for grading."""
 
     prompt: str
     answer: str
@@ -57,7 +57,7 @@ class Split:
 
 
 def apply(left: int, operator: str, right: int) -> int:
-    """One step: a digit, an operator, a digit, and the digit that comes out."""
+    """The result of one step: digit, operator, digit."""
     match operator:
         case "+":
             return (left + right) % 10
@@ -82,13 +82,13 @@ def write_problem(digits: Sequence[int], operators: str) -> Problem:
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Digits and operators drawn evenly and independently: 10^7 * 3^6 prompts in all."""
+    """A problem with uniform, independent digits and operators: 10^7 * 3^6 possible prompts."""
     digits = [rng.randrange(10) for _ in range(NUM_OPERATORS + 1)]
     return write_problem(digits, "".join(rng.choices(OPERATORS, k=NUM_OPERATORS)))
 
 
 def stream_problems(seed: int, *, excluded_prompts: AbstractSet[str] = frozenset()) -> Iterator[Problem]:
-    """Problems without end, a pure function of `seed`; never a prompt twice, never an excluded one."""
+    """An endless stream of problems, a pure function of `seed`. No prompt occurs twice, and no excluded one occurs."""
     rng = random.Random(seed)
     seen = set(excluded_prompts)
     while True:
@@ -99,19 +99,19 @@ def stream_problems(seed: int, *, excluded_prompts: AbstractSet[str] = frozenset
 
 
 def make_split(seed: int = SPLIT_SEED) -> Split:
-    """The shipped split: one stream, cut in two."""
+    """The shipped split: one stream, divided in two."""
     problems = stream_problems(seed)
     return Split(train=tuple(islice(problems, NUM_TRAIN)), held_out=tuple(islice(problems, NUM_HELD_OUT)))
 
 
 def grade(completion: str, problem: Problem) -> bool:
-    """Whether what follows the last `;` is the result. How it was reached is not looked at."""
+    """Whether the text after the last `;` is the result. The steps are not checked."""
     return completion.rpartition(END_OF_STEP)[2] == problem.result
 
 
 def write_prompts(path: Path, problems: Iterable[Problem]) -> None:
-    """One JSON object a line: `prompt`, as `answer` the result digit, which is what evaluation compares, and as
-    `solution` the whole worked answer, for training on given answers.
+    """One JSON object per line: `prompt`; `answer`, the result digit, which evaluation compares; and `solution`, the
+    whole worked answer, for training on dataset answers.
     """
     lines = (
         json.dumps({"prompt": problem.prompt, "answer": problem.result, "solution": problem.answer})
@@ -122,7 +122,7 @@ def write_prompts(path: Path, problems: Iterable[Problem]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write train.jsonl and held_out.jsonl.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to, made if missing")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to; created if missing")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     split = make_split()

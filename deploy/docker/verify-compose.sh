@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything about the containers, for real: build, start, a run inside, the inspector from outside, stop, nothing left.
+# Tests the containers end to end: build, start, a run inside, the inspector from outside, stop, and nothing left over.
 # Prints PASS, or FAIL and what failed; exit code 0 or 1. Needs docker, docker-compose (1.29 or 2) and curl.
 #
-#   NETWORK=host       where the engine has no bridge network (default: bridge)
-#   BASE_IMAGE=...     the base to build from, where the default can't be fetched
-#   SKIP_BUILD=1       take the image that is there
+#   NETWORK=host       for Docker engines without bridge networks (default: bridge)
+#   BASE_IMAGE=...     the base image, if the default can't be downloaded
+#   SKIP_BUILD=1       use the existing image
 #   ARGS='--set ...'   settings of the run (default: a short one)
 #   *_PORT             see docker-compose.override.yml and docker-compose.host.yml
 set -uo pipefail
@@ -29,7 +29,7 @@ fail() {
   printf '\n'; say "FAIL: $*"
   timeout 60 "${compose[@]}" ps
   timeout 60 "${compose[@]}" logs --tail 40
-  # An engine's own words are in Ray's files, not in the job's log.
+  # An engine's own messages are in Ray's files, not in the job's log.
   timeout 60 "${compose[@]}" exec -T head sh -c 'grep -h -A 3 -E "Error|ERROR" /tmp/ray/session_latest/logs/worker-*.err | tail -n 40'
   bring_down
   exit 1
@@ -40,7 +40,7 @@ trap 'bring_down; exit 130' INT TERM
 container() { "${compose[@]}" ps -q "$1"; }
 health() { docker inspect --format '{{.State.Health.Status}}' "$(container "$1")" 2>/dev/null; }
 api() { curl --silent --show-error --fail --max-time 20 -H "Authorization: Bearer $ADASWITCH_INSPECTOR_TOKEN" "$inspector/api/v1$1"; }
-left() {  # what carries this project's name
+left() {  # everything with this project's name
   docker ps --all --quiet --filter "label=com.docker.compose.project=$project"
   docker volume ls --quiet --filter "label=com.docker.compose.project=$project"
   docker network ls --quiet --filter "label=com.docker.compose.project=$project"
@@ -48,7 +48,7 @@ left() {  # what carries this project's name
 
 if [ -z "${SKIP_BUILD:-}" ]; then
   say "building the image"
-  timeout "$build_timeout_s" "${compose[@]}" build head || fail "the image does not build"
+  timeout "$build_timeout_s" "${compose[@]}" build head || fail "the image can't be built"
 fi
 
 say "starting the services"
@@ -56,7 +56,7 @@ timeout "$healthy_timeout_s" "${compose[@]}" up --detach --no-build || fail "the
 for service in head worker inspector; do
   deadline=$((SECONDS + healthy_timeout_s))
   until [ "$(health "$service")" = healthy ]; do
-    [ $SECONDS -lt $deadline ] || fail "$service is not healthy after $healthy_timeout_s s, but $(health "$service")"
+    [ $SECONDS -lt $deadline ] || fail "$service is not healthy after $healthy_timeout_s s; its state is $(health "$service")"
     sleep 2
   done
   say "$service is healthy"
@@ -70,7 +70,7 @@ docker logs "$job" 2>&1 | grep -E 'step [0-9]+/|held out|accuracy|run folder'
 [ "$code" = 0 ] || fail "the job ended with exit code $code"
 
 say "the inspector, from outside"
-user=$(docker exec "$(container head)" id -un) && [ "$user" != root ] || fail "the services run as ${user:-nobody knows whom}"
+user=$(docker exec "$(container head)" id -un) && [ "$user" != root ] || fail "the services run as ${user:-an unknown user}"
 [ "$(curl --silent --output /dev/null --write-out '%{http_code}' --max-time 20 "$inspector/api/v1/runs")" = 401 ] ||
   fail "the inspector answers without a token"
 sequences=$(api '/runs/demo/sequences?switched=true&limit=1') || fail "the inspector does not list the run's sequences"

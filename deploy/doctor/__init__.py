@@ -1,8 +1,8 @@
-"""``adaswitch doctor``: what of a machine, and of a configuration on it, is right, and what to do where it is not.
+"""``adaswitch doctor``: checks a machine, and a configuration on it, and says what to do about problems.
 
-    gather   looks at the machine         -> Facts
-    checks   judges the facts             -> Findings; pure (software, hardware, room)
-    report   shows the findings
+    gather   reads the machine's state    -> Facts
+    checks   evaluates the facts          -> Findings; pure (software, hardware, room)
+    report   prints the findings
 
-Starts no engine and no run; needs neither torch, Ray nor vLLM to say that they are missing.
+Starts no engine and no run. It works without torch, Ray and vLLM, so that it can report that they are missing.
 """

@@ -1,8 +1,8 @@
-"""All checks: what a machine's facts mean for a run. Each is a pure function of the facts and says what to do."""
+"""All checks. Each is a pure function of the machine's facts and says what to do about a problem."""
 
 from collections.abc import Callable
 
-from deploy.doctor import hardware, room, software
+from deploy.doctor import hardware, resources, software
 from deploy.doctor.facts import Facts
 from deploy.doctor.finding import Finding, failure, ok
 
@@ -20,28 +20,28 @@ CHECKS: tuple[Check, ...] = (
     software.check_flash_attention,
     software.check_compilers,
     software.check_toolkit,
-    room.check_shared_memory,
-    room.check_run_folder,
-    room.check_hub_cache,
-    room.check_hub,
-    room.check_ray,
+    resources.check_shared_memory,
+    resources.check_run_folder,
+    resources.check_hub_cache,
+    resources.check_hub,
+    resources.check_ray,
     software.check_settings,
 )
 
 
 def check(facts: Facts) -> tuple[Finding, ...]:
-    """Every check that has something to say of this machine, in the order in which they are shown."""
-    return (*(finding for one in CHECKS if (finding := one(facts))), *seats_of_actors(facts))
+    """The findings of all checks that apply to this machine, in display order."""
+    return (*(finding for one in CHECKS if (finding := one(facts))), *describe_plan(facts))
 
 
-def seats_of_actors(facts: Facts) -> tuple[Finding, ...]:
-    """The plan of the configuration's run: a line for the whole, and one for each bundle of GPUs."""
-    seats = facts.seats
-    if seats is None:
+def describe_plan(facts: Facts) -> tuple[Finding, ...]:
+    """The plan of the configured run: one line for the whole, and one for each bundle with GPUs."""
+    plan = facts.plan
+    if plan is None:
         return ()
     whole = (
-        ok("placement", seats.summary)
-        if seats.missing is None
-        else failure("placement", f"{seats.missing}; adaswitch config FILE --plan shows what holds how much")
+        ok("placement", plan.summary)
+        if plan.missing is None
+        else failure("placement", f"{plan.missing}; adaswitch config FILE --plan shows each actor's memory")
     )
-    return (whole, *(ok(f"bundle {number}", text) for number, text in enumerate(seats.bundles)))
+    return (whole, *(ok(f"bundle {number}", text) for number, text in enumerate(plan.bundles)))

@@ -1,4 +1,4 @@
-"""One examination: the settings are read, the machine is looked at, and what was found is judged."""
+"""One run of the doctor: reads the settings, gathers facts about the machine, and runs the checks."""
 
 import os
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ _COUNT_PARAMETERS = ("torch", "transformers")
 
 
 def examine(file: Path | None, overrides: Sequence[str]) -> tuple[Facts, tuple[Finding, ...]]:
-    """This machine, with the configuration in ``file``, if one is given. What is wrong with that is a finding too."""
+    """Check this machine, and the configuration in ``file`` if given. An invalid configuration is a finding too."""
     wanted, config = (None, None) if file is None else _read(file, overrides)
     with ThreadPoolExecutor() as threads:
         if config is not None and not needs_hub(wanted):
-            threads.submit(import_module, "deploy.doctor.seating")  # takes seconds; a failure is seen below
+            threads.submit(import_module, "deploy.doctor.run_plan")  # takes seconds; a failure shows up below
         facts = gather(wanted, config)
     if file is not None and config is not None and all(facts.package(name).version for name in _COUNT_PARAMETERS):
-        facts = _with_seats(facts, config, file)
+        facts = _with_plan(facts, config, file)
     return facts, check(facts)
 
 
-def _with_seats(facts: Facts, config: RunConfig, file: Path) -> Facts:
+def _with_plan(facts: Facts, config: RunConfig, file: Path) -> Facts:
     if facts.hub.error:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # transformers would wait for it again; it reads this when it is imported
-    from deploy.doctor.seating import seats_of
+        os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise transformers would wait for the hub; read when it is imported
+    from deploy.doctor.run_plan import plan_facts_of
 
-    return replace(facts, seats=seats_of(config, file, facts))
+    return replace(facts, plan=plan_facts_of(config, file, facts))
 
 
 def _read(file: Path, overrides: Sequence[str]) -> tuple[Wanted, RunConfig | None]:

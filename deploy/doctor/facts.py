@@ -1,4 +1,4 @@
-"""What ``adaswitch doctor`` knows about a machine: records, and how the text of NVIDIA's tools becomes them."""
+"""The facts that ``adaswitch doctor`` gathers about a machine, and parsers for the output of NVIDIA's tools."""
 
 import re
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from deploy.lock.driver import Driver
 
 Build = Literal["cpu", "cuda", "other"]
 Place = Literal["machine", "cache", "hub", "nowhere"]
-"""machine: a file or folder here. cache: a hub name that was fetched before. hub: one that was not. nowhere: what looks
-like a path and is none."""
+"""machine: a file or folder here. cache: a hub name in the local cache. hub: a hub name that is not in the cache.
+nowhere: a path that does not exist."""
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """One installed package, or one that is missing."""
+    """One package, installed or missing."""
 
     name: str
     version: str | None
-    """None: not installed."""
+    """None if it is not installed."""
     build: Build | None = None
-    """Of torch and vLLM."""
+    """For torch and vLLM."""
     wanted: str | None = None
-    """What adaswitch asks for, such as ==2.13.0, where the version is another one."""
+    """The version that adaswitch requires, for example ==2.13.0, if another one is installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """How two GPUs reach each other: NV4 (four NVLinks), PIX, PXB, PHB, NODE, SYS, as ``nvidia-smi topo -m`` has it."""
+    """Connection of two GPUs as in ``nvidia-smi topo -m``: NV4 (four NVLinks), PIX, PXB, PHB, NODE, SYS."""
 
     first: int
     second: int
@@ -42,22 +42,22 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processor:
-    """The processor and its memory."""
+    """The CPU and the machine's memory."""
 
     model: str
     architecture: str
     """x86_64, aarch64."""
     num_cores: int
-    """Those that this process may use."""
+    """Cores that this process may use."""
     memory_gib: float
-    """The machine's, or the container's where that has less."""
+    """Of the machine, or of the container if that is less."""
     flags: frozenset[str]
-    """Instruction sets, as /proc/cpuinfo names them."""
+    """Instruction sets, named as in /proc/cpuinfo."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compilers:
-    """What kernels are built with at run time."""
+    """What is needed to build kernels at run time."""
 
     c: str | None
     cxx: str | None
@@ -66,16 +66,16 @@ class Compilers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Toolkit:
-    """The CUDA toolkit that FlashInfer would build kernels with."""
+    """The CUDA toolkit that FlashInfer would use to build kernels."""
 
     nvcc: str
     cuda: tuple[int, int] | None
-    """None: nvcc does not say."""
+    """None if nvcc does not report it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """A folder's file system. The folder itself need not be there yet."""
+    """File system of a folder, which need not exist yet."""
 
     path: str
     total_bytes: int
@@ -89,40 +89,40 @@ class Node:
 
     num_gpus: int
     gpu_gib: float | None = None
-    """Of its smallest. None where it does not say."""
+    """Memory of its smallest GPU. None if unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayState:
-    """Ray, and the cluster that a run would join."""
+    """Ray, and the cluster that a run would use."""
 
     address: str | None
-    """Of the cluster that the run is told to join. None: it starts Ray on this machine."""
+    """Address of the cluster that the run is configured for. None: it starts Ray on this machine."""
     nodes: tuple[Node, ...] = ()
-    """Of that cluster."""
+    """The nodes of that cluster."""
     error: str | None = None
-    """Why Ray does not import, or the cluster is not reached."""
+    """Why Ray can't be imported, or the cluster can't be reached."""
     local_cluster: str | None = None
-    """The address of a cluster of this machine that nobody named."""
+    """Address of a cluster that runs on this machine but is not configured."""
     asks_for_token: bool = False
-    """RAY_AUTH_MODE is token."""
+    """Whether RAY_AUTH_MODE is token."""
     has_token: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hub:
-    """Hugging Face's hub, or the mirror that HF_ENDPOINT names."""
+    """The Hugging Face Hub, or the mirror in HF_ENDPOINT."""
 
     is_offline: bool
-    """HF_HUB_OFFLINE is set."""
+    """Whether HF_HUB_OFFLINE is set."""
     has_token: bool
     error: str | None = None
-    """Why it does not answer. None where it does, and where it was not asked."""
+    """Why it does not answer. None if it does, or was not asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model or data set that a configuration names."""
+    """A model or data set in a configuration."""
 
     key: str
     """models.student, data.path, ..."""
@@ -132,7 +132,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What the configuration asks of the machine."""
+    """What the configuration needs from the machine."""
 
     file: str
     error: str | None = None
@@ -143,38 +143,38 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seats:
-    """Where the configuration's actors would sit, and what its run needs beside GPUs, by ``deploy``'s plan of it."""
+class PlanFacts:
+    """The plan of the configured run: where its actors go, and what the run needs besides GPUs."""
 
     summary: str = ""
-    """Layout, why, and how the weights go."""
+    """The layout, the reason for it, and the weight-transfer backend."""
     bundles: tuple[str, ...] = ()
-    """Who sits in each bundle of GPUs, and what they hold of one."""
+    """For each bundle with GPUs, its actors and their memory per GPU."""
     missing: str | None = None
-    """Why it can't be had. None where it fits."""
+    """Why the run does not fit. None if it fits."""
     shm_bytes: int = 0
-    """Of shared memory, for the weights on their way."""
+    """Shared memory for the weight transfer."""
     checkpoints_bytes: int = 0
-    """Of disk, for all that are kept at once."""
+    """Disk space for all checkpoints that are kept at once."""
     download_bytes: int = 0
-    """Of disk, for the models that are still at the hub, 2 bytes a parameter."""
+    """Disk space for models that are not in the cache yet, 2 bytes per parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """One machine, and one configuration where it was given."""
+    """The facts about one machine, and about one configuration if given."""
 
     python: tuple[int, int, int]
     packages: tuple[Package, ...]
     flash_attention: str | None
-    """Version of flash-attn, which the learner uses and vLLM does not."""
+    """Version of flash-attn, which is used by the learner but not by vLLM."""
     driver: Driver | None
     gpus: tuple[Gpu, ...]
     visible_devices: str | None
-    """CUDA_VISIBLE_DEVICES."""
+    """Value of CUDA_VISIBLE_DEVICES."""
     links: tuple[Link, ...]
     torch_gpus: int | None
-    """How many GPUs torch sees. None: it was not asked."""
+    """Number of GPUs that torch sees. None if it was not asked."""
     torch_error: str | None
     processor: Processor
     compilers: Compilers
@@ -185,25 +185,25 @@ class Facts:
     ray: RayState
     hub: Hub
     wanted: Wanted | None
-    seats: Seats | None = None
-    """None without a configuration that can be read, and without torch and transformers, which count parameters."""
+    plan: PlanFacts | None = None
+    """None without a valid configuration, or without torch and transformers, which count the parameters."""
 
     def package(self, name: str) -> Package:
         return next(package for package in self.packages if package.name == name)
 
     @property
     def build(self) -> Build | None:
-        """vLLM's. None without vLLM."""
+        """vLLM's build. None without vLLM."""
         return self.package("vllm").build
 
 
 def needs_hub(wanted: Wanted | None) -> bool:
-    """Unknown without a configuration, and then taken to be."""
+    """Whether the run loads anything from the hub. True without a configuration, because it is unknown then."""
     return wanted is None or any(source.place in ("cache", "hub") for source in wanted.sources)
 
 
 def parse_links(text: str) -> tuple[Link, ...]:
-    """From ``nvidia-smi topo -m``, each pair once."""
+    """Parse ``nvidia-smi topo -m``. Each pair occurs once."""
     rows = [line.split() for line in re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()]
     is_gpu = re.compile(r"GPU(\d+)").fullmatch
     header = next((row for row in rows if row and is_gpu(row[0]) and "X" not in row), [])

@@ -1,4 +1,4 @@
-"""What a check says: one line."""
+"""The result of a check, in one line."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Level = Literal["ok", "warning", "failure"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What was looked at, what was found, and what to do where it is not right."""
+    """What was checked, what was found, and what to do if there is a problem."""
 
     level: Level
     topic: str
@@ -20,10 +20,10 @@ def ok(topic: str, text: str) -> Finding:
 
 
 def warning(topic: str, text: str) -> Finding:
-    """A run may work, or work worse than it could."""
+    """A run may work, possibly slower than it could."""
     return Finding(level="warning", topic=topic, text=text)
 
 
 def failure(topic: str, text: str) -> Finding:
-    """No run works."""
+    """No run will work."""
     return Finding(level="failure", topic=topic, text=text)

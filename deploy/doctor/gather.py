@@ -1,4 +1,4 @@
-"""Looks at this machine: processes are asked side by side and each within a time-out. Judges nothing."""
+"""Gathers facts about this machine. Runs its queries concurrently, each with a time-out. Does not evaluate them."""
 
 import json
 import os
@@ -26,13 +26,13 @@ from deploy.doctor.machine import compilers, printed, processor, space, toolkit
 from deploy.doctor.sources import hub_home
 from deploy.lock.driver import read_driver
 
-_HUB_TIMEOUT_S = 8.0  # it gives up after 5; looking up its name may hang
+_HUB_TIMEOUT_S = 8.0  # the request itself times out after 5 s, but name resolution may hang
 _TORCH_TIMEOUT_S = 60.0
 _RAY_TIMEOUT_S = 20.0
 
 
 def gather(wanted: Wanted | None, config: RunConfig | None) -> Facts:
-    """This machine's facts. ``config`` is what ``wanted`` was read from, where it could be read."""
+    """This machine's facts. ``config`` is the configuration behind ``wanted``, if it is valid."""
     packages = installed_packages()
     torch_build = next(package.build for package in packages if package.name == "torch")
     address = (config.placement.address if config else None) or os.environ.get("RAY_ADDRESS")

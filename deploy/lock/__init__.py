@@ -1,1 +1,1 @@
-"""The pinned CPU stack, and the command that pins it anew."""
+"""The pinned dependencies, and the command that updates the pins."""

@@ -1,8 +1,8 @@
-"""Hold lock files against the Python Packaging Advisory Database, through pip-audit. Each pinned version is asked about
-once, however many of the files have it.
+"""Checks lock files against the Python Packaging Advisory Database, with pip-audit. Each pinned version is checked
+once, however many files contain it.
 
-Exit code 1 on a finding that ``audit.toml`` does not allow, and on a permission that has ended. Where the service can't
-be asked, that is said and, unless ``--required`` is given, is no failure: nothing was checked, nothing was found.
+The exit code is 1 for a finding that ``audit.toml`` does not allow, and for an expired exception. If the service is not
+available, a message says that nothing was checked, and the exit code is 0 unless ``--required`` is given.
 """
 
 import argparse
@@ -22,8 +22,8 @@ _TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Permission:
-    """One advisory that is known and borne for a while."""
+class AllowedAdvisory:
+    """An exception for one known advisory, for a limited time."""
 
     id: str
     package: str
@@ -32,49 +32,49 @@ class Permission:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What an audit came to."""
+class AuditResult:
+    """The result of an audit."""
 
-    num_asked: int
-    num_unanswered: int
+    num_packages: int
+    num_unchecked: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
     def was_possible(self) -> bool:
-        return self.num_unanswered < self.num_asked
+        return self.num_unchecked < self.num_packages
 
 
-def read_permissions(file: Path) -> list[Permission]:
-    """Raises TypeError or KeyError for one without id, package, reason and date."""
-    return [Permission(**entry) for entry in tomllib.loads(file.read_text()).get("allow", [])]
+def read_exceptions(file: Path) -> list[AllowedAdvisory]:
+    """Raises TypeError or KeyError for an entry without id, package, reason and date."""
+    return [AllowedAdvisory(**entry) for entry in tomllib.loads(file.read_text()).get("allow", [])]
 
 
-def judge(packages: Sequence[dict[str, Any]], permissions: Sequence[Permission], today: date) -> Verdict:
-    """``packages``: pip-audit's ``dependencies``: a name and a version with ``vulns``, or a ``skip_reason``."""
-    valid = {(p.package, p.id) for p in permissions if p.until >= today}
+def judge(packages: Sequence[dict[str, Any]], exceptions: Sequence[AllowedAdvisory], today: date) -> AuditResult:
+    """``packages``: pip-audit's ``dependencies``: name and version with ``vulns``, or a ``skip_reason``."""
+    valid = {(p.package, p.id) for p in exceptions if p.until >= today}
     found: dict[tuple[str, str], str] = {}
-    borne = set()
+    used = set()
     for package in packages:
         for advisory in package.get("vulns", []):
             keys = {(package["name"], name) for name in (advisory["id"], *advisory.get("aliases", []))}
             if keys & valid:
-                borne |= keys
+                used |= keys
                 continue
             fixed = ", ".join(advisory.get("fix_versions", [])) or "no version"
             found[package["name"], advisory["id"]] = (
                 f"{package['name']} {package['version']}: {advisory['id']}, fixed in {fixed}"
             )
-    ended = [f"{p.package}: the permission for {p.id} ended on {p.until}" for p in permissions if p.until < today]
-    unneeded = [p for p in permissions if (p.package, p.id) not in borne]
-    unanswered = [package["name"] for package in packages if "skip_reason" in package]
-    return Verdict(
-        num_asked=len(packages),
-        num_unanswered=len(unanswered),
+    ended = [f"{p.package}: the exception for {p.id} expired on {p.until}" for p in exceptions if p.until < today]
+    unneeded = [p for p in exceptions if (p.package, p.id) not in used]
+    unchecked = [package["name"] for package in packages if "skip_reason" in package]
+    return AuditResult(
+        num_packages=len(packages),
+        num_unchecked=len(unchecked),
         problems=(*found.values(), *ended),
         notes=(
             *(f"{p.package}: {p.id} is allowed but was not found" for p in unneeded),
-            *([f"not known to the service: {', '.join(unanswered)}"] if unanswered else []),
+            *([f"unknown to the service: {', '.join(unchecked)}"] if unchecked else []),
         ),
     )
 
@@ -82,24 +82,24 @@ def judge(packages: Sequence[dict[str, Any]], permissions: Sequence[Permission],
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lock_files", type=Path, nargs="+")
-    parser.add_argument("--required", action="store_true", help="fail where the service can't be asked")
+    parser.add_argument("--required", action="store_true", help="fail if the service is not available")
     options = parser.parse_args(arguments)
-    packages, reason = _ask_about(pins_to_ask_about([file.read_text() for file in options.lock_files]))
-    verdict = judge(packages, read_permissions(ALLOWED_FILE), date.today())
-    if not verdict.was_possible:
-        print(f"audit: NOTHING WAS CHECKED, the advisory service can't be asked: {reason}")
+    packages, reason = _check_all(pins_to_check([file.read_text() for file in options.lock_files]))
+    result = judge(packages, read_exceptions(ALLOWED_FILE), date.today())
+    if not result.was_possible:
+        print(f"audit: NOTHING WAS CHECKED, the advisory service is not available: {reason}")
         return int(options.required)
-    for line in verdict.notes:
+    for line in result.notes:
         print(f"audit: note: {line}")
-    for line in verdict.problems:
+    for line in result.problems:
         print(f"audit: {line}", file=sys.stderr)
-    asked = verdict.num_asked - verdict.num_unanswered
-    print(f"audit: {asked} of {verdict.num_asked} packages checked, {len(verdict.problems)} problems")
-    return int(bool(verdict.problems))
+    asked = result.num_packages - result.num_unchecked
+    print(f"audit: {asked} of {result.num_packages} packages checked, {len(result.problems)} problems")
+    return int(bool(result.problems))
 
 
-def pins_to_ask_about(lock_texts: Sequence[str]) -> list[list[str]]:
-    """All pins, each once, in as few lists as there are versions of one package: pip-audit takes one at a time."""
+def pins_to_check(lock_texts: Sequence[str]) -> list[list[str]]:
+    """All pins, each once, in as few lists as possible: pip-audit accepts only one version per package in a list."""
     lists: list[dict[str, str]] = []
     for line in dict.fromkeys(line for text in lock_texts for line in text.splitlines()):
         if "==" in line and not line.startswith("#"):
@@ -111,8 +111,8 @@ def pins_to_ask_about(lock_texts: Sequence[str]) -> list[list[str]]:
     return [list(pins.values()) for pins in lists]
 
 
-def _ask_about(lists_of_pins: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], str]:
-    """All answers, and why one is missing."""
+def _check_all(lists_of_pins: Sequence[Sequence[str]]) -> tuple[list[dict[str, Any]], str]:
+    """All results, and the reason if one is missing."""
     packages: list[dict[str, Any]] = []
     reason = "it knows none of the packages"
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def _ask_about(lists_of_pins: Sequence[Sequence[str]]) -> tuple[list[dict[str, A
 
 
 def _ask(requirements: Path) -> tuple[list[dict[str, Any]], str]:
-    """pip-audit's answer for each package; none where it got none. And why not, in a line."""
+    """pip-audit's result for each package, or none, and the reason in one line."""
     command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--no-deps", "--format", "json"]
     command += ["--progress-spinner", "off", "--requirement", str(requirements)]
     try:

@@ -1,7 +1,7 @@
-"""The NVIDIA driver that the CUDA build needs, and the one that is there.
+"""The NVIDIA driver that the CUDA build needs, and the installed one.
 
-Run with any Python 3.11 before anything is installed, so it uses the standard library alone. Exit code 1 where the
-driver is too old. Where no driver answers, the packages can be installed all the same, for use on another machine.
+Runs with any Python 3.11 before anything is installed, so it only uses the standard library. The exit code is 1 if the
+driver is too old. Without a driver the packages can still be installed, for use on another machine.
 """
 
 import re
@@ -13,19 +13,19 @@ from pathlib import Path
 CUDA = (13, 0)
 """The CUDA version of torch and vLLM in cuda.lock."""
 MIN_DRIVER = 580
-"""NVIDIA's CUDA release notes: any CUDA 13 runs with a driver of branch 580 or newer."""
+"""From NVIDIA's CUDA release notes: every CUDA 13 runs with a driver of branch 580 or newer."""
 _TIMEOUT_S = 20.0
 _LOADED_MODULE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Driver:
-    """An NVIDIA driver that answers."""
+    """A working NVIDIA driver."""
 
     version: str
-    """Such as 580.95.05."""
+    """For example 580.95.05."""
     cuda: tuple[int, int] | None
-    """The newest CUDA version it runs. Newer than its branch's own where NVIDIA's forward-compatibility package is."""
+    """The newest CUDA version it supports. NVIDIA's forward-compatibility package can raise it."""
 
     @property
     def is_new_enough(self) -> bool:
@@ -36,9 +36,9 @@ NEEDED = f"CUDA {CUDA[0]}.{CUDA[1]} needs driver {MIN_DRIVER} or newer"
 
 
 def parse_banner(text: str) -> Driver | None:
-    """The driver from what ``nvidia-smi`` prints above its table. None where that has none.
+    """Parse the driver version that ``nvidia-smi`` prints above its table. None if there is none.
 
-    From 610 on it calls the two versions KMD (kernel-mode driver) and CUDA UMD (user-mode driver).
+    From 610 on, the two versions are called KMD (kernel-mode driver) and CUDA UMD (user-mode driver).
     """
     version = re.search(r"(?:Driver|KMD) Version\s*:\s*(\d+(?:\.\d+)+)", text)
     cuda = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d+)\.(\d+)", text)
@@ -46,13 +46,13 @@ def parse_banner(text: str) -> Driver | None:
 
 
 def parse_module(text: str) -> Driver | None:
-    """The driver from ``/proc/driver/nvidia/version``, for machines without ``nvidia-smi``."""
+    """Parse ``/proc/driver/nvidia/version``, for machines without ``nvidia-smi``."""
     version = re.search(r"Kernel Module\s.*?(\d+\.\d+(?:\.\d+)?)", text)
     return Driver(version=version[1], cuda=None) if version else None
 
 
 def read_driver() -> Driver | None:
-    """This machine's driver; None where none answers."""
+    """This machine's driver, or None if there is no working one."""
     try:
         printed = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -65,11 +65,11 @@ def read_driver() -> Driver | None:
 def main() -> int:
     driver = read_driver()
     if driver is None:
-        print(f"warning: no NVIDIA driver answers here; where this environment is used, {NEEDED}", file=sys.stderr)
+        print(f"warning: no NVIDIA driver found; the machine that uses this environment: {NEEDED}", file=sys.stderr)
         return 0
     if not driver.is_new_enough:
         print(
-            f"error: NVIDIA driver {driver.version} is too old: {NEEDED}; update it, or take the CPU build: GPU=0",
+            f"error: NVIDIA driver {driver.version} is too old: {NEEDED}; update it, or use the CPU build: GPU=0",
             file=sys.stderr,
         )
         return 1

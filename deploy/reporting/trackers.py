@@ -1,8 +1,8 @@
-"""Where metrics go besides ``metrics.jsonl``: TensorBoard and Ray always, W&B and MLflow when configured.
+"""Destinations for metrics besides ``metrics.jsonl``: TensorBoard and Ray always, W&B and MLflow if configured.
 
-Owns how trackers are opened, fed and closed. A tracker that can't be opened stops the run before it starts. One that
-fails later does not: the failure is logged once, and the records it missed are counted; ``metrics.jsonl`` has them all.
-Credentials are read from the environment by the tracker's own package and never written by us.
+Opens, feeds and closes the trackers. If a tracker can't be opened, the run does not start. If one fails later, the run
+continues: the failure is logged once, and the missed records are counted; ``metrics.jsonl`` has them all. The tracker's
+own package reads its credentials from the environment; we never write them.
 """
 
 import json
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_QUEUED_RECORDS = 1000  # a tracker further behind loses records instead of delaying the run
+_QUEUED_RECORDS = 1000  # a tracker that is further behind loses records, so that it does not delay the run
 _CLOSE_TIMEOUT_S = 60.0
-_MLFLOW_BATCH = 100  # parameters that a server accepts in one call
+_MLFLOW_BATCH = 100  # maximum number of parameters per call to the server
 
 
 class Trackers:
@@ -40,9 +40,9 @@ class Trackers:
 
     @classmethod
     def open(cls, config: RunConfig, run_folder: Path) -> Self:
-        """Raises UserError naming the key of one that can't be opened.
+        """Raises UserError naming the key of a tracker that can't be opened.
 
-        A resumed run continues under its previous ids, which are kept in ``trackers.json``.
+        A resumed run uses its previous ids, which are stored in ``trackers.json``.
         """
         ids_file = run_folder / "trackers.json"
         ids: dict[str, str] = json.loads(ids_file.read_text()) if ids_file.exists() else {}
@@ -64,13 +64,13 @@ class Trackers:
         return cls(trackers)
 
     def log(self, metrics: Metrics) -> None:
-        """Queue one record, with its ``step``. Returns at once."""
+        """Queue one record, including its ``step``. Returns at once."""
         for feed in self._feeds:
             feed.put(metrics)
 
     @property
     def num_lost(self) -> dict[str, int]:
-        """How many records each tracker missed."""
+        """Number of records that each tracker missed."""
         return {feed.name: feed.num_lost for feed in self._feeds}
 
     def __enter__(self) -> Self:
@@ -84,16 +84,16 @@ class Trackers:
 
 
 class _Feed:
-    """A tracker and the thread that feeds it, so that a slow network never delays a step.
+    """A tracker and the thread that calls it, so that a slow network never delays a step.
 
-    Consumes what ``put`` queues, in order; waits for the next record; stops at ``close``, after sending the rest.
+    Consumes the queued records in order; waits for the next record; stops at ``close``, after sending the rest.
     """
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self.name = name
         self.num_lost = 0
         self._tracker = tracker
-        self._is_told = False
+        self._is_reported = False
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=_QUEUED_RECORDS)
         self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -122,18 +122,18 @@ class _Feed:
         while (call := self._calls.get()) is not None:
             try:
                 call()
-            except Exception as error:  # any error of a tracker's package or its network: the run continues
+            except Exception as error:  # errors of a tracker's package or network must not stop the run
                 self._lose(f"failed: {type(error).__name__}: {error}")
 
     def _lose(self, reason: str) -> None:
         self.num_lost += 1
-        if not self._is_told:
-            self._is_told = True
+        if not self._is_reported:
+            self._is_reported = True
             logger.warning("%s %s; the run continues without it; further failures are not logged", self.name, reason)
 
 
 class TensorBoardTracker:
-    """Event files in the run directory. Steps that a resumed run repeats replace the earlier ones."""
+    """Event files in the run's folder. Steps that a resumed run repeats replace the earlier ones."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -154,7 +154,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases; in offline mode a folder that ``wandb sync`` sends later."""
+    """A Weights & Biases run; in offline mode a folder to upload later with ``wandb sync``."""
 
     def __init__(self, settings: Wandb, config: RunConfig, run_folder: Path, run_id: str | None) -> None:
         import wandb
@@ -180,7 +180,7 @@ class WandbTracker:
 
 
 class MLflowTracker:
-    """A run of an MLflow experiment, on a server, in a database file or in a folder."""
+    """A run in an MLflow experiment, on a server, in a database file or in a folder."""
 
     def __init__(self, settings: MLflow, config: RunConfig, run_folder: Path, run_id: str | None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -213,21 +213,21 @@ class MLflowTracker:
 
 
 def refuse_missing_packages(config: Logging) -> None:
-    """Raise UserError where a tracker is configured and its package is not installed."""
+    """Raise UserError if a tracker is configured and its package is not installed."""
     wanted = {"wandb": config.wandb, "mlflow": config.mlflow}
     for package, settings in wanted.items():
         if settings is not None and find_spec(package) is None:
             raise UserError(
                 f"logging.{package}: the package {package} is not installed; pip install 'adaswitch[{package}]', or "
-                f"leave logging.{package} out"
+                f"remove logging.{package}"
             )
 
 
 def _refuse_password_in_environment() -> None:
-    """Because MLflow's errors quote the address, and errors are logged."""
+    """MLflow's errors quote the address, and errors are logged."""
     if "@" in urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).netloc:
         raise UserError(
-            "logging.mlflow: the environment's MLFLOW_TRACKING_URI must not hold a user or a password, for errors "
+            "logging.mlflow: MLFLOW_TRACKING_URI must not contain a user or a password, because errors "
             "quote it; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
 

@@ -1,1 +1,1 @@
-"""From the command to the summary: starting, stepping, resuming and copying one run."""
+"""One run from the command to the summary: start, steps, resume and copies."""

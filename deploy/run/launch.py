@@ -1,4 +1,4 @@
-"""A run on Ray, from the command to its summary: how its actors start, and how it ends."""
+"""A run on Ray, from the command to its summary: starts its actors, and ends the run."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.run_dir import RunDir
 from deploy.cluster.actors import ActorClasses, joined
 from deploy.cluster.attach import live_name
-from deploy.cluster.sigterm import end_in_order_on_sigterm
+from deploy.cluster.sigterm import cancel_on_sigterm
 from deploy.preflight import Inputs, prepare
 from deploy.reporting.progress import ProgressDisplay
 from deploy.reporting.terminal import make_console, print_summary
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(resolved: ResolvedConfig, *, resume: bool = False, actor_classes: ActorClasses | None = None) -> None:
-    """Run the whole distillation, or the rest of one that was interrupted, and print its summary."""
+    """Run a distillation, or resume an interrupted one, and print its summary."""
     resumed = None
     if resume:
         fetch_if_ahead(resolved.config)
@@ -46,7 +46,7 @@ def train(resolved: ResolvedConfig, *, resume: bool = False, actor_classes: Acto
         refuse_other_settings(resumed.folder, resolved)
         if (summary := resumed.finished_summary(resolved.config.trainer.num_steps)) is not None:
             make_console(stderr=True).print(
-                f"{resumed.folder.path} is finished, after step {resumed.state.step}; to train on, raise "
+                f"{resumed.folder.path} is finished, after step {resumed.state.step}; to continue training, raise "
                 "trainer.num_steps"
             )
             print_summary(summary)
@@ -57,7 +57,7 @@ def train(resolved: ResolvedConfig, *, resume: bool = False, actor_classes: Acto
 
 
 def evaluate_student(resolved: ResolvedConfig) -> None:
-    """Measure ``models.student`` on the held-out prompts and print accuracy and divergence."""
+    """Evaluate ``models.student`` on the held-out prompts and print accuracy and divergence."""
     report = _run(_evaluate(resolved))
     print_summary({"student": resolved.config.models.student, **asdict(report)})
 
@@ -71,14 +71,14 @@ async def started_actors(
     *,
     actor_classes: ActorClasses | None = None,
 ) -> AsyncIterator[RunActors]:
-    """The run's actors, started and connected. They are shut down when the block is left."""
+    """Start and connect the run's actors. They are shut down when the block is left."""
     display.note("starting the engines and the learner")
     async with joined(config, actor_classes) as cluster:
         display.note(f"placement: {cluster.plan}")
         write_placement(folder.path, str(cluster.plan))
         pair, learner_actor = await cluster.start(inputs, folder, name=live_name(folder.path.name))
         learner = await cluster.connect_learner(learner_actor, pair)
-        await cluster.refuse_unshared(folder.path, learner_actor, pair)
+        await cluster.check_folder_is_shared(folder.path, learner_actor, pair)
         display.note(f"student {_describe(pair.student_facts)}; teacher {_describe(pair.teacher_facts)}")
         probe_prompts = inputs.prompts.peek(config.sync.num_probe_prompts)
         noise = await cluster.measure_probe_noise(learner, pair, probe_prompts)
@@ -121,10 +121,10 @@ def _describe(engine: EngineFacts) -> str:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end. SIGTERM, which stops a job, ends the run as Ctrl-C does: the actors are shut down first."""
+    """Run to the end. SIGTERM, which stops a job, has the same effect as Ctrl-C: the actors are shut down first."""
 
     async def until_stopped() -> T:
-        end_in_order_on_sigterm()
+        cancel_on_sigterm()
         return await work
 
     try:

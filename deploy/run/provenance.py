@@ -1,6 +1,6 @@
-"""What a run ran on: package versions and the machine. Written at its start and at each resume.
+"""Package versions and machine of a run. Written at its start and at each resume.
 
-Names no host, no user and no path. It is the machine of the driver; engines on other nodes may have other GPUs.
+Contains no host name, user or path. It describes the driver's machine; engines on other nodes may have other GPUs.
 """
 
 import json
@@ -35,7 +35,7 @@ PACKAGES = (
 
 def write_versions(folder: Path, *, after_step: int = 0) -> int:
     """Add an entry to ``versions.json``: the step it starts after, Python, packages, hardware. Returns the number of
-    entries, which is one more than the run has been resumed.
+    entries, which is one more than the number of resumes.
     """
     path = folder / VERSIONS
     legs: list[dict[str, object]] = json.loads(path.read_text())["legs"] if path.exists() else []
@@ -52,7 +52,7 @@ def write_versions(folder: Path, *, after_step: int = 0) -> int:
 
 
 def write_placement(folder: Path, placement: str) -> None:
-    """Add to the leg under way how its actors lie on the cluster, and why."""
+    """Add the placement of the actors, and the reason for it, to the latest entry."""
     path = folder / VERSIONS
     legs: list[dict[str, object]] = json.loads(path.read_text())["legs"]
     legs[-1]["placement"] = placement
@@ -60,7 +60,7 @@ def write_placement(folder: Path, placement: str) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of PACKAGES that are installed."""
+    """The installed versions of PACKAGES."""
     found = {}
     for name in PACKAGES:
         try:
@@ -71,7 +71,7 @@ def package_versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """One line: processor, memory, GPUs."""
+    """One line: CPU, memory, GPUs."""
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"

@@ -1,6 +1,6 @@
-"""A run's records as numbers: the loop's reports under their documented metric names, and the run's summary. Pure.
+"""A run's records as numbers: the loop's reports under their metric names, and the run's summary. Pure.
 
-docs/metrics.md says what each metric means.
+docs/metrics.md describes each metric.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from pathlib import Path
 from common.run_dir import Metrics
 from trainer.reports import Evaluated, Trained
 
-_EDGE_STEPS = 5  # how many first and last steps the summary averages over
+_EDGE_STEPS = 5  # number of first and last steps that the summary averages over
 
 
 def metrics_of(record: Trained | Evaluated) -> Metrics:
-    """A record's numbers under their documented names. What a step has none of is left out."""
+    """A record's numbers under their metric names. Missing values are left out."""
     if isinstance(record, Evaluated):
         metrics: dict[str, float | int | None] = {
             "step": record.step,
@@ -59,7 +59,7 @@ def metrics_of(record: Trained | Evaluated) -> Metrics:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def summarise_run(
+def summarize_run(
     lines: Sequence[Metrics],
     *,
     run_dir: Path,
@@ -68,9 +68,9 @@ def summarise_run(
     num_faults: int = 0,
     set_aside: Sequence[str] = (),
 ) -> dict[str, object]:
-    """What the run came to, from all its metrics: the content of ``summary.json``. None where a run has no such thing.
+    """The content of ``summary.json``, from all of a run's metrics. Values that a run does not have are None.
 
-    ``seconds`` are those of the whole run but for what was lost between a checkpoint and a crash.
+    ``seconds`` is the time of the whole run, without the time lost between a checkpoint and a crash.
     """
     trained = [line for line in lines if "train/loss_nats" in line]
     evaluated = [line for line in lines if "evaluation/prompts" in line]
@@ -116,6 +116,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _weighted_mean(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Of (value, weight) pairs."""
+    """The weighted mean of (value, weight) pairs."""
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else None

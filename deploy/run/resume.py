@@ -1,4 +1,4 @@
-"""Which run ``--resume`` continues, from which checkpoint, and what is rewound first. Knows neither Ray nor engines."""
+"""Which run ``--resume`` continues, from which checkpoint, and what is rewound first. Independent of Ray."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from trainer.sequence_files import read_sequences
 logger = logging.getLogger(__name__)
 
 MAY_DIFFER = ("run_dir", "trainer.num_steps", "placement", "logging", "checkpoints", "storage", "supervision")
-"""Settings, or groups of settings, that may differ in a resumed run. Every time-out may differ too."""
+"""Settings, or groups of settings, that may change when a run is resumed. Time-outs may change too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,9 @@ class Resumable:
     state: RunState
 
     def finished_summary(self, num_steps: int) -> dict[str, object] | None:
-        """The run's summary if it has finished its ``num_steps`` steps.
+        """The run's summary if it has finished ``num_steps`` steps.
 
-        Raises UserError where it has made more steps and has no summary: steps can't be undone.
+        Raises UserError if it has done more steps and has no summary, because steps can't be undone.
         """
         summary = self.folder.read_summary()
         if summary is None and self.state.step > num_steps:
@@ -44,7 +44,7 @@ class Resumable:
         return summary if self.state.step >= num_steps else None
 
     def start(self, collected: Callable[[MixedSequence], Collected]) -> Start:
-        """Where the loop starts. ``collected`` turns a sequence from the checkpoint into what rollouts yield."""
+        """Where the loop starts. ``collected`` wraps a sequence from the checkpoint like those from rollouts."""
         if self.state.ahead_seconds is None:
             return Start(step=self.state.step)
         items = [collected(sequence) for sequence in read_sequences(self.checkpoint / AHEAD)]
@@ -52,9 +52,9 @@ class Resumable:
 
 
 def find_resumable(config: RunConfig) -> Resumable:
-    """The newest of ``run_dir``, ``run_dir-2``, ... that has a good checkpoint, at the last one it has.
+    """The newest run of ``run_dir``, ``run_dir-2``, ... that has a good checkpoint, with its last good one.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     folders = RunDir.all(config.run_dir)
     for folder in reversed(folders):
@@ -68,10 +68,10 @@ def find_resumable(config: RunConfig) -> Resumable:
 
 
 def found_again(found: Resumable, num_steps: int) -> Resumable:
-    """The same run at its present last good checkpoint: another process may have continued the run before the caller
-    got its lock.
+    """The same run at its present last good checkpoint, because another process may have continued the run before the
+    caller got its lock.
 
-    Raises UserError where that process has finished the run, or left no checkpoint.
+    Raises UserError if that process has finished the run, or has left no checkpoint.
     """
     if is_last(found.checkpoint):
         return found
@@ -86,7 +86,7 @@ def found_again(found: Resumable, num_steps: int) -> Resumable:
 
 
 def refuse_other_settings(folder: RunDir, resolved: ResolvedConfig) -> None:
-    """Raise UserError naming the first setting that differs from the run's and may not."""
+    """Raise UserError naming the first setting that differs from the run's and must not."""
     try:
         stored = dict(config_leaves(read_config(folder.path / "config.yaml").config))
     except UserError as error:
@@ -95,15 +95,15 @@ def refuse_other_settings(folder: RunDir, resolved: ResolvedConfig) -> None:
     for key in [*given, *stored]:
         if stored.get(key) != given.get(key) and not _may_differ(key):
             raise UserError(
-                f"{key}: the run in {folder.path} {_has(stored, key)}, this configuration {_has(given, key)}; of a "
-                f"resumed run only {', '.join(MAY_DIFFER)} and time-outs may differ"
+                f"{key}: the run in {folder.path} {_has(stored, key)}, this configuration {_has(given, key)}; only "
+                f"{', '.join(MAY_DIFFER)} and time-outs may change when a run is resumed"
             )
 
 
 def rewind(resumable: Resumable, resolved: ResolvedConfig) -> None:
-    """Rewind the run directory to the checkpoint, and store the settings that the run continues with.
+    """Rewind the run's folder to the checkpoint, and store the settings that the run continues with.
 
-    The caller holds the run's lock. After a crash in here the run can still be resumed from the same checkpoint.
+    The caller holds the run's lock. After a crash in this function the run can be resumed from the same checkpoint.
     """
     folder, state = resumable.folder, resumable.state
     folder.remove_summary()
@@ -114,7 +114,7 @@ def rewind(resumable: Resumable, resolved: ResolvedConfig) -> None:
 
 
 def last_resumable(folder: RunDir) -> Resumable | None:
-    """The run at its last good checkpoint. None where it has none."""
+    """The run at its last good checkpoint, or None if it has none."""
     checkpoint = find_last_good(folder.checkpoints)
     if checkpoint is None:
         return None
@@ -122,7 +122,7 @@ def last_resumable(folder: RunDir) -> Resumable | None:
 
 
 def rewind_to_beginning(folder: RunDir) -> None:
-    """Rewind the run directory to before the first step."""
+    """Rewind the run's folder to before the first step."""
     folder.drop_metrics_after(-1)
     drop_segments_after(folder.traces, 0)
     clear_after(folder.checkpoints, 0)

@@ -1,6 +1,6 @@
-"""One run: records the loop's reports in the run directory, trackers and display, and takes checkpoints when due.
+"""One run: records the loop's reports in the run's folder, trackers and display, and takes checkpoints when due.
 
-Knows the loop's protocols and not their implementations: Ray's actors in a real run, local objects in tests.
+Uses the loop's protocols, not their implementations: Ray actors in a real run, local objects in tests.
 """
 
 import time
@@ -19,7 +19,7 @@ from deploy.reporting.progress import ProgressDisplay, StepLine
 from deploy.reporting.trackers import Trackers
 from deploy.run.copies import copied_names, kept_copied
 from deploy.run.provenance import hardware, write_versions
-from deploy.run.records import metrics_of, summarise_run
+from deploy.run.records import metrics_of, summarize_run
 from deploy.run.resume import Resumable, found_again, last_resumable, rewind, rewind_to_beginning
 from deploy.supervision.supervised import LearnerLost, StoredLearner
 from trainer.checkpoint import AHEAD, LEARNER, STUDENT, RunState, prune, write_checkpoint
@@ -29,17 +29,17 @@ from trainer.reports import Collected, Evaluated, StepDone, Trained
 from trainer.sequence_files import write_sequences
 
 RecoverLearner = Callable[[LearnerLost, Callable[[], Awaitable[WeightVersion]]], Awaitable[None]]
-"""Restart the learner, have its state loaded, and send the engines its weights."""
+"""Restarts the learner, has its state loaded, and sends the engines its weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunActors:
-    """The actors of a run, as the loop calls them."""
+    """The actors of a run, as the loop uses them."""
 
     rollouts: Rollouts
     learner: StoredLearner
-    put: Callable[[MixedSequence], Collected]  # a sequence from a checkpoint, as if rollouts had yielded it
-    recover_learner: RecoverLearner | None = None  # after LearnerLost
+    put: Callable[[MixedSequence], Collected]  # wraps a sequence from a checkpoint like those from rollouts
+    recover_learner: RecoverLearner | None = None  # used after LearnerLost
 
 
 StartActors = Callable[[Inputs, RunDir, ProgressDisplay], AbstractAsyncContextManager[RunActors]]
@@ -48,7 +48,7 @@ StartActors = Callable[[Inputs, RunDir, ProgressDisplay], AbstractAsyncContextMa
 async def run(
     resolved: ResolvedConfig, start_actors: StartActors, resumed: Resumable | None = None
 ) -> dict[str, object]:
-    """Run from the beginning, or from a checkpoint, to the summary."""
+    """Run from the beginning or from a checkpoint, and return the summary."""
     config, started_s = resolved.config, time.perf_counter()
     with ExitStack() as stack:
         if resumed is not None:
@@ -71,7 +71,7 @@ async def run(
             checkpoints = CheckpointTaker(
                 config.checkpoints, folder, actors.learner, num_steps=config.trainer.num_steps, started_s=started_s
             )
-            start: Start | None = None  # until the learner's state has been loaded
+            start: Start | None = None  # None until the learner's state has been loaded
             while True:
                 try:
                     if start is None:
@@ -93,7 +93,7 @@ async def run(
                 except LearnerLost as lost:
                     start = await _recover_learner(lost, actors, resolved, inputs, folder, display)
         seconds = time.perf_counter() - started_s
-        summary = summarise_run(
+        summary = summarize_run(
             folder.read_metrics(),
             run_dir=folder.path,
             seconds=seconds,
@@ -106,13 +106,13 @@ async def run(
 
 
 def _new_folder(resolved: ResolvedConfig) -> RunDir:
-    """With a name that no run has, here or in the store."""
+    """A new folder whose name no run has, locally or in the store."""
     config = resolved.config
     return RunDir.create(config.run_dir, resolved, taken=copied_names(config.storage))
 
 
 async def _first_start(resumed: Resumable | None, actors: RunActors, display: ProgressDisplay) -> Start:
-    """The step that this process starts at, with the learner's state loaded."""
+    """The step at which this process starts. The learner's state is loaded."""
     if resumed is None:
         return BEGINNING
     display.note(f"resuming after step {resumed.state.step}")
@@ -128,7 +128,7 @@ async def _recover_learner(
     folder: RunDir,
     display: ProgressDisplay,
 ) -> Start:
-    """Rewind the run to its last good checkpoint, or its beginning, with a restarted learner."""
+    """Restart the learner, and rewind the run to its last good checkpoint, or to its beginning."""
     if actors.recover_learner is None:
         raise lost
     resumable = last_resumable(folder)
@@ -157,8 +157,8 @@ async def _record(
     display: ProgressDisplay,
     changed: Callable[[], None],
 ) -> None:
-    """Record what the loop measures, until its last step. ``changed`` is called when the run directory has grown."""
-    accuracy = None  # of the weights as they are now
+    """Record the loop's reports up to its last step. ``changed`` is called when the run's folder has new content."""
+    accuracy = None  # of the present weights
     async for record in steps:
         if isinstance(record, StepDone):
             await checkpoints.take_if_due(record, accuracy)
@@ -184,7 +184,7 @@ class CheckpointTaker:
         self._started_s = started_s
 
     async def take_if_due(self, done: StepDone, accuracy: float | None) -> None:
-        """``accuracy``: held-out accuracy of these weights, where they were evaluated."""
+        """``accuracy``: held-out accuracy of these weights, if they were evaluated."""
         every_steps = self._config.every_steps
         if every_steps is None or (done.step % every_steps and done.step != self._num_steps):
             return

@@ -1,4 +1,4 @@
-"""A search for the prompts that make a collection fail: which prompts to try together next. Pure."""
+"""Finds the prompts that make a collection fail, by bisection: chooses which prompts to try together. Pure."""
 
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from common.sequence import Prompt
 class _Group:
     prompts: list[Prompt]  # those without a result yet
     num_failures: int = 0
-    was_alone: bool = False  # whether it was one prompt when it was last tried
+    was_alone: bool = False  # whether it had a single prompt when it was last tried
 
 
 class Search:
-    """The prompts of one collection, in groups that are tried one after the other.
+    """The prompts of one collection, in groups that are tried one after another.
 
-    The first group holds all prompts. A group that fails twice in a row is split in halves, and from then on
-    every group that fails is. A prompt that has failed ``max_failures`` times on its own is given up. A prompt with a
-    result is never tried again. After a final failure an empty group follows, so that the caller can finish its work.
+    The first group holds all prompts. If it fails twice in a row it is split in halves, and from then on every group
+    that fails is split. A prompt that has failed ``max_failures`` times on its own is given up. A prompt with a result
+    is never tried again. If the last prompt is given up, an empty group follows, so that the caller can finish.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, max_failures: int) -> None:
@@ -30,11 +30,11 @@ class Search:
 
     @property
     def is_narrowing(self) -> bool:
-        """Whether the next failure makes the search smaller."""
+        """Whether the next failure will split a group or give up a prompt."""
         return self._has_split and bool(self._groups[0].prompts)
 
     def next_group(self) -> list[Prompt] | None:
-        """The prompts to try now. None when all are done."""
+        """The prompts to try now, or None at the end."""
         if not self._groups:
             return None
         group = self._groups[0]
@@ -46,13 +46,13 @@ class Search:
         group.prompts = [prompt for prompt in group.prompts if prompt.sequence_id != sequence_id]
 
     def succeeded(self) -> None:
-        """The group is done."""
+        """All prompts of the group have a result."""
         self._groups.popleft()
 
     def failed(self, suspect: str | None = None) -> Prompt | None:
-        """The group failed. ``suspect``: the sequence that caused it, where that is known.
+        """The group failed. ``suspect``: the sequence that caused it, if known.
 
-        Returns the prompt that is given up now, if any.
+        Returns the prompt that is given up, if any.
         """
         group = self._groups.popleft()
         named = [prompt for prompt in group.prompts if prompt.sequence_id == suspect]

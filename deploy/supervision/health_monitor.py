@@ -1,6 +1,6 @@
-"""Health checks: asks a run's processes for their health while their work is awaited, and explains errors by it.
+"""Health checks: queries the health of a run's processes while it waits for their work, and explains errors with it.
 
-Knows how Ray reports that a process is gone. What is done about it is decided in ``supervised``.
+Knows how Ray reports a dead process. ``supervised`` decides what to do about it.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ T = TypeVar("T")
 Kind = Literal["died", "silent", "hung", "failed", "out_of_memory"]
 
 _TRANSIENT = (RayError, WaitedTooLong, EngineCallError, RolloutError, LearnerRankDied)
-"""Errors that may not occur at the next try. Any other error of a call, with all processes healthy, is a bug."""
+"""Errors that may not occur again on a retry. Any other error of a call, with all processes healthy, is a bug."""
 
 _KNOWN_AFTER_S = 1.0
-"""Ray may report the end of a process a moment after the calls that failed with it."""
+"""Ray may report the end of a process a moment after the calls that failed because of it."""
 
 _ENDED = "its process has ended"
 
@@ -38,18 +38,18 @@ class MonitoredProcess(Protocol):
     @property
     def name(self) -> str: ...
     async def health(self) -> Health:
-        """Raises RayError where the process is gone."""
+        """Raises RayError if the process is gone."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that went wrong."""
+    """One failure."""
 
     kind: Kind
     who: str  # the process's name
     reason: str  # one line
-    detected_s: float | None  # since the last sign of life; None where there was none before
+    detected_s: float | None  # since the last successful health check; None if there was none
 
     def __str__(self) -> str:
         return f"{self.who}: {self.kind}: {self.reason}"
@@ -69,21 +69,21 @@ class Unhealthy(RuntimeError):
 
 
 class HealthMonitor:
-    """Reprocesses when each process last answered."""
+    """Remembers when each process last answered."""
 
     def __init__(self, config: Supervision) -> None:
         self._config = config
-        self._heard_s: dict[str, float] = {}
+        self._last_healthy_s: dict[str, float] = {}
 
     async def check(self, processes: Sequence[MonitoredProcess]) -> list[Fault]:
-        """Check all at once. Takes ``health_timeout_s`` at most."""
+        """Check all processes concurrently. Takes at most ``health_timeout_s``."""
         found = await asyncio.gather(*map(self._check, processes))
         return [fault for fault in found if fault is not None]
 
     @asynccontextmanager
-    async def over(self, processes: Sequence[MonitoredProcess]) -> AsyncIterator["Guard"]:
-        """Check the processes every few seconds until the block is left. What is awaited in it through the guard fails
-        as soon as one of them is unhealthy.
+    async def watching(self, processes: Sequence[MonitoredProcess]) -> AsyncIterator["Guard"]:
+        """Check the processes every few seconds until the block is left. Calls that are awaited through the guard fail
+        as soon as a process is unhealthy.
         """
         checking = asyncio.create_task(self._until_one_is_unhealthy(processes))
         try:
@@ -93,9 +93,9 @@ class HealthMonitor:
             await asyncio.gather(checking, return_exceptions=True)
 
     async def explain(self, error: Exception, processes: Sequence[MonitoredProcess]) -> Unhealthy | None:
-        """The unhealthy processes that explain the error. None where all are healthy and the error is not transient.
+        """The unhealthy processes that explain the error, or None if all are healthy and the error is not transient.
 
-        The first process is the one that was called.
+        The first process in ``processes`` is the one that was called.
         """
         called, cause = processes[0].name, cause_of(error)
         faults = await self.check(processes)
@@ -112,7 +112,7 @@ class HealthMonitor:
         return None
 
     async def _until_one_is_unhealthy(self, processes: Sequence[MonitoredProcess]) -> list[Fault]:
-        """Consumes the processes' answers; waits between two checks; stops at the first that finds one unhealthy."""
+        """Consumes the processes' health; waits between checks; stops when a check finds an unhealthy process."""
         while True:
             await asyncio.sleep(self._config.health_every_s)
             if faults := await self.check(processes):
@@ -130,24 +130,24 @@ class HealthMonitor:
             return self._fault("died", process.name, _ENDED)
         if health.failure is not None:
             return self._fault("died", process.name, health.failure)
-        self._heard_s[process.name] = time.monotonic() - health.still_s
+        self._last_healthy_s[process.name] = time.monotonic() - health.still_s
         if health.num_busy and health.still_s > self._config.hang_timeout_s:
-            reason = f"nothing has moved for {health.still_s:.1f} s, with {health.num_busy} calls under way"
+            reason = f"no progress for {health.still_s:.1f} s, with {health.num_busy} calls running"
             return self._fault("hung", process.name, reason)
         return None
 
     def _fault(self, kind: Kind, who: str, reason: object) -> Fault:
-        heard_s = self._heard_s.get(who)
+        last_healthy_s = self._last_healthy_s.get(who)
         return Fault(
             kind=kind,
             who=who,
             reason=one_line(reason),
-            detected_s=None if heard_s is None else time.monotonic() - heard_s,
+            detected_s=None if last_healthy_s is None else time.monotonic() - last_healthy_s,
         )
 
 
 class Guard:
-    """Awaits work while its processes are checked. Made by ``HealthMonitor.over``."""
+    """Awaits work while its processes are checked. Created by ``HealthMonitor.watching``."""
 
     def __init__(
         self, monitor: HealthMonitor, processes: Sequence[MonitoredProcess], checking: "asyncio.Task[list[Fault]]"
@@ -157,7 +157,7 @@ class Guard:
         self._checking = checking
 
     async def __call__(self, work: Awaitable[T]) -> T:
-        """The work's result. Raises Unhealthy when a process is, or the error is transient; else the work's error."""
+        """The work's result. Raises Unhealthy for an unhealthy process or transient error, otherwise its own error."""
         working = asyncio.ensure_future(work)
         try:
             await asyncio.wait({working, self._checking}, return_when=asyncio.FIRST_COMPLETED)
@@ -176,7 +176,7 @@ class Guard:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What an actor raised, where Ray brings it."""
+    """The exception in the actor, if Ray wraps one."""
     return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
 
 
@@ -187,7 +187,7 @@ def _kind_of(error: RayError) -> Kind:
 
 
 def _reason_of(error: RayError) -> object:
-    """Ray's own text says only that the process may have ended and that the call's outcome is not known."""
+    """Ray's own text only says that the process may have ended and that the call's outcome is unknown."""
     return _ENDED if isinstance(error, RayActorError) else error
 
 

@@ -1,4 +1,4 @@
-"""Prompts that a run continues without, because they fail repeatedly. Owns where they are recorded and left out."""
+"""Prompts that a run skips because they fail repeatedly. Records them, and removes them from the data."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ Data = Literal["data", "evaluation.data"]
 
 
 class Quarantine:
-    """Recorded in the run directory, so that a resumed run leaves them out too."""
+    """Quarantined prompts. They are recorded in the run's folder, so that a resumed run skips them too."""
 
     def __init__(self, folder: RunDir, prompts: PromptStream) -> None:
         self._folder = folder
@@ -25,7 +25,7 @@ class Quarantine:
             self._leave_out(line["data"], line["prompt_id"], line["sample_index"])
 
     def add(self, prompt: Prompt, *, data: Data, step: int | None, reason: str) -> None:
-        """``step``: the step that the prompt was collected for; None for an evaluation."""
+        """``step``: the step that the prompt was collected for, or None for an evaluation."""
         logger.warning("sequence_id=%s is quarantined: %s", prompt.sequence_id, reason)
         self._folder.append_set_aside(
             {

@@ -1,4 +1,4 @@
-"""How often a recovery is tried, how it is reported, and when the run ends instead. ``supervised`` recovers."""
+"""Limits and reports recoveries, and ends the run after too many. ``supervised`` does the recovery."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from trainer.actors import LearnerRankDied
 
 logger = logging.getLogger(__name__)
 
-_TRANSIENT = (RayError, WaitedTooLong, LearnerRankDied, Unhealthy)  # what may succeed when the recovery is tried again
+_TRANSIENT = (RayError, WaitedTooLong, LearnerRankDied, Unhealthy)  # a recovery with these errors is tried again
 
 
 class RestartPolicy:
@@ -34,7 +34,7 @@ class RestartPolicy:
         self._last_step = 0
 
     def step_finished(self, step: int) -> None:
-        """The count starts again from 0, unless the step has only been repeated."""
+        """Reset the count, unless the step was only repeated."""
         if step > self._last_step:
             self._last_step, self._num_in_a_row = step, 0
 
@@ -49,9 +49,9 @@ class RestartPolicy:
         what: str,
         counts: bool = True,
     ) -> None:
-        """Call ``recover`` until it succeeds. It adds the further faults that it finds.
+        """Call ``recover`` until it succeeds. ``recover`` adds further faults that it finds.
 
-        Raises RunEnds when too many recoveries in a row were not followed by a finished step.
+        Raises RunEnds if too many recoveries in a row were not followed by a finished step.
         """
         faults = list(faults)
         noticed, noticed_s = time.time(), time.monotonic()
@@ -93,7 +93,7 @@ class RestartPolicy:
         self._num_in_a_row += 1
 
     def _again(self, state: RetryCallState) -> None:
-        """A recovery that failed counts as one more."""
+        """A failed recovery counts as another one."""
         assert state.outcome is not None
         error = state.outcome.exception()
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -104,7 +104,7 @@ class RestartPolicy:
         return self._pause_s()
 
     def _pause_s(self) -> float:
-        """Before the next recovery; none before the first in a row."""
+        """The wait before the next recovery; 0 for the first in a row."""
         if self._num_in_a_row < 2:
             return 0.0
         return min(self._config.backoff_first_s * 2.0 ** (self._num_in_a_row - 2), self._config.backoff_last_s)

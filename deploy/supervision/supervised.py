@@ -1,10 +1,10 @@
-"""Rollouts and learner as the loop sees them, which recover when a worker dies or hangs.
+"""The training loop's rollouts and learner, with recovery when a worker dies or hangs.
 
     SupervisedRollouts   an engine or the controller is unhealthy: restart it, send the weights, collect what is missing
     SupervisedLearner    a learner rank is unhealthy, its state is lost: raise LearnerLost; ``run`` resumes a checkpoint
 
-Owns what is done for which worker, and which prompts are quarantined. ``workers`` knows how a process is replaced;
-``restarts`` decides how often that is tried and when the run ends.
+Decides what is done for which worker, and which prompts are quarantined. ``workers`` replaces the processes;
+``restarts`` limits how often that is tried before the run ends.
 """
 
 import asyncio
@@ -39,13 +39,13 @@ class StoredLearner(Learner, Protocol):
 
 
 class Workers(Protocol):
-    """All processes of a run, and how they are restarted. Defined here, implemented over Ray by ``workers``."""
+    """All processes of a run, and how to restart them. Implemented with Ray in ``workers``."""
 
-    students_lack_weights: bool  # True from a student engine's restart until it has been sent the weights
+    students_lack_weights: bool  # True from the restart of a student engine until it has the learner's weights
 
     @property
     def rollout_side(self) -> Sequence[MonitoredProcess]:
-        """The controller, then the engines."""
+        """The controller, followed by the engines."""
         ...
 
     @property
@@ -53,11 +53,11 @@ class Workers(Protocol):
     @property
     def students(self) -> Sequence[MonitoredProcess]: ...
     async def recover_rollouts(self, unhealthy: set[str]) -> None:
-        """Restart the named processes of the rollout side, and have the others drop their calls to them."""
+        """Restart the named processes of the rollout side, and make the others drop their calls."""
         ...
 
     async def restart_learner(self) -> None:
-        """Restart all ranks. They then hold the weights that the run started with."""
+        """Restart all ranks. They then hold the run's initial weights."""
         ...
 
     async def connect(self) -> None:
@@ -66,7 +66,7 @@ class Workers(Protocol):
 
 
 class LearnerLost(RuntimeError):
-    """A rank of the learner died or hangs, so model and optimizer are lost. A checkpoint has them."""
+    """A learner rank died or hangs, so model and optimizer are lost. They are restored from a checkpoint."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("; ".join(map(str, faults)))
@@ -74,29 +74,29 @@ class LearnerLost(RuntimeError):
 
 
 class SupervisedLearner:
-    """The loop's learner. Every call raises LearnerLost where a rank died or hangs."""
+    """The learner that the training loop uses. Every call raises LearnerLost if a rank died or hangs."""
 
     def __init__(
         self, learner: StoredLearner, *, workers: Workers, monitor: HealthMonitor, restarts: RestartPolicy
     ) -> None:
         self._learner = learner
-        self._staff = workers
+        self._workers = workers
         self._monitor = monitor
         self._restarts = restarts
-        self._turn = asyncio.Lock()  # one step, sync or new connection at a time
+        self._lock = asyncio.Lock()  # allows one step, sync or new connection at a time
         self._version: WeightVersion = 0  # of the learner's weights, sent or about to be sent
 
     async def step(self, references: Sequence[Any]) -> StepReport:
-        async with self._turn:
+        async with self._lock:
             report = await self._guarded(self._learner.step(references))
             self._version += 1
             return report
 
     async def sync(self, version: WeightVersion) -> None:
-        """An unhealthy student engine is restarted and sent the weights."""
+        """Send the weights. An unhealthy student engine is restarted first."""
         self._version = version
         try:
-            async with self._turn:
+            async with self._lock:
                 await self._reach_students(self._learner.sync(version))
         except Unhealthy as unhealthy:
             await self.recover_rollouts(unhealthy)
@@ -118,56 +118,56 @@ class SupervisedLearner:
         await self._guarded(self._learner.load_state(folder))
 
     async def recover_rollouts(self, unhealthy: Unhealthy, *, counts: bool = True) -> None:
-        """Restart the unhealthy part of the rollout side, and send it the learner's weights between two steps."""
+        """Restart the unhealthy processes of the rollout side, and send the learner's weights between two steps."""
 
         async def recover(faults: list[Fault]) -> None:
-            await self._staff.recover_rollouts(unhealthy.names | await self._find_more(faults))
-            if self._staff.students_lack_weights:
-                async with self._turn:
-                    await self._reach_students(self._staff.connect())
+            await self._workers.recover_rollouts(unhealthy.names | await self._find_more(faults))
+            if self._workers.students_lack_weights:
+                async with self._lock:
+                    await self._reach_students(self._workers.connect())
                     await self._reach_students(self._learner.sync(self._version))
-                self._staff.students_lack_weights = False
+                self._workers.students_lack_weights = False
 
         await self._restarts.run(unhealthy.faults, recover, what="rollouts recovered", counts=counts)
 
     async def recover_learner(self, lost: LearnerLost, load: Callable[[], Awaitable[WeightVersion]]) -> None:
-        """Restart the learner and every other unhealthy process, ``load`` the learner's state, and send the engines its
-        weights. ``load`` returns the version of the weights.
+        """Restart the learner and all other unhealthy processes, ``load`` the learner's state, and send the engines its
+        weights. ``load`` returns their version.
         """
 
         async def recover(faults: list[Fault]) -> None:
             try:
-                await self._staff.recover_rollouts(await self._find_more(faults))
-                await self._staff.restart_learner()
-                await self._reach_students(self._staff.connect())
+                await self._workers.recover_rollouts(await self._find_more(faults))
+                await self._workers.restart_learner()
+                await self._reach_students(self._workers.connect())
                 self._version = await load()
                 await self._reach_students(self._learner.sync(self._version))
-                self._staff.students_lack_weights = False
+                self._workers.students_lack_weights = False
             except LearnerLost as again:
                 raise Unhealthy(again.faults) from again
 
         await self._restarts.run(lost.faults, recover, what="learner recovered")
 
     async def _find_more(self, faults: list[Fault]) -> set[str]:
-        """The names of the rollout side's unhealthy processes; their new faults are added to ``faults``."""
-        found = await self._monitor.check(self._staff.rollout_side)
+        """The names of unhealthy processes of the rollout side. Their new faults are added to ``faults``."""
+        found = await self._monitor.check(self._workers.rollout_side)
         known = {fault.who for fault in faults}
         faults += [fault for fault in found if fault.who not in known]
         return {fault.who for fault in found}
 
     async def _reach_students(self, work: Awaitable[T]) -> T:
-        """Raises Unhealthy where only student engines are, LearnerLost where a rank is."""
+        """Raises Unhealthy if only student engines are unhealthy, LearnerLost if a rank is."""
         try:
-            async with self._monitor.over([*self._staff.ranks, *self._staff.students]) as guard:
+            async with self._monitor.watching([*self._workers.ranks, *self._workers.students]) as guard:
                 return await guard(work)
         except Unhealthy as unhealthy:
-            if unhealthy.names <= {student.name for student in self._staff.students}:
+            if unhealthy.names <= {student.name for student in self._workers.students}:
                 raise
             raise LearnerLost(unhealthy.faults) from unhealthy
 
     async def _guarded(self, work: Awaitable[T]) -> T:
         try:
-            async with self._monitor.over(self._staff.ranks) as guard:
+            async with self._monitor.watching(self._workers.ranks) as guard:
                 return await guard(work)
         except Unhealthy as unhealthy:
             raise LearnerLost(unhealthy.faults) from unhealthy
@@ -175,7 +175,7 @@ class SupervisedLearner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Suspect:
-    """A prompt that failed repeatedly, and is quarantined once another prompt has succeeded."""
+    """A prompt that failed repeatedly. It is quarantined once another prompt has succeeded."""
 
     prompt: Prompt
     reason: str
@@ -184,7 +184,7 @@ class _Suspect:
 
 
 class SupervisedRollouts:
-    """The loop's rollouts. After a restart every call continues with what is missing."""
+    """The rollouts that the training loop uses. After a restart, every call continues with what is missing."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class SupervisedRollouts:
     ) -> None:
         self._rollouts = rollouts
         self._learner = learner
-        self._staff = workers
+        self._workers = workers
         self._monitor = monitor
         self._restarts = restarts
         self._quarantine = quarantine
@@ -233,7 +233,7 @@ class SupervisedRollouts:
     async def probe(self, texts: Sequence[Ids]) -> list[list[TopLogprobs]]:
         while True:
             try:
-                async with self._monitor.over(self._staff.rollout_side) as guard:
+                async with self._monitor.watching(self._workers.rollout_side) as guard:
                     return await guard(self._rollouts.probe(texts))
             except Unhealthy as unhealthy:
                 await self._learner.recover_rollouts(unhealthy)
@@ -247,18 +247,18 @@ class SupervisedRollouts:
         data: Data,
         step: int | None,
     ) -> AsyncGenerator[T, None]:
-        """Consumes what the rollouts generate; produces one item for each prompt; waits for restarts; stops when every
-        prompt has its item or is quarantined.
+        """Consumes the rollouts' sequences; produces one item per prompt; waits for restarts; stops when every prompt
+        has an item or is quarantined.
 
-        A prompt is quarantined only where others succeed: otherwise the engines may be at fault, and the run ends.
-        Raises RunEnds.
+        A prompt is quarantined only if others succeed. Otherwise the engines may be at fault, and the run ends with
+        RunEnds.
         """
         search = Search(prompts, max_failures=self._config.max_prompt_failures)
-        num_done = num_in_vain = 0
+        num_done = num_failures = 0
         while (group := search.next_group()) is not None:
             try:
                 async with AsyncExitStack() as stack:
-                    guard = await stack.enter_async_context(self._monitor.over(self._staff.rollout_side))
+                    guard = await stack.enter_async_context(self._monitor.watching(self._workers.rollout_side))
                     items = await stack.enter_async_context(aclosing(ask(group)))
                     while True:
                         try:
@@ -266,16 +266,16 @@ class SupervisedRollouts:
                         except StopAsyncIteration:
                             break
                         search.done(id_of(item))
-                        num_done, num_in_vain = num_done + 1, 0
+                        num_done, num_failures = num_done + 1, 0
                         self._quarantine_suspects()
                         yield item
                 search.succeeded()
             except Unhealthy as unhealthy:
                 if unhealthy.suspect is None:
-                    num_in_vain += 1
-                    if num_in_vain > self._most_in_vain(len(prompts)):
+                    num_failures += 1
+                    if num_failures > self._max_failures_in_a_row(len(prompts)):
                         raise RunEnds(
-                            f"no prompt succeeds any more: {num_in_vain} failures in a row, the last: {unhealthy}"
+                            f"no prompt succeeds any more: {num_failures} failures in a row, the last: {unhealthy}"
                         ) from unhealthy
                     await self._learner.recover_rollouts(unhealthy, counts=not search.is_narrowing)
                 if (prompt := search.failed(unhealthy.suspect)) is not None:
@@ -287,9 +287,9 @@ class SupervisedRollouts:
         if num_done:
             self._quarantine_suspects()
 
-    def _most_in_vain(self, num_prompts: int) -> int:
-        """Failures in a row that a few bad prompts among so many may cause: the search halves its groups down to the
-        first bad prompt, which may have others beside it, and then tries each alone several times.
+    def _max_failures_in_a_row(self, num_prompts: int) -> int:
+        """Maximum failures in a row that a few bad prompts can cause. The bisection narrows down to the first bad
+        prompt, which may have others next to it, and then tries each of them alone several times.
         """
         config = self._config
         return 2 * num_prompts.bit_length() + config.max_repairs * config.max_prompt_failures

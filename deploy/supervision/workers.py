@@ -1,7 +1,7 @@
-"""The processes of a run, and how each is killed and started again. Ray replaces a process that ended.
+"""The processes of a run, and how they are killed and restarted. Ray starts a new process after one has ended.
 
-Handles stay valid for the whole run: Ray restarts an actor in its bundle, and moves the bundle to another node where
-its own is lost. A new process holds nothing until it has been started as the first one was.
+Handles stay valid for the whole run: Ray restarts an actor in its bundle, and moves the bundle to another node if its
+own is lost. A new process has no state until it is started like the first one.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from common.waiting import WaitedTooLong, within
 
 T = TypeVar("T")
 
-_ASK_S = 2.0  # for an answer from a process that may be gone or new
+_ASK_S = 2.0  # time-out for a process that may be dead or new
 _ASK_AGAIN_S = 0.2
 
 
 @dataclass(slots=True, kw_only=True)
 class Process:
-    """One actor, whichever process is behind it at the moment."""
+    """One actor. Its operating-system process may change."""
 
     name: str
     handle: ActorHandle
-    start: Callable[[], Awaitable[Any]] | None = None  # makes a new process ready; None where its constructor does
+    start: Callable[[], Awaitable[Any]] | None = None  # makes a new process ready; None if the constructor does
     bundle: int | None = None  # of the placement group; processes in one bundle share its GPU
     health_options: dict[str, Any] = field(default_factory=dict)
     pid: int | None = None  # of the process that answered last
@@ -42,9 +42,9 @@ class Process:
         return health
 
     async def replace(self, timeout_s: float) -> None:
-        """Return when Ray has replaced this process. Raises WaitedTooLong.
+        """Return once Ray has replaced the process. Raises WaitedTooLong.
 
-        A process that is gone already is not killed again, because that might kill its successor.
+        A process that is dead already is not killed again, because that might kill its successor.
         """
         deadline_s, is_killed = time.monotonic() + timeout_s, False
         while True:
@@ -57,7 +57,7 @@ class Process:
             except RayActorError:
                 is_there = False
             except WaitedTooLong:
-                is_there = True  # stopped, most likely
+                is_there = True  # probably stopped
             if is_there and not is_killed:
                 ray.kill(self.handle, no_restart=False)
                 is_killed = True
@@ -73,9 +73,9 @@ class Process:
 def in_turn(
     processes: Sequence[Process], start: Callable[[Process], Awaitable[T]]
 ) -> list[Coroutine[Any, Any, dict[str, T]]]:
-    """Calls that ``start`` all of them, to be awaited side by side, each with its processes' answers by name. Those
-    that share a GPU are one call, which starts them one after the other, in the order given, because an engine measures
-    what is free as it starts. It ends with the first that fails.
+    """Calls that ``start`` all processes, to be awaited concurrently. Each returns its processes' replies by name. The
+    processes that share a GPU are in one call, which starts them one after another in the given order, because an
+    engine measures the free memory when it starts. The call fails with its first error.
     """
     groups: dict[object, list[Process]] = {}
     for process in processes:
@@ -104,8 +104,8 @@ class RunWorkers:
         call_timeout_s: float,
         shortage: Callable[[], str | None],
     ) -> None:
-        """``students_share_a_group``: no student engine can be replaced alone, for they and the learner form one NCCL
-        group. ``shortage`` says what keeps Ray from placing a new process; None where nothing does.
+        """``students_share_a_group``: student engines and learner form one NCCL group, so that no student engine can be
+        replaced alone. ``shortage`` returns why Ray can't place a new process, or None.
         """
         self.students = students
         self.teachers = teachers
@@ -114,8 +114,8 @@ class RunWorkers:
         self.students_lack_weights = False
         self._start_learner = start_learner
         self._connect = connect
-        self._students_are_one = students_share_a_group
-        self._seat_timeout_s = placement_timeout_s
+        self._students_share_a_group = students_share_a_group
+        self._placement_timeout_s = placement_timeout_s
         self._call_timeout_s = call_timeout_s
         self._shortage = shortage
 
@@ -124,14 +124,14 @@ class RunWorkers:
         return [self.controller, *self.students, *self.teachers]
 
     async def process_ids(self) -> dict[str, int]:
-        """All process ids, by which a process is distinguished from its successor."""
+        """All process ids, which distinguish a process from its successor."""
         processes = [*self.rollout_side, *self.ranks]
         calls = [within(self._call_timeout_s, process.health(), f"{process.name} to answer") for process in processes]
         answers = await asyncio.gather(*calls)
         return {process.name: health.pid for process, health in zip(processes, answers, strict=True)}
 
     async def recover_rollouts(self, unhealthy: set[str]) -> None:
-        if self._students_are_one and any(student.name in unhealthy for student in self.students):
+        if self._students_share_a_group and any(student.name in unhealthy for student in self.students):
             unhealthy = unhealthy | {student.name for student in self.students}
         self.students_lack_weights |= any(student.name in unhealthy for student in self.students)
         await _all(in_turn([process for process in self.rollout_side if process.name in unhealthy], self._restart))
@@ -142,7 +142,7 @@ class RunWorkers:
         await _all(within(self._call_timeout_s, call, "an engine to drop its calls") for call in calls)
 
     async def restart_learner(self) -> None:
-        if self._students_are_one:
+        if self._students_share_a_group:
             await _all(in_turn(self.students, self._restart))
         await _all(map(self._replace, self.ranks))
         await self._start_learner()
@@ -157,7 +157,7 @@ class RunWorkers:
 
     async def _replace(self, process: Process) -> None:
         try:
-            await process.replace(self._seat_timeout_s)
+            await process.replace(self._placement_timeout_s)
         except WaitedTooLong as error:
             if (shortage := self._shortage()) is not None:
                 raise RunEnds(
@@ -167,7 +167,7 @@ class RunWorkers:
 
 
 async def _all(calls: Iterable[Awaitable[object]]) -> None:
-    """Wait for every one of them, then raise the first error."""
+    """Wait for all calls, then raise the first error."""
     for answer in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(answer, BaseException):
             raise answer

@@ -1,9 +1,9 @@
-"""Several engines with the same weights as one. Owns which replica a sequence's calls go to, and what if one dies.
+"""Several engines with the same weights used as one. Assigns sequences to replicas, and handles replica failures.
 
-A sequence stays with the replica that holds its prefix; a new one goes to the replica with the fewest calls under way.
-A call that fails is made once more on another replica; a stream goes on there at the token after the last one handed
-over, because the same request gives the same tokens. Where it does not, as it may in low precision, the stream fails. A
-failed replica gets no new sequences for a while, if another is left.
+A sequence stays on the replica that has its prefix in the KV cache. A new sequence goes to the replica with the fewest
+calls. A failed call is retried once on another replica. A failed stream continues there after the last token delivered,
+because the same request gives the same tokens. If the tokens differ, as they may in low precision, the stream fails. A
+failed replica gets no new sequences for a while, unless it is the only one left.
 """
 
 import logging
@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_MAX_REMEMBERED = 65_536  # sequences whose replica is known; the longest unused is forgotten
-_FORGIVEN_S = 60.0
-"""A replica that failed gets sequences again after so long. One call may fail and the engine be well."""
+_MAX_ASSIGNED = 65_536  # sequences with an assigned replica; the least recently used is dropped
+_COOLDOWN_S = 60.0
+"""A failed replica gets sequences again after this time, because one failed call does not mean it is down."""
 
 
 class ReplicatedEngine:
@@ -45,12 +45,12 @@ class ReplicatedEngine:
         self.replicas = tuple(replicas)
         self._num_running = [0] * len(replicas)
         self._failed_s: dict[int, float] = {}  # replica -> when, on the monotonic clock
-        self._homes: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
+        self._replica_of: OrderedDict[str, int] = OrderedDict()  # sequence id -> replica
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         taken, go_on = np.empty(0, np.int32), None
-        sent: dict[int, GoOn | None] = {}  # after so many tokens -> what the reader sent
-        with self._at(self._home(request.sequence_id)) as replica:
+        sent: dict[int, GoOn | None] = {}  # number of tokens so far -> what the consumer sent
+        with self._counted(self._replica_for(request.sequence_id)) as replica:
             try:
                 async with aclosing(self.replicas[replica].stream(request)) as pieces:
                     while (written := await next_piece(pieces, go_on)) is not None:
@@ -60,7 +60,7 @@ class ReplicatedEngine:
             except EngineCallError as error:
                 failed, other = replica, self._move(request.sequence_id, replica, error)
         num_written, go_on = 0, None
-        with self._at(other) as replica:
+        with self._counted(other) as replica:
             async with aclosing(self.replicas[replica].stream(request)) as pieces:
                 while (written := await next_piece(pieces, go_on)) is not None:
                     known = taken[num_written : num_written + len(written)]
@@ -68,8 +68,8 @@ class ReplicatedEngine:
                     ends_early = written.finish_reason is not None and num_written <= taken.size
                     if ends_early or (written.token_ids[: known.size] != known).any():
                         raise EngineCallError(
-                            f"replica {replica} does not write what replica {failed} wrote before it failed "
-                            f"(within the first {num_written} tokens), so the text can't go on there"
+                            f"replica {replica} generates other tokens than replica {failed} did before it failed "
+                            f"(within the first {num_written} tokens), so the sequence can't continue there"
                         )
                     if known.size == len(written):
                         go_on = sent.get(num_written)
@@ -87,28 +87,28 @@ class ReplicatedEngine:
             await engine.load_weights(update)
 
     async def _retried(self, sequence_id: str | None, call: Callable[[Engine], Awaitable[T]]) -> T:
-        with self._at(self._home(sequence_id)) as replica:
+        with self._counted(self._replica_for(sequence_id)) as replica:
             try:
                 return await call(self.replicas[replica])
             except EngineCallError as error:
                 other = self._move(sequence_id, replica, error)
-        with self._at(other) as replica:
+        with self._counted(other) as replica:
             return await call(self.replicas[replica])
 
-    def _home(self, sequence_id: str | None) -> int:
-        """The sequence's replica; for a new sequence the least loaded one that has not failed."""
+    def _replica_for(self, sequence_id: str | None) -> int:
+        """The sequence's replica. A new sequence gets the least loaded one that has not failed recently."""
         alive = self._alive()
         if sequence_id is None:
             return self._least_loaded(alive)
-        if self._homes.get(sequence_id) not in alive:
-            self._homes[sequence_id] = self._least_loaded(alive)
-        self._homes.move_to_end(sequence_id)
-        if len(self._homes) > _MAX_REMEMBERED:
-            self._homes.popitem(last=False)
-        return self._homes[sequence_id]
+        if self._replica_of.get(sequence_id) not in alive:
+            self._replica_of[sequence_id] = self._least_loaded(alive)
+        self._replica_of.move_to_end(sequence_id)
+        if len(self._replica_of) > _MAX_ASSIGNED:
+            self._replica_of.popitem(last=False)
+        return self._replica_of[sequence_id]
 
     def _move(self, sequence_id: str | None, replica: int, error: EngineCallError) -> int:
-        """Give the sequence to another replica. Raises the error where there is none."""
+        """Assign the sequence to another replica. Raises ``error`` if there is none."""
         self._failed_s[replica] = time.monotonic()
         others = self._alive() - {replica}
         if not others:
@@ -116,21 +116,21 @@ class ReplicatedEngine:
         logger.warning("sequence_id=%s moves to another replica: %s", sequence_id, error)
         other = self._least_loaded(others)
         if sequence_id is not None:
-            self._homes[sequence_id] = other
+            self._replica_of[sequence_id] = other
         return other
 
     def _alive(self) -> set[int]:
-        """Those that have not failed lately."""
+        """Replicas that have not failed recently."""
         now_s = time.monotonic()
-        self._failed_s = {replica: at_s for replica, at_s in self._failed_s.items() if now_s - at_s < _FORGIVEN_S}
+        self._failed_s = {replica: at_s for replica, at_s in self._failed_s.items() if now_s - at_s < _COOLDOWN_S}
         return set(range(len(self.replicas))) - self._failed_s.keys()
 
     def _least_loaded(self, candidates: set[int]) -> int:
         return min(candidates or range(len(self.replicas)), key=lambda replica: (self._num_running[replica], replica))
 
     @contextmanager
-    def _at(self, replica: int) -> Iterator[int]:
-        """Count a call under way."""
+    def _counted(self, replica: int) -> Iterator[int]:
+        """Count a running call."""
         self._num_running[replica] += 1
         try:
             yield replica

@@ -1,12 +1,12 @@
-"""vLLM's flat lists of log-probs -> arrays. Knows no vLLM, only the shape of its lists.
+"""Converts vLLM's flat lists of log-probs to arrays. Does not import vLLM, and knows only the layout of its lists.
 
-A flat list holds its rows one after the other, each k + 1 entries long: the token itself, then the k best.
+A flat list holds one row after another. Each row has k + 1 entries: the token itself, then the k best.
 
-A prompt's list begins with an empty row, for its first token, and ends with the row of its last one. In between vLLM's
-two model runners differ. V1 gives every token a row; those of tokens whose predecessor was cached hold what lay in
-memory. V2 has no rows for these. So rows are found from the end, and what is missing must be read without the cache.
+A prompt's list starts with an empty row for its first token, and ends with the row of its last token. In between vLLM's
+two model runners differ. V1 has a row for every token, but the rows after cached tokens hold uninitialized memory. V2
+has no such rows. So rows are indexed from the end, and missing rows must be scored again without the cache.
 
-n = tokens, k = length of a top list.
+n = tokens, k = length of a top-k list.
 """
 
 from typing import Protocol
@@ -17,7 +17,7 @@ from common.sequence import Floats, Ids, TopLogprobs
 
 
 class FlatRows(Protocol):
-    """What is used of vLLM's ``FlatLogprobs``."""
+    """The part of vLLM's ``FlatLogprobs`` that is used."""
 
     start_indices: list[int]  # [rows] of each row's first entry
     end_indices: list[int]  # [rows]
@@ -26,10 +26,10 @@ class FlatRows(Protocol):
 
 
 def top_rows(flat: FlatRows, first: int, end: int, k: int) -> TopLogprobs:
-    """Rows first..end-1 without each row's leading own entry.
+    """Rows first..end-1, each without its leading entry for the token itself.
 
-    Where vLLM merged deltas that nobody had taken yet, it drops the second entry of an own token among the k best; such
-    a row is one entry short and out of order at its head.
+    When vLLM merges output deltas that have not been consumed yet, a token that is also among the k best is listed only
+    once. Such a row is one entry short, and its first entry is out of order.
     """
     starts, ends = np.asarray(flat.start_indices[first:end]), np.asarray(flat.end_indices[first:end])
     lengths, wanted = ends - starts, slice(starts[0], ends[-1])
@@ -43,17 +43,17 @@ def top_rows(flat: FlatRows, first: int, end: int, k: int) -> TopLogprobs:
 
 
 def own_logprobs(flat: FlatRows) -> Floats:
-    """[rows] Of each row's own token."""
+    """[rows] The log-prob of each row's own token."""
     return np.asarray(flat.logprobs, np.float32)[flat.start_indices]
 
 
 def prompt_rows(flat: FlatRows, text: Ids, start: int, k: int, *, num_cached: int) -> TopLogprobs | None:
-    """Rows of the tokens ``text[start:]``, or None where one of them is not there.
+    """Rows of the tokens ``text[start:]``, or None if one of them is missing.
 
-    ``num_cached`` is vLLM's count of tokens it did not compute: a row follows from the state of the token before, so
-    that of token j is valid where fewer than j tokens were cached. The count is taken when a request begins; one that
-    vLLM interrupted may later find more of itself in the cache, or less. What is there is therefore looked at too: how
-    many rows, and whether each is its token's.
+    ``num_cached`` is vLLM's number of tokens that it did not compute. Token j's row is computed from the state of token
+    j - 1, so it is valid if fewer than j tokens were cached. vLLM counts when a request starts. If the request is
+    preempted, it may later find more or fewer of its tokens in the cache. Therefore the rows themselves are checked
+    too: their number, and whether each belongs to its token.
     """
     num_missing = text.size - len(flat.start_indices)
     if start <= max(num_missing, num_cached):

@@ -1,10 +1,10 @@
-"""An engine without a model: a script says which token is how probable after a text. For tests and for planning.
+"""An engine without a model: a script gives the next-token distribution after a text. For tests and for planning.
 
-It behaves as a real engine does wherever the controller could notice: it writes on whether or not anybody takes what it
-wrote, hands over everything since the last yield, and lists the k best raw log-probs of each position. How long a call
-takes, and which one fails or never returns, is chosen by whoever makes it. Knows nothing of Ray, roles or policies.
+It behaves like a real engine in everything that the controller can observe: it generates whether or not the tokens are
+consumed, yields everything since the last yield, and lists the k best raw log-probs of each position. Its creator
+chooses the duration of calls, and which call fails or hangs. Does not know about Ray, roles or policies.
 
-V = vocabulary, n = tokens, k = length of a top list.
+V = vocabulary, n = tokens, k = length of a top-k list.
 """
 
 import asyncio
@@ -35,15 +35,15 @@ _MAX_CACHED_ROWS = 4096
 
 
 class ScriptedError(EngineCallError):
-    """The failure a Fault asked for."""
+    """The failure that a Fault requests."""
 
 
 class Script(Protocol):
-    """What a model would say. The same text always gives the same row."""
+    """Replaces a model. The same text always gives the same row."""
 
     @property
     def eos_token_id(self) -> int | None:
-        """A text ends after this token; None for a script that never ends by itself."""
+        """The token that ends a text, or None for a script that never ends by itself."""
         ...
 
     def next_logprobs(self, text: Ids) -> Floats:
@@ -53,11 +53,11 @@ class Script(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HashedScript:
-    """Pseudo-random distributions that depend on the last ``order`` tokens alone."""
+    """Pseudo-random distributions that depend only on the last ``order`` tokens."""
 
     vocabulary_size: int
     seed: int
-    sharpness: float = 2.0  # standard deviation of the logits: 0 is uniform, the larger the surer
+    sharpness: float = 2.0  # standard deviation of the logits; 0 is uniform
     order: int = 3
     eos_token_id: int = 0
     eos_probability: float = 0.03  # after every text, so that sequences end at different lengths; > 0
@@ -76,16 +76,16 @@ class HashedScript:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendedScript:
-    """A teacher's script with a share of another mixed in: small, but large after some texts.
+    """A mixture of a teacher's script and another: the other's share is small, but large after some texts.
 
-    So the divergence from the teacher is a spike train, as it is between a real student and its teacher.
+    So the divergence from the teacher has spikes, as between a real student and its teacher.
     """
 
     teacher: HashedScript
     other: HashedScript
     difference: float  # share of the other script outside spikes
-    spike_rate: float  # share of texts with a spike after them
-    spike: float  # share of the other script there
+    spike_rate: float  # share of texts that are followed by a spike
+    spike: float  # share of the other script in spikes
 
     @property
     def eos_token_id(self) -> int:
@@ -116,7 +116,7 @@ def _blended_row(script: BlendedScript, context: tuple[int, ...]) -> Floats:
 
 
 def _frozen(row: npt.NDArray[np.float64]) -> Floats:
-    """As float32, not to be written to: the cache hands the same array to everybody."""
+    """A read-only float32 copy: the cache returns the same array to all callers."""
     shared = row.astype(np.float32)
     shared.flags.writeable = False
     return shared
@@ -124,7 +124,7 @@ def _frozen(row: npt.NDArray[np.float64]) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What goes wrong at the engine's n-th call of a kind: it raises ScriptedError, or never returns."""
+    """A fault at the engine's n-th call of a kind: the call raises ScriptedError, or never returns."""
 
     call: Literal["write", "score"]
     number: int  # 1 for the first call
@@ -132,11 +132,11 @@ class Fault:
 
 
 class ScriptedEngine:
-    """Engine protocol over a script.
+    """Implements the Engine protocol with a script.
 
-    ``delay`` is drawn, in seconds, before each chunk that is written and before each score. ``script_of`` gives the
-    script of an update's weights; without it an update changes the version alone. Requests that would need more than
-    ``max_model_len`` tokens raise ValueError.
+    ``delay`` returns the seconds to wait before each generated chunk and before each score. ``script_of`` returns the
+    script for a weight update; without it an update only changes the version. Requests for more than ``max_model_len``
+    tokens raise ValueError.
     """
 
     def __init__(
@@ -157,24 +157,24 @@ class ScriptedEngine:
         self._fault = fault
         self.weight_version = 0
         self.num_calls = {"write": 0, "score": 0}
-        self.num_running = 0  # calls that have not ended yet
+        self.num_running = 0  # calls that have not finished
         self.num_scored_rows = 0
         self.num_written_tokens = 0
-        self.num_untaken_tokens = 0  # of these: never handed over, because the stream was closed
+        self.num_untaken_tokens = 0  # generated but never yielded, because the stream was closed
 
     async def stream(self, request: WriteRequest) -> AsyncGenerator[Written, GoOn | None]:
         pieces: list[Written] = []
-        news = asyncio.Event()
+        updated = asyncio.Event()
         wanted: asyncio.Queue[GoOn] = asyncio.Queue(1)
         with self._call("write") as number:
-            writing = asyncio.create_task(self._write(request, number, pieces, news, wanted))
+            writing = asyncio.create_task(self._write(request, number, pieces, updated, wanted))
             try:
                 finish_reason, num_taken, pause_after = None, 0, request.pause_after
                 while finish_reason is None:
-                    await news.wait()
-                    news.clear()
+                    await updated.wait()
+                    updated.clear()
                     if not pieces:
-                        writing.result()  # raises what ended the writing
+                        writing.result()  # raises the error that ended the generation
                     written = concatenate_written(pieces)
                     pieces.clear()
                     finish_reason = written.finish_reason
@@ -207,7 +207,7 @@ class ScriptedEngine:
 
     @contextmanager
     def _call(self, kind: Literal["write", "score"]) -> Iterator[int]:
-        """Counts a call; gives its number."""
+        """Count a call and yield its number."""
         self.num_calls[kind] += 1
         self.num_running += 1
         try:
@@ -217,23 +217,23 @@ class ScriptedEngine:
 
     async def _start(self, kind: Literal["write", "score"], number: int, num_tokens: int) -> None:
         if self._max_model_len is not None and num_tokens > self._max_model_len:
-            raise ValueError(f"{kind} needs {num_tokens} tokens, the context holds {self._max_model_len}")
+            raise ValueError(f"{kind} needs {num_tokens} tokens, the context length is {self._max_model_len}")
         fault = self._fault
         if fault is not None and (fault.call, fault.number) == (kind, number):
             if fault.hangs:
                 await asyncio.Event().wait()
-            raise ScriptedError(f"{kind} {number} fails, as scripted")
+            raise ScriptedError(f"{kind} {number} fails as scripted")
 
     async def _write(
         self,
         request: WriteRequest,
         number: int,
         pieces: list[Written],
-        news: asyncio.Event,
+        updated: asyncio.Event,
         wanted: "asyncio.Queue[GoOn]",
     ) -> None:
-        """Consumes the reader's wish to go on after a pause; produces pieces, taken or not; waits for the delay and at
-        pauses; stops at the end or when cancelled.
+        """Consumes the consumer's resume messages; produces pieces whether or not they are read; waits for the delay
+        and at pauses; stops at the end of the text or when cancelled.
         """
         try:
             await self._start("write", number, request.prefix.size + request.max_tokens)
@@ -249,23 +249,23 @@ class ScriptedEngine:
                 finish_reason, num_written = piece.finish_reason, num_written + len(piece)
                 self.num_written_tokens += len(piece)
                 pieces.append(piece)
-                news.set()
+                updated.set()
                 if num_written == pause_after:
                     go_on = await wanted.get()
                     pause_after = go_on.pause_after(num_written)
                     if go_on.token_id is not None:
                         text = np.append(text[:-1], np.int32(go_on.token_id))
         finally:
-            news.set()
+            updated.set()
 
     def _write_chunk(self, text: Ids, request: WriteRequest, rng: np.random.Generator, num_tokens: int) -> Written:
-        """The next tokens after ``text``, which the request's prefix begins."""
+        """The next tokens after ``text``, which starts with the request's prefix."""
         rows: list[Floats] = []
         token_ids: list[int] = []
         finish_reason: FinishReason | None = None
         while finish_reason is None and len(rows) < num_tokens:
             rows.append(self._script.next_logprobs(text))
-            token_ids.append(_choose(rows[-1], request, rng))
+            token_ids.append(_sample(rows[-1], request, rng))
             text = np.append(text, np.int32(token_ids[-1]))
             ends = token_ids[-1] == self._script.eos_token_id or token_ids[-1] in request.stop_token_ids
             if ends and not request.ignore_eos:
@@ -282,14 +282,14 @@ class ScriptedEngine:
 
 
 def _best(rows: list[Floats], k: int) -> TopLogprobs:
-    """[n, k] Of [V] rows, equal log-probs by id."""
+    """[n, k] The k best log-probs of [V] rows. Ties are ordered by id."""
     logprobs_NV = np.stack(rows)
     token_ids_NK = np.argsort(-logprobs_NV, axis=1, kind="stable")[:, :k]
     return TopLogprobs(token_ids_NK.astype(np.int32), np.take_along_axis(logprobs_NV, token_ids_NK, axis=1))
 
 
-def _choose(row: Floats, request: WriteRequest, rng: np.random.Generator) -> int:
-    """The best token at temperature 0, else one drawn from the nucleus that holds ``top_p``."""
+def _sample(row: Floats, request: WriteRequest, rng: np.random.Generator) -> int:
+    """The best token at temperature 0, otherwise a token sampled with top-p."""
     if request.excluded_token_ids:
         row = row.copy()
         row[list(request.excluded_token_ids)] = -np.inf

@@ -1,7 +1,7 @@
-"""What vLLM is started with: the engine's arguments and its processes' environment. Starts nothing.
+"""The arguments of a vLLM engine and the environment of its processes. Starts nothing.
 
-Owns the arguments that make an engine's answers mean what the protocol says (raw log-probs, enough of them, a prefix
-cache), and those that follow from the machine: dtype, tokens per step, share of the memory.
+Sets the arguments that the Engine protocol depends on (raw log-probs, enough of them, prefix caching) and those that
+depend on the machine: dtype, tokens per step, GPU memory.
 """
 
 from dataclasses import dataclass
@@ -28,20 +28,20 @@ _CPU_BATCHED_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """What the arguments need to know of the machine."""
+    """The properties of the machine that the arguments depend on."""
 
-    dtypes: tuple[str, ...]  # that it computes in, the one to prefer first
-    gpu_bytes: int | None = None  # memory of one GPU; None on processors
+    dtypes: tuple[str, ...]  # supported, the preferred one first
+    gpu_bytes: int | None = None  # memory of one GPU; None on CPUs
     scores_in_pieces: bool = True  # vLLM's Model Runner V2, its default on GPUs
 
     @classmethod
     def detect(cls) -> Self:
-        """Of this process's machine, as vLLM sees it. UserError where it has nothing vLLM was built for."""
+        """This process's machine, as vLLM sees it. Raises UserError if the vLLM build does not support it."""
         dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in current_platform.supported_dtypes)
         if current_platform.is_unspecified():
-            raise UserError("the installed vLLM is the build for GPUs and finds none on this machine")
+            raise UserError("the installed vLLM is built for GPUs and finds none on this machine")
         if current_platform.is_cpu():
-            if not torch.cpu._is_avx512_bf16_supported():  # bfloat16 is emulated there, and far slower
+            if not torch.cpu._is_avx512_bf16_supported():  # bfloat16 would be emulated and far slower
                 dtypes = ("float32", *(dtype for dtype in dtypes if dtype != "float32"))
             return cls(dtypes=dtypes, scores_in_pieces=False)
         return cls(
@@ -52,38 +52,38 @@ class Hardware:
 
 
 def engine_config(spec: EngineSpec, hardware: Hardware) -> VllmConfig:
-    """vLLM's own configuration of this engine. UserError, in one line, for what it refuses."""
+    """vLLM's configuration of this engine. Raises a one-line UserError for settings that vLLM rejects."""
     try:
         return engine_args(spec, hardware).create_engine_config()
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"engines.{spec.name}: vLLM refuses these settings: {_reason(error)}") from error
+        raise UserError(f"engines.{spec.name}: vLLM rejects these settings: {_reason(error)}") from error
 
 
 def engine_args(spec: EngineSpec, hardware: Hardware) -> AsyncEngineArgs:
-    """The arguments of one engine. UserError where the settings can't be met."""
+    """The arguments of one engine. Raises UserError for settings that this machine does not support."""
     settings = spec.settings
     args = AsyncEngineArgs(
         **checked_options(settings.vllm, key=f"engines.{spec.name}.vllm"),
         model=spec.model,
         trust_remote_code=spec.trust_remote_code,
-        load_format="safetensors",  # by itself vLLM takes pickled weights where there are no others
+        load_format="safetensors",  # the default falls back to pickled weights
         dtype=engine_dtype(settings.dtype, hardware, key=f"engines.{spec.name}.dtype"),
         quantization=settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,
         tensor_parallel_size=settings.tensor_parallel_size,
         pipeline_parallel_size=settings.pipeline_parallel_size,
         enable_expert_parallel=settings.enable_expert_parallel,
-        # Its own processes on the actor's GPUs. Left to itself vLLM sees Ray's placement group and asks it for more.
+        # vLLM's own processes on the actor's GPUs. By default vLLM uses Ray's placement group and requests more GPUs.
         distributed_executor_backend="mp" if settings.num_gpus > 1 else None,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         enforce_eager=settings.enforce_eager,
         attention_backend=settings.attention_backend,
         enable_prefix_caching=True,
-        scheduling_policy="priority",  # sessions are never interrupted: see ``vllm.py``
-        max_logprobs=-1,  # no limit: k is ours to choose
+        scheduling_policy="priority",  # sessions are never preempted: see ``vllm.py``
+        max_logprobs=-1,  # no limit: k is our choice
         logprobs_mode="raw_logprobs",
         disable_log_stats=True,
     )
@@ -99,24 +99,24 @@ def engine_args(spec: EngineSpec, hardware: Hardware) -> AsyncEngineArgs:
 
 
 def engine_environment(spec: EngineSpec, hardware: Hardware, *, dtype: str) -> dict[str, str]:
-    """What vLLM's processes must find in their environment. ``dtype`` is what the engine computes in.
+    """The environment variables that vLLM's processes need. ``dtype`` is the engine's precision.
 
-    Their titles tell whose they are: ``student::EngineCore``, ``teacher::Worker``.
+    Process titles start with the role: ``student::EngineCore``, ``teacher::Worker``.
     """
     wanted = {"VLLM_PROCESS_NAME_PREFIX": spec.name}
     if hardware.gpu_bytes is None:
         wanted |= {"OMP_NUM_THREADS": str(spec.settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     elif dtype == "float32":
-        # Attention is Triton's there, whose products are TF32 by default; torch's are not, as long as nobody asks.
+        # Triton, used for attention here, multiplies in TF32 by default; torch does so only on request.
         wanted |= {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
     return wanted
 
 
 def engine_dtype(wanted: str, hardware: Hardware, *, key: str) -> str:
-    """What the engine computes in, in vLLM's terms.
+    """The engine's dtype, as a vLLM argument.
 
-    For auto the machine's best, but where that is float16 vLLM's own choice, which knows the models that overflow in it
-    and takes float32 for them.
+    For auto this is the machine's preferred dtype. If that is float16, it is vLLM's own "auto", which uses float32 for
+    models that overflow in float16.
     """
     if wanted == "auto":
         best = hardware.dtypes[0]
@@ -127,23 +127,22 @@ def engine_dtype(wanted: str, hardware: Hardware, *, key: str) -> str:
 
 
 def _fit_processor(args: AsyncEngineArgs, spec: EngineSpec) -> None:
-    if spec.settings.pipeline_parallel_size > 1:  # loaded, but vLLM 0.32 ends at the first request
+    if spec.settings.pipeline_parallel_size > 1:  # vLLM 0.32 loads the model, but crashes at the first request
         raise UserError(
-            f"engines.{spec.name}.pipeline_parallel_size must be 1 on processors, "
-            f"got {spec.settings.pipeline_parallel_size}"
+            f"engines.{spec.name}.pipeline_parallel_size must be 1 on CPUs, got {spec.settings.pipeline_parallel_size}"
         )
     if args.kv_cache_memory_bytes is None:
         args.kv_cache_memory_bytes = int(_CPU_CACHE_GIB * GIB)
     if args.block_size is None:
         args.block_size = _CPU_BLOCK_TOKENS
-    # A seeded request whose prompt is prefilled in pieces ends the CPU engine, so prompts go in whole.
+    # The CPU engine crashes on a seeded request with chunked prefill, so prompts are prefilled as a whole.
     args.enable_chunked_prefill = False
     longest = args.create_model_config().max_model_len
     args.max_num_batched_tokens = spec.settings.max_num_batched_tokens or max(_CPU_BATCHED_TOKENS, longest)
 
 
 def _fit_gpu(args: AsyncEngineArgs, spec: EngineSpec, hardware: Hardware, gpu_bytes: int) -> None:
-    """Tokens per step, and vLLM's share of the GPU: the engine's less what scoring takes."""
+    """Set tokens per step and vLLM's share of GPU memory: the engine's share minus the memory for scoring."""
     model = args.create_model_config()
     vocabulary = model.get_vocab_size()
     scoring = Scoring(
@@ -163,15 +162,15 @@ def _fit_gpu(args: AsyncEngineArgs, spec: EngineSpec, hardware: Hardware, gpu_by
     left_bytes = engine_bytes - scoring.bytes_for(args.max_num_batched_tokens)
     if left_bytes <= 0:
         raise UserError(
-            f"engines.{spec.name}.max_num_batched_tokens must be such that scoring fits into the engine's "
-            f"{engine_bytes / GIB:.1f} GiB, got {args.max_num_batched_tokens}, which take "
-            f"{scoring.bytes_for(args.max_num_batched_tokens) / GIB:.1f}"
+            f"engines.{spec.name}.max_num_batched_tokens: scoring must fit into the engine's "
+            f"{engine_bytes / GIB:.1f} GiB, but {args.max_num_batched_tokens} tokens need "
+            f"{scoring.bytes_for(args.max_num_batched_tokens) / GIB:.1f} GiB"
         )
     args.gpu_memory_utilization = left_bytes / gpu_bytes
 
 
 def _engine_bytes(spec: EngineSpec, gpu_bytes: int) -> int:
-    """The engine's share of a GPU."""
+    """The engine's share of a GPU's memory."""
     if spec.settings.gpu_memory_gib is None:
         return int((spec.settings.gpu_memory_utilization or OWN_GPU_SHARE) * gpu_bytes)
     if spec.settings.gpu_memory_gib * GIB > gpu_bytes:
@@ -183,7 +182,7 @@ def _engine_bytes(spec: EngineSpec, gpu_bytes: int) -> int:
 
 
 def _reason(error: ValueError) -> str:
-    """What is wrong, without the whole configuration that pydantic prints along."""
+    """What is wrong, without the full configuration that pydantic prints."""
     return one_line("; ".join(map(_problem, error.errors())) if isinstance(error, ValidationError) else error)
 
 

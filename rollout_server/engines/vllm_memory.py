@@ -1,8 +1,8 @@
-"""How many tokens an engine step may compute, by the memory that scoring takes. Pure arithmetic; imports no vLLM.
+"""How many tokens an engine step may compute, given the memory for scoring. Pure arithmetic; imports no vLLM.
 
-vLLM measures the memory of a forward pass before it sizes its key-value cache, but not what prompt log-probs take on
-top. Here that memory is counted into the engine's share of the GPU, so that an engine never uses more than its share:
-vLLM gets the share less ``Scoring.bytes_for``.
+vLLM profiles the memory of a forward pass before it sizes its KV cache, but does not include the memory for prompt
+log-probs. Here that memory is part of the engine's share of the GPU, so that an engine never uses more than its share:
+vLLM gets the share minus ``Scoring.bytes_for``.
 """
 
 from dataclasses import dataclass
@@ -11,29 +11,28 @@ GIB = 2**30
 _PIECE_ROWS = 1024  # vllm/v1/worker/gpu/sample/prompt_logprob.py, CHUNK_SIZE
 _LOGIT_COPIES = 3
 _ENTRY_BYTES = 8 + 4  # an id and a log-prob
-_LARGE_GPU_BYTES = 70 * GIB  # where vLLM itself takes 16,384 for offline batches
+_LARGE_GPU_BYTES = 70 * GIB  # from this size vLLM's own default for offline batches is 16,384
 _SCORING_SHARE = 0.1
 _FEWEST_TOKENS = 2048  # vLLM's own default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """What an engine computes for a prompt's log-probs, beside the forward pass."""
+    """The memory for prompt log-probs, in addition to the forward pass."""
 
     vocabulary: int
     top_logprobs: int  # k
-    dtype_bytes: int  # of a logit
-    in_pieces: bool  # Model Runner V2's way, vLLM's default on GPUs
+    dtype_bytes: int  # per logit
+    in_pieces: bool  # as in Model Runner V2, vLLM's default on GPUs
 
     def bytes_for(self, num_tokens: int) -> int:
-        """Bytes on each GPU, in a step of so many tokens.
+        """Bytes on each GPU for a step with ``num_tokens`` tokens.
 
-        Model Runner V2 computes 1,024 positions at a time, in the model's dtype: the logits, a copy of them in one
-        piece for the search of the k best, and under tensor parallelism the buffer they are gathered in. For bfloat16
-        and a vocabulary of 152,000 that is 1,024 x 152,000 x 2 x 3 bytes = 0.87 GiB, whatever the step. Model Runner V1
-        computes all positions at once, in the model's dtype and in float32 (vLLM pull request 52054):
-        8,192 x 152,000 x (2 + 4) bytes = 7 GiB. Both keep k + 1 ids and log-probs of each position, twice while pieces
-        are joined.
+        Model Runner V2 computes 1,024 positions at a time, in the model's dtype: the logits, a contiguous copy for
+        top-k, and the buffer for gathering them under tensor parallelism. For bfloat16 and a vocabulary of 152,000 this
+        is 1,024 x 152,000 x 2 x 3 bytes = 0.87 GiB, whatever the step size. Model Runner V1 computes all positions at
+        once, in the model's dtype and in float32 (vLLM pull request 52054): 8,192 x 152,000 x (2 + 4) bytes = 7 GiB.
+        Both keep k + 1 ids and log-probs per position, and two copies of them during concatenation.
         """
         if self.in_pieces:
             logits = min(num_tokens, _PIECE_ROWS) * self.vocabulary * self.dtype_bytes * _LOGIT_COPIES
@@ -45,11 +44,12 @@ class Scoring:
 def batched_tokens(
     scoring: Scoring, *, setting: int | None, gpu_bytes: int, engine_bytes: int, max_num_seqs: int
 ) -> int:
-    """Tokens that one step of an engine on GPUs computes at most (vLLM's ``max_num_batched_tokens``).
+    """Maximum number of tokens per step of an engine on GPUs (vLLM's ``max_num_batched_tokens``).
 
-    ``setting`` where there is one. Else 8,192, or 16,384 on GPUs of 70 GiB and more, halved until scoring takes no more
-    than a tenth of the engine's share, but vLLM's own 2,048 at least: an engine too small for 1,024 positions' logits
-    is too small for long steps as well. A step decodes one token of each of ``max_num_seqs``.
+    This is ``setting`` if given. Otherwise it is 8,192, or 16,384 on GPUs of 70 GiB and more. It is halved until
+    scoring takes at most a tenth of the engine's share, but not below vLLM's own 2,048: an engine too small for 1,024
+    positions' logits is too small for long steps as well. It is at least ``max_num_seqs``, because a decode step
+    computes one token per sequence.
     """
     if setting is not None:
         return setting

@@ -1,7 +1,7 @@
-"""``engines.*.vllm`` held against vLLM's own arguments: do they exist, and have they the right type?
+"""Checks ``engines.*.vllm`` against vLLM's own arguments: do they exist, and is the type right?
 
-Which of them a configuration may set at all is ``common/config/vllm_options.py``. Imports vLLM, which takes seconds:
-only who has such arguments should import this.
+``common/config/vllm_options.py`` defines which of them a configuration may set. This module imports vLLM, which takes
+seconds, so import it only if there are such arguments.
 """
 
 import difflib
@@ -29,9 +29,9 @@ _WORDS = {
 
 
 def checked_options(options: Mapping[str, JsonValue], *, key: str) -> dict[str, Any]:
-    """The arguments with the values vLLM takes: lists as its sets, mappings as its configurations.
+    """The arguments with the values that vLLM expects: sets for lists, configuration objects for mappings.
 
-    ``key`` is what they hang from in our configuration. Raises UserError for the first that does not fit.
+    ``key`` is their path in our configuration. Raises UserError for the first invalid one.
     """
     types = {field.name: field.type for field in fields(AsyncEngineArgs) if not field.name.startswith("_")}
     return {name: _checked(value, types, f"{key}.{name}") for name, value in options.items()}
@@ -45,7 +45,7 @@ def _checked(value: JsonValue, types: Mapping[str, Any], key: str) -> Any:
         raise UserError(f"{key} is not an argument of vLLM's engine{hint}")
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(types[name])
-    except PydanticSchemaGenerationError:  # a type of torch's among them: vLLM takes what it gets
+    except PydanticSchemaGenerationError:  # for example a torch type: not checked
         return value
     try:
         return adapter.validate_json(json.dumps(value), strict=True)
@@ -55,7 +55,7 @@ def _checked(value: JsonValue, types: Mapping[str, Any], key: str) -> Any:
 
 def _refusal(error: ValidationError, expected: Any, value: JsonValue, key: str) -> str:
     problem = error.errors(include_url=False)[0]
-    # A mapping that vLLM makes a configuration of: the place in it says more than the whole.
+    # For a mapping that becomes a vLLM configuration, the failing key inside it is more useful than the whole.
     inner = [str(step) for step in problem["loc"] if str(step) in _keys_of(value)]
     if inner:
         return f"{'.'.join([key, *inner])}: vLLM says: {problem['msg']}, got {problem['input']!r}"
@@ -69,11 +69,11 @@ def _keys_of(value: JsonValue) -> set[str]:
 
 
 def _words(expected: Any) -> str:
-    """A type as a configuration's author would say it."""
+    """A type in the words of the configuration's user."""
     if get_origin(expected) is Literal:
         return f"one of {', '.join(map(str, get_args(expected)))}"
     origin = get_origin(expected) or expected
     if origin in _WORDS:
         return _WORDS[origin]
     inner = [_words(each) for each in get_args(expected)]
-    return " or ".join(dict.fromkeys(inner)) if inner else "what its configuration takes, as a mapping"
+    return " or ".join(dict.fromkeys(inner)) if inner else "a mapping of its settings"

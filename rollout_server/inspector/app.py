@@ -1,4 +1,4 @@
-"""The inspector's app: routes, errors, page, health and metrics."""
+"""The inspector's app: routes, error handling, page, health checks and metrics."""
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -20,9 +20,9 @@ _PAGE = Path(__file__).parent / "page"
 def create_app(
     runs_dir: Path, *, hosts: Collection[str], token: str | None = None, live_rollouts: live.LiveRollouts | None = None
 ) -> FastAPI:
-    """The app over the runs in a folder. It answers to the names ``hosts`` and, where there is one, asks for ``token``.
+    """The app for the runs in a folder. It accepts the host names ``hosts`` and requires ``token`` if one is given.
 
-    With ``live_rollouts`` prompts can be tried on runs in training.
+    With ``live_rollouts``, users can send prompts to runs in training.
     """
 
     @asynccontextmanager
@@ -84,9 +84,9 @@ def _add_metrics(app: FastAPI) -> None:
     requests = Counter(
         "adaswitch_inspector_requests", "Requests by path and status", ["path", "status"], registry=registry
     )
-    seconds = Histogram("adaswitch_inspector_request_seconds", "Until the answer began", ["path"], registry=registry)
+    seconds = Histogram("adaswitch_inspector_request_seconds", "Time to first byte", ["path"], registry=registry)
     skipped = Gauge(
-        "adaswitch_inspector_skipped_segments", "Unreadable segments of the runs that were opened", registry=registry
+        "adaswitch_inspector_skipped_segments", "Unreadable segments of recently used runs", registry=registry
     )
     store: RunStore = app.state.store
     skipped.set_function(lambda: sum(len(index.skipped) for _, index in store.opened()))

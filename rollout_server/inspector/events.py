@@ -1,4 +1,4 @@
-"""Server-sent events for a run's new steps, and its tables as files."""
+"""Server-sent events for a run's new steps, and downloads of its tables."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,8 +18,8 @@ from rollout_server.traces.index import QueryTimeout
 
 router = APIRouter(prefix="/api/v1")
 
-_LOOK_EVERY_S = 1.0
-_KEEP_ALIVE_EVERY = 15  # polls without news
+_POLL_EVERY_S = 1.0
+_KEEP_ALIVE_EVERY = 15  # polls without changes
 _MAX_STREAMS = 16
 _EVENT_SCHEMA = {
     "type": "object",
@@ -40,9 +40,9 @@ async def follow_run(
     run: RunName,
     store: Store,
     request: Request,
-    max_seconds: Annotated[float, Query(gt=0, le=3600, description="The stream ends after this long.")] = 3600.0,
+    max_seconds: Annotated[float, Query(gt=0, le=3600, description="The stream ends after this time.")] = 3600.0,
 ) -> StreamingResponse:
-    """An event ``steps`` for the present trace, and another one whenever segments were added or replaced."""
+    """Sends an event ``steps`` for the present trace, and another one whenever segments are added or replaced."""
     await run_in_threadpool(store.index, run, QUERY_TIMEOUT_S)  # a 404 before the stream begins
     if request.app.state.num_streams >= _MAX_STREAMS:
         raise ProblemError(503, "too-many-streams", f"at most {_MAX_STREAMS} event streams at once")
@@ -50,7 +50,7 @@ async def follow_run(
 
 
 async def _events(request: Request, store: RunStore, run: str, max_seconds: float) -> AsyncIterator[str]:
-    """Consumes the trace's changes, produces events, waits a second between polls; stops when the client is gone."""
+    """Consumes the trace's changes; produces events; waits 1 s between polls; stops when the client disconnects."""
     request.app.state.num_streams += 1
     try:
         generation, quiet = -1, 0
@@ -59,7 +59,7 @@ async def _events(request: Request, store: RunStore, run: str, max_seconds: floa
             try:
                 index = await run_in_threadpool(store.index, run, QUERY_TIMEOUT_S)
             except (QueryTimeout, ProblemError):
-                return  # the run is gone or too slow; the client reconnects
+                return  # the run was removed or the query is too slow; the client reconnects
             if index.generation != generation:
                 event = await run_in_threadpool(_step_event, store, run, generation)
                 generation, quiet = index.generation, 0
@@ -69,7 +69,7 @@ async def _events(request: Request, store: RunStore, run: str, max_seconds: floa
             left_s = end - asyncio.get_running_loop().time()
             if left_s <= 0 or await request.is_disconnected():
                 return
-            await asyncio.sleep(min(_LOOK_EVERY_S, left_s))
+            await asyncio.sleep(min(_POLL_EVERY_S, left_s))
     finally:
         request.app.state.num_streams -= 1
 
@@ -103,7 +103,7 @@ def download(
     store: Store,
     where: Filters,
     format: Annotated[Literal["csv", "parquet"], Query()] = "csv",
-    step: Annotated[int | None, Query(ge=0, le=2**31 - 1, description="Of tokens: the step to get.")] = None,
+    step: Annotated[int | None, Query(ge=0, le=2**31 - 1, description="The step, for table `tokens`.")] = None,
 ) -> StreamingResponse:
     """All matching sequences, or one step's tokens, as a file."""
     index = store.index(run, QUERY_TIMEOUT_S)

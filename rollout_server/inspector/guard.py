@@ -1,7 +1,7 @@
-"""Access control: who may send requests, and how large they may be. Knows nothing of their content.
+"""Access control: who may send requests, and how large they may be. Independent of their content.
 
-One ASGI layer around everything checks the Host header (against DNS rebinding), the bearer token and the size of the
-body, and sets the headers that keep a browser from running or framing foreign content. There is no CORS.
+One ASGI layer around the app checks the Host header (against DNS rebinding), the bearer token and the body size, and
+sets the headers that keep a browser from running or framing foreign content. There is no CORS.
 """
 
 import hmac
@@ -28,7 +28,7 @@ _HEADERS = {
 
 
 class Guard:
-    """``hosts``: names that this service answers to. ``token``: None accepts every client."""
+    """``hosts``: host names of this service. ``token``: None accepts every client."""
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str], token: str | None) -> None:
         self._app = app
@@ -61,14 +61,14 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
         if _host_name(headers.get("host", "")) not in self._hosts:
-            return problem(400, "the Host header names no host of this service", kind="unknown-host")
+            return problem(400, "the Host header is not a name of this service", kind="unknown-host")
         if self._token is None or not str(scope["path"]).startswith(_GUARDED):
             return None
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "surrogateescape")
         if scheme.lower() == "bearer" and hmac.compare_digest(given, self._token.encode()):
             return None
-        return problem(401, "a bearer token is needed", kind="no-token", headers={"WWW-Authenticate": "Bearer"})
+        return problem(401, "a bearer token is required", kind="no-token", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _host_name(header: str) -> str | None:
@@ -79,7 +79,7 @@ def _host_name(header: str) -> str | None:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The complete body, or None when it is too long."""
+    """The complete body, or None if it is too long."""
     body = bytearray()
     while True:
         message = await receive()

@@ -1,6 +1,6 @@
-"""Live: one prompt through the controller of a run in training, with its decisions streamed as they are made.
+"""Live generation: send one prompt to a run in training, and stream its decisions as they are made.
 
-The inspector knows neither Ray nor engines: the caller that attaches it passes ``LiveRollouts``.
+The inspector does not depend on Ray or engines: the caller that attaches it passes ``LiveRollouts``.
 """
 
 import asyncio
@@ -32,11 +32,11 @@ router = APIRouter(prefix="/api/v1")
 
 MAX_STREAMS = 8
 _POLL_EVERY_S = 0.25  # whether the client is still connected
-_KEEP_ALIVE_EVERY = 40  # polls without news
+_KEEP_ALIVE_EVERY = 40  # polls without output
 
 
 class RunNotLive(Exception):
-    """No such run is in training on the cluster. ``runs`` are those that are."""
+    """No such run is in training on the cluster. ``runs`` lists those that are."""
 
     def __init__(self, runs: list[str]) -> None:
         super().__init__(runs)
@@ -51,14 +51,14 @@ class LiveRollouts(Protocol):
     """The runs in training on a cluster."""
 
     async def runs(self) -> list[str]:
-        """The names of the live runs, one for each run."""
+        """The names of the live runs, one entry per run."""
         ...
 
     def generate(self, run: str | None, request: LiveRequest) -> AsyncGenerator[LivePiece, None]:
         """Yield a LiveStart, LiveTokens, a LiveEnd. Closing it cancels the requests in the run's engines.
 
-        ``run`` may be None where one run is live. Raises RunNotLive, SeveralRunsLive or LiveRefusal before the first
-        piece, LiveFailure after.
+        ``run`` may be None if one run is live. Raises RunNotLive, SeveralRunsLive or LiveRefusal before the first
+        piece, LiveFailure after it.
         """
         ...
 
@@ -74,7 +74,7 @@ def _attached(request: Request) -> LiveRollouts:
 
 @router.get("/live", responses=answers(503))
 async def describe_live(request: Request) -> models.LiveState:
-    """Whether prompts can be tried, and on which runs."""
+    """Whether prompts can be sent, and to which runs."""
     live: LiveRollouts | None = request.app.state.live
     if live is None:
         return models.LiveState(attached=False, runs=[])
@@ -102,14 +102,14 @@ async def generate(
 ) -> StreamingResponse:
     """Generate one sequence under any policy with a live run's engines, and stream the decision on every token.
 
-    It runs beside the training and is not part of it. When the client disconnects, the engines stop.
+    It runs during training but is not part of it. If the client disconnects, the generation is aborted.
     """
     if request.app.state.num_live >= MAX_STREAMS:
         raise ProblemError(429, "too-many-streams", f"at most {MAX_STREAMS} at once", headers={"Retry-After": "5"})
     request.app.state.num_live += 1
     pieces = live.generate(wanted.run, _live_request(wanted))
     try:
-        # Before the first piece a refusal has a status; after it only an event can report an error.
+        # Before the first piece an error can have an HTTP status; after it only an event can report it.
         first = await anext(pieces)
         assert isinstance(first, LiveStart), first
     except BaseException as error:
@@ -126,10 +126,10 @@ def _live_request(wanted: models.GenerateRequest) -> LiveRequest:
 
 
 def _problem(error: BaseException) -> BaseException:
-    """An error before the first piece, as the client gets it."""
+    """The client's error for an exception before the first piece."""
     match error:
         case SeveralRunsLive():
-            return ProblemError(409, "several-runs", "several runs are live; name one as run", errors=error.runs)
+            return ProblemError(409, "several-runs", "several runs are live; choose one with run", errors=error.runs)
         case RunNotLive():
             return ProblemError(404, "run-not-live", "no such run is being trained", errors=error.runs)
         case LiveRefusal(kind="busy"):
@@ -144,7 +144,7 @@ def _problem(error: BaseException) -> BaseException:
 
 
 async def _events(request: Request, start: LiveStart, pieces: AsyncGenerator[LivePiece, None]) -> AsyncIterator[str]:
-    """Consumes pieces, produces events, waits for the run; stops at its end, or when the client is gone."""
+    """Consumes pieces; produces events; waits for the run; stops at its end, or when the client disconnects."""
     shown = _Shown(start.policy)
     try:
         yield _event("start", models.LiveStarted(**asdict(start) | {"policy": start.policy}))
@@ -166,7 +166,7 @@ async def _events(request: Request, start: LiveStart, pieces: AsyncGenerator[Liv
 async def _while_connected(
     request: Request, pieces: AsyncGenerator[LivePiece, None]
 ) -> AsyncGenerator[LivePiece | None, None]:
-    """The pieces, and None from time to time while none comes. Ends early when the client disconnects."""
+    """The pieces, and None from time to time while there are none. Ends early if the client disconnects."""
     quiet = 0
     waiting = asyncio.ensure_future(anext(pieces, None))
     try:
@@ -192,7 +192,7 @@ async def _while_connected(
 
 
 class _Shown:
-    """Pieces as the tokens a client gets: with the policy's moving average and the texts known so far."""
+    """Converts pieces to response tokens, adding the policy's moving average and the texts of alternatives."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy

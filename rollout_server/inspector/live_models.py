@@ -1,4 +1,4 @@
-"""What ``POST /generate`` takes and streams, and what ``GET /live`` answers. See ``models.py`` for all paths."""
+"""Request and events of ``POST /generate``, and the response of ``GET /live``. ``models.py`` lists all paths."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,40 +11,40 @@ MAX_PROMPT_TOKENS = 16_384
 
 
 class LiveState(Answer):
-    """Whether prompts can be tried here."""
+    """Whether prompts can be sent to live runs."""
 
     attached: bool
     runs: list[str]
-    """Runs that are being trained on the attached cluster; a name occurs twice where two runs have it."""
+    """Runs in training on the attached cluster. A name occurs twice if two runs have it."""
 
 
 class GenerateRequest(Answer):
-    """One prompt. What is left out is as the run has it."""
+    """One prompt. Omitted fields use the run's settings."""
 
     run: Annotated[
-        str | None, Field(min_length=1, max_length=255, description="May be left out where one run is live.")
+        str | None, Field(min_length=1, max_length=255, description="May be omitted if one run is live.")
     ] = None
     prompt: Annotated[str | None, Field(min_length=1, max_length=50_000, description="Text.")] = None
     prompt_token_ids: Annotated[
         list[Annotated[int, Field(ge=0, le=2**31 - 1)]] | None,
         Field(min_length=1, max_length=MAX_PROMPT_TOKENS, description="Instead of text."),
     ] = None
-    as_chat: Annotated[bool | None, Field(description="Text is a user's message to the chat template.")] = None
-    policy: Annotated[Policy | None, Field(description="As under `policy` of a run's settings.")] = None
+    as_chat: Annotated[bool | None, Field(description="Put the text into the chat template as a user message.")] = None
+    policy: Annotated[Policy | None, Field(description="Same as `policy` in a run's settings.")] = None
     max_new_tokens: Annotated[int | None, Field(ge=1, le=2**20)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0 is greedy.")] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="The same seed and weights write the same.")] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="Same seed and weights: same tokens.")] = 0
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         if (self.prompt is None) == (self.prompt_token_ids is None):
-            raise ValueError("one of prompt and prompt_token_ids must be given")
+            raise ValueError("exactly one of prompt and prompt_token_ids must be given")
         return self
 
 
 class LiveStarted(Answer):
-    """Event ``start``: what is going to be written."""
+    """Event ``start``: the settings of the generation."""
 
     policy: Policy
     prompt_text: str
@@ -56,7 +56,7 @@ class LiveStarted(Answer):
 
 
 class LiveSummary(Answer):
-    """Event ``summary``, the last."""
+    """Event ``summary``, the last one."""
 
     completion_text: str
     finish_reason: Literal["stop", "length"]
@@ -65,10 +65,10 @@ class LiveSummary(Answer):
     switches: list[int]
     num_wasted_tokens: int
     mean_divergence: float | None
-    """nats, over the positions the student proposed."""
+    """nats, over the positions where the student proposed."""
     weight_version_min: int | None
     weight_version_max: int | None
-    """Above the smallest where new weights came while it was written."""
+    """Larger than the minimum if new weights arrived during the generation."""
     seconds: float
 
 
@@ -87,9 +87,9 @@ EVENT_EXAMPLES = {
     }
 }
 REQUEST_EXAMPLES = {
-    "text": {"summary": "As the run has it", "value": {"prompt": "2-6+5*4-7*4*2="}},
+    "text": {"summary": "With the run's settings", "value": {"prompt": "2-6+5*4-7*4*2="}},
     "policy": {
-        "summary": "Another policy, greedily",
+        "summary": "Another policy, greedy",
         "value": {
             "run": "demo",
             "prompt": "2-6+5*4-7*4*2=",

@@ -1,4 +1,4 @@
-"""A request to a live run and the pieces of its answer. Plain values, so that a client needs no torch."""
+"""A request to a live run and the pieces of its response. Plain values, so that a client does not need torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ RefusalKind = Literal["invalid", "busy"]
 
 
 class LiveRefusal(Exception):
-    """The run refuses the request: it can't be used, or too many are running already."""
+    """The run rejects the request: it is invalid, or too many are running already."""
 
     def __init__(self, kind: RefusalKind, detail: str) -> None:
         super().__init__(kind, detail)  # both, because an exception is pickled as its arguments
@@ -20,7 +20,7 @@ class LiveRefusal(Exception):
 
 
 class LiveFailure(Exception):
-    """Generation started and then failed. One line."""
+    """Generation failed after it started. The message is one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +28,9 @@ class LiveRequest:
     """One prompt. None means the run's own setting."""
 
     prompt: str | tuple[int, ...]  # text, or token ids
-    as_chat: bool | None = None  # text is a user's message, put into the chat template
+    as_chat: bool | None = None  # put the text into the chat template as a user message
     policy: Policy | None = None
-    max_new_tokens: int | None = None  # None: the run's, or what the context leaves if that is less
+    max_new_tokens: int | None = None  # None: the run's value, limited by the context length
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
@@ -38,7 +38,7 @@ class LiveRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveStart:
-    """The first piece: what is about to be generated."""
+    """The first piece: the settings of the generation."""
 
     policy: Policy
     prompt_text: str
@@ -51,10 +51,10 @@ class LiveStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveTokens:
-    """Tokens that were decided since the last piece, as a trace would hold them."""
+    """Tokens decided since the last piece, in the form of a trace."""
 
     tokens: list[TokenRecord]
-    texts: dict[int, str]  # of the alternatives that no earlier piece has named
+    texts: dict[int, str]  # of alternatives that were not in earlier pieces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +67,9 @@ class LiveEnd:
     num_teacher_tokens: int
     switches: list[int]  # positions
     num_wasted_tokens: int
-    mean_divergence: float | None  # nats, where the student proposed
+    mean_divergence: float | None  # nats, over the positions where the student proposed
     weight_version_min: int | None
-    weight_version_max: int | None  # larger than weight_version_min if a weight sync happened meanwhile
+    weight_version_max: int | None  # larger than weight_version_min if a weight sync happened in between
     seconds: float
 
 

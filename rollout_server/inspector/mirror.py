@@ -1,6 +1,6 @@
-"""Mirrors the runs in a store into a local folder that the inspector can read.
+"""Mirrors the runs in an object store into a local folder that the inspector can read.
 
-It fetches only what the inspector shows: a run's small files and its trace. A segment appears complete, by a rename.
+It fetches only what the inspector shows: a run's small files and its trace. A segment appears at once, by a rename.
 """
 
 import logging
@@ -20,12 +20,12 @@ from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE, parse_segm
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-_TIMEOUT_S = 120.0  # for one file, or the list of all
+_TIMEOUT_S = 120.0  # for one file, or for listing the store
 
 
 @contextmanager
 def mirrored(url: str) -> Iterator[Path]:
-    """A folder with the store's runs, kept up to date. It is deleted when the context is left.
+    """A folder with the store's runs, kept up to date. It is deleted when the block is left.
 
     Raises UserError where the store can't be listed.
     """
@@ -50,13 +50,13 @@ def _keep_up(mirror: "Mirror", ended: Event) -> None:
     while not ended.is_set():
         try:
             mirror.refresh()
-        except Exception as error:  # the present files are served until the store can be read again
-            logger.warning("the runs of %s can't be brought up to date: %s", mirror.url, error)
+        except Exception as error:  # the present files are served until the store is available again
+            logger.warning("can't update the runs of %s: %s", mirror.url, error)
         ended.wait(_EVERY_S)
 
 
 class Mirror:
-    """The part of a store that is in a folder. Not thread-safe."""
+    """A local copy of the relevant part of a store. Not thread-safe."""
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
@@ -106,7 +106,7 @@ class Mirror:
         unfinished.rename(place)
 
     def _drop(self, name: str) -> None:
-        """By a rename first, so that it disappears at once."""
+        """Rename a folder before deleting it, so that it disappears at once."""
         place = self._folder / name
         if place.is_dir():
             dropped = place.with_name(f".{place.name}.dropped")

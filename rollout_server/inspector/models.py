@@ -1,6 +1,6 @@
-"""What the inspector answers, and the list of its paths. Knows nothing of where the values come from.
+"""The inspector's responses, and the list of its paths. Independent of where the values come from.
 
-Everything below ``/api/v1``; ``{run}`` is the name of a folder of runs, ``{sequence_id}`` may hold slashes.
+All paths are below ``/api/v1``. ``{run}`` is the name of a run's folder, ``{sequence_id}`` may contain slashes.
 
     GET  /runs                                        RunPage        limit, cursor
     GET  /runs/{run}                                  RunDetail
@@ -14,14 +14,14 @@ Everything below ``/api/v1``; ``{run}`` is the name of a folder of runs, ``{sequ
     GET  /runs/{run}/events                           text/event-stream: ``steps`` (data: StepEvent), ``: waiting``
     GET  /live                                        LiveState      whether a cluster is attached, and its live runs
     POST /generate                                    text/event-stream, body GenerateRequest: ``start`` (LiveStarted),
-                                                      ``token`` (Token) for each, ``summary`` (LiveSummary) or
+                                                      ``token`` (Token) per token, ``summary`` (LiveSummary) or
                                                       ``problem`` (Problem), ``: waiting``. See live_models.py
     GET  /openapi.json
     GET  /healthz, /readyz (Readiness), /metrics      not below /api/v1
 
 Filters: first_step, last_step, switched, first_switch_min, first_switch_max, policy, finish_reason, text (contained in
-prompt or completion, case ignored). Errors are ``Problem`` as ``application/problem+json`` (RFC 9457). Where a token is
-set, ``Authorization: Bearer TOKEN`` goes with every request below /api and with /metrics.
+prompt or completion, case-insensitive). Errors are ``Problem`` as ``application/problem+json`` (RFC 9457). If a token
+is set, requests below /api and to /metrics need ``Authorization: Bearer TOKEN``.
 """
 
 from datetime import datetime
@@ -38,66 +38,66 @@ Reason = Literal["policy", "student_finished", "length_limit", "given_answer", "
 
 
 class Answer(BaseModel):
-    """Base of all answers."""
+    """Base of all responses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Problem(Answer):
-    """What went wrong, as RFC 9457 has it."""
+    """An error, in the form of RFC 9457."""
 
     type: str
-    """Stable name of the kind of problem: ``about:blank`` or ``urn:adaswitch:problem:...``."""
+    """Stable identifier of the kind of error: ``about:blank`` or ``urn:adaswitch:problem:...``."""
     title: str
     status: int
     detail: str
-    """One line: what, what was got, what is expected."""
+    """One line: what is wrong, what was received, what is expected."""
     errors: list[str] | None = None
-    """One line for each field that can't be used."""
+    """One line per invalid field."""
 
 
 class Run(Answer):
     """One run in the list."""
 
     name: str
-    """The folder's name, which is the run's name in all paths."""
+    """The folder's name, which identifies the run in all paths."""
     modified: datetime
-    """When its folder or its metrics last changed, UTC."""
+    """Time of the last change of its folder or metrics, UTC."""
     finished: bool
     """Whether it has a summary."""
     policy: str | None
-    """``policy.type`` of its config.yaml; null where that can't be read."""
+    """``policy.type`` in config.yaml; null if that can't be read."""
     num_segments: int
-    """Finished segments of its trace, readable or not."""
+    """Number of finished segments in its trace, including unreadable ones."""
     last_step: int | None
 
 
 class RunPage(Answer):
-    """Runs, the last changed first."""
+    """Runs, most recently changed first."""
 
     runs: list[Run]
     next_cursor: str | None
 
 
 class SkippedSegment(Answer):
-    """A segment of the trace that can't be read and was left out."""
+    """An unreadable segment of the trace."""
 
     name: str
     reason: str
 
 
 class RunDetail(Answer):
-    """All that is known of a run as a whole."""
+    """Everything about one run."""
 
     name: str
     modified: datetime
     finished: bool
     policy: Policy | None
-    """The switch policy and its settings; null where config.yaml can't be read."""
+    """The switch policy and its settings; null if config.yaml can't be read."""
     divergence: str | None
-    """Type of the recorded divergences, such as ``forward_kl``; null where config.yaml can't be read."""
+    """Type of the recorded divergences, for example ``forward_kl``; null if config.yaml can't be read."""
     config_text: str | None
-    """config.yaml as it stands."""
+    """Content of config.yaml."""
     summary: dict[str, float | int | str | None] | None
     """summary.json; null until the run has finished."""
     num_steps: int
@@ -105,31 +105,31 @@ class RunDetail(Answer):
     num_tokens: int
     num_wasted_tokens: int
     num_switched: int
-    """Sequences with a switch."""
+    """Number of sequences with a switch."""
     switch_rate: float | None
-    """Share of the sequences with a switch; null without sequences."""
+    """Share of sequences with a switch; null without sequences."""
     teacher_share: float | None
-    """Share of the tokens that the teacher wrote."""
+    """Share of tokens that the teacher generated."""
     mean_divergence: float | None
-    """nats, over all positions the student proposed."""
+    """nats, over all positions where the student proposed."""
     mean_first_switch: float | None
     policies: list[str]
-    """Names that may be given as filter ``policy``."""
+    """Valid values for the filter ``policy``."""
     finish_reasons: list[str]
     skipped: list[SkippedSegment]
-    """Segments left out. What is counted above is without them."""
+    """Unreadable segments. The counts above exclude them."""
     problems: list[str]
-    """What else can't be read: config.yaml, metrics.jsonl, summary.json."""
+    """Other files that can't be read: config.yaml, metrics.jsonl, summary.json."""
 
 
 class Step(Answer):
-    """One training step. The first block comes from metrics.jsonl, the second from the trace; null where one lacks."""
+    """One training step. The first block comes from metrics.jsonl, the second from the trace; null if missing."""
 
     step: int
     loss: float | None
     """nats per token."""
     accuracy: float | None
-    """Held out, where this step was evaluated."""
+    """On the held-out data, if this step was evaluated."""
     grad_norm: float | None
     learning_rate: float | None
     weight_version: int | None
@@ -145,20 +145,20 @@ class Step(Answer):
     teacher_share: float | None
     mean_first_switch: float | None
     divergence_mean: float | None
-    """nats, over all positions the student proposed; so the quantiles."""
+    """nats, over all positions where the student proposed, like the quantiles."""
     divergence_p50: float | None
     divergence_p90: float | None
     divergence_p99: float | None
 
 
 class StepList(Answer):
-    """Steps in order. Step 0 may be the evaluation before training alone."""
+    """Steps in order. Step 0 may contain only the evaluation before training."""
 
     steps: list[Step]
 
 
 class SequenceItem(Answer):
-    """One mixed sequence in the list."""
+    """One mixed sequence in a list."""
 
     sequence_id: str
     prompt_id: str
@@ -184,17 +184,17 @@ class SequenceItem(Answer):
 
 
 class SequencePage(Answer):
-    """Sequences that match, in the order asked for."""
+    """Matching sequences in the requested order."""
 
     sequences: list[SequenceItem]
     num_matching: int
-    """All that match, on all pages."""
+    """Number of matches on all pages."""
     next_cursor: str | None
-    """Give it back as ``cursor`` with the same filters and order; null on the last page."""
+    """Pass it as ``cursor`` with the same filters and order to get the next page; null on the last page."""
 
 
 class Sequence(SequenceItem):
-    """One mixed sequence with its whole texts."""
+    """One mixed sequence with its full texts."""
 
     answer: str | None
     switches: list[int]
@@ -206,13 +206,13 @@ class Alternative(Answer):
 
     token_id: int
     text: str | None
-    """null where this token was never written in this run, so that its text is not known."""
+    """null if this token was never generated in this run, because its text is then unknown."""
     logprob: float
     """nats."""
 
 
 class Token(Answer):
-    """One token and all that was known when it was decided."""
+    """One token and everything that was known when it was decided."""
 
     position: int
     token_id: int
@@ -220,19 +220,19 @@ class Token(Answer):
     source: Source
     is_switch: bool
     divergence: float | None
-    """nats; null where the student did not propose."""
+    """nats; null where the student made no proposal."""
     moving_average: float | None
-    """nats, of the last ``policy.window`` divergences before this one; null where the policy has none or too few."""
+    """nats, mean of the ``policy.window`` divergences before this one; null without such a window, or if too few."""
     threshold: float | None
     """nats."""
     student_rank: int | None
-    """Place of the student's proposal in the teacher's list, from 0; the list's length where it is outside."""
+    """Rank of the student's proposal in the teacher's list, from 0; the list's length if outside."""
     student_logprob: float | None
     teacher_logprob: float | None
     student_covered_mass: float | None
     teacher_covered_mass: float | None
     student_top: list[Alternative] | None
-    """Best first; null where the student did not propose."""
+    """Best first; null where the student made no proposal."""
     teacher_top: list[Alternative] | None
     weight_version: int | None
 
@@ -246,7 +246,7 @@ class TokenList(Answer):
 
 
 class Histogram(Answer):
-    """How often values fall between neighbouring edges; the last bin holds its upper edge too."""
+    """Number of values between neighboring edges; the last bin includes its upper edge."""
 
     quantity: Quantity
     edges: list[float]
@@ -254,13 +254,13 @@ class Histogram(Answer):
     counts: list[int]
     num_values: int
     num_missing: int
-    """Sequences (for divergence: tokens) that have no such value."""
+    """Number of sequences (for divergence: tokens) without such a value."""
 
 
 class ReplayRequest(Answer):
-    """A policy, and the sequences it is asked of."""
+    """A policy to replay, and on which sequences."""
 
-    policy: Annotated[Policy, Field(description="A switch policy as under `policy` of a run's settings.")]
+    policy: Annotated[Policy, Field(description="A switch policy, same as `policy` in a run's settings.")]
     first_step: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     last_step: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     bins: Annotated[int, Field(ge=1, le=200)] = 20
@@ -268,22 +268,22 @@ class ReplayRequest(Answer):
 
 
 class ReplayedSequence(Answer):
-    """What the policy would have done first in one sequence."""
+    """The policy's first decision in one sequence."""
 
     sequence_id: str
     step: int
     outcome: Outcome
     reason: Reason
-    """Why it can't be judged, why there is no switch, or ``policy`` for a switch."""
+    """``policy`` for a switch; otherwise why there is no switch, or why the outcome is unknown."""
     recorded_first_switch: int | None
     replayed_first_switch: int | None
 
 
 class ReplayReport(Answer):
-    """Where a policy would have taken over first, had it read the recorded sequences.
+    """Where a policy would have switched first on the recorded sequences.
 
-    A sequence whose teacher had taken over before the policy would have can't be judged: what the student would have
-    written from there on was never recorded. It counts as ``unknown`` and is part of no rate.
+    If the recorded switch comes before the policy's, the outcome is ``unknown``, because the student's further tokens
+    were never recorded. Unknown sequences are not part of ``switch_rate``.
     """
 
     policy: Policy
@@ -292,36 +292,36 @@ class ReplayReport(Answer):
     num_no_switch: int
     num_unknown: int
     reasons: dict[str, int]
-    """Sequences by reason."""
+    """Number of sequences by reason."""
     recorded_switch_rate: float | None
-    """Over all the sequences asked about."""
+    """Share of all selected sequences."""
     switch_rate: float | None
-    """Over the sequences that can be judged."""
+    """Share of the sequences with a known outcome."""
     switch_rate_min: float | None
-    """Over all, were none of the unknown to switch."""
+    """Share of all sequences if none of the unknown ones switches."""
     switch_rate_max: float | None
-    """Over all, were each of the unknown to switch."""
+    """Share of all sequences if each of the unknown ones switches."""
     mean_recorded_first_switch: float | None
     mean_first_switch: float | None
     recorded_histogram: Histogram
     histogram: Histogram
-    """Of the replayed first switches."""
+    """Replayed first switches."""
     num_earlier: int
-    """Switches at an earlier position than recorded, or where none was recorded."""
+    """Switches earlier than recorded, including sequences without a recorded switch."""
     num_same: int
-    """Judged sequences with the recorded outcome and position."""
+    """Sequences with the recorded outcome and position."""
     num_later_or_never: int
     differences: list[ReplayedSequence]
-    """The first ``max_differences`` sequences whose outcome is not the recorded one, unknown ones included."""
+    """The first ``max_differences`` sequences whose outcome differs from the recorded one, including unknown ones."""
 
 
 class StepEvent(Answer):
-    """Sent when segments were added or replaced. ``id`` of the event counts the changes of the trace."""
+    """Sent when segments are added or replaced. The event's ``id`` counts the changes of the trace."""
 
     steps: list[int]
-    """Steps that are new or were collected again."""
+    """Steps that are new or have been collected again."""
     num_sequences: int
-    """Of the whole run, now."""
+    """Present total of the run."""
     last_metrics_step: int | None
 
 
@@ -331,10 +331,10 @@ class SkippedSegments(Answer):
 
 
 class Readiness(Answer):
-    """Whether requests can be served, and what is served without."""
+    """Whether requests can be served, and which segments are left out."""
 
     ready: bool
     num_runs: int
     num_skipped_segments: int
-    """In runs that were looked at since the start."""
+    """In recently used runs."""
     skipped: list[SkippedSegments]

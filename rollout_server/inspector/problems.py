@@ -1,4 +1,4 @@
-"""Errors as problem documents (RFC 9457). Knows their form, not when they occur."""
+"""Errors as problem documents (RFC 9457). Defines their form, not when they occur."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -39,7 +39,7 @@ class ProblemError(Exception):
 def problem_document(
     status: int, detail: str, *, kind: str | None = None, errors: Sequence[str] | None = None
 ) -> Problem:
-    """Without a kind the status is the whole message."""
+    """Without a kind, the type is ``about:blank``."""
     return Problem(
         type=_PREFIX + kind if kind else "about:blank",
         title=HTTPStatus(status).phrase,
@@ -63,7 +63,7 @@ def problem(
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """The same for the OpenAPI document of a path."""
+    """These errors as responses in a path's OpenAPI document."""
     schema = {"$ref": "#/components/schemas/Problem"}
     return {
         status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": schema}}}
@@ -72,7 +72,7 @@ def answers(*statuses: int) -> dict[int | str, dict[str, object]]:
 
 
 def add_to_document(app: FastAPI) -> None:
-    """Add the schema that ``answers`` refers to to the OpenAPI document; FastAPI lists only what routes return."""
+    """Add the schema that ``answers`` refers to, because FastAPI only lists schemas that routes return."""
     make_document = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -84,7 +84,7 @@ def add_to_document(app: FastAPI) -> None:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Every error the app answers becomes a problem document."""
+    """Turn every error of the app into a problem document."""
 
     @app.exception_handler(ProblemError)
     def _ours(request: Request, error: ProblemError) -> Response:
@@ -101,8 +101,8 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def _invalid(request: Request, error: RequestValidationError) -> Response:
         lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
-        return problem(422, "the request can't be used", kind="invalid-request", errors=lines)
+        return problem(422, "the request is invalid", kind="invalid-request", errors=lines)
 
     @app.exception_handler(Exception)
     def _failed(request: Request, error: Exception) -> Response:
-        return problem(500, "the inspector failed; its log says why", kind="internal")
+        return problem(500, "the inspector failed; see its log", kind="internal")

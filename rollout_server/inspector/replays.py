@@ -1,4 +1,4 @@
-"""Replay: where would another policy have switched? The policies decide; this module counts and reports."""
+"""Replay: where would another policy have switched? The policies decide, this module counts and reports."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/api/v1")
 
 @router.post("/runs/{run}/replay", responses=answers(404, 409, 503))
 def replay_run(run: RunName, request: models.ReplayRequest, store: Store) -> models.ReplayReport:
-    """Where a policy would have taken over first on the recorded divergences and ranks. No engine is asked."""
+    """Where a policy would have switched first, given the recorded divergences and ranks. No engine is used."""
     index = store.index(run, QUERY_TIMEOUT_S)
     _check_recording(request.policy, store.files(run))
     policy = make_policy(request.policy)
@@ -32,19 +32,19 @@ def replay_run(run: RunName, request: models.ReplayRequest, store: Store) -> mod
 
 
 def _check_recording(policy: Policy, files: RunFiles) -> None:
-    """Refuse a policy that the recorded values can't answer for."""
+    """Reject a policy if the recording does not contain the values that it needs."""
     if isinstance(policy, AdaSwitch | Decay):
         wanted = divergence_of(policy)
         recorded = divergence_of(files.policy) if files.policy else None
         if recorded != wanted:
-            known = f"{recorded.model_dump()}" if recorded else "not known, because config.yaml can't be read"
+            known = f"{recorded.model_dump()}" if recorded else "unknown, because config.yaml can't be read"
             raise ProblemError(
                 409,
                 "divergence-mismatch",
-                f"policy {policy.type} needs {wanted.model_dump()}; what was recorded is {known}",
+                f"policy {policy.type} needs {wanted.model_dump()}; the recorded divergence is {known}",
             )
     if isinstance(policy, SKD | Relay) and (files.top_logprobs is None or policy.top_k > files.top_logprobs):
-        length = files.top_logprobs or "not known, because config.yaml can't be read"
+        length = files.top_logprobs or "unknown, because config.yaml can't be read"
         raise ProblemError(
             409,
             "list-too-short",

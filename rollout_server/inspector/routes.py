@@ -1,4 +1,4 @@
-"""The inspector's questions about runs, steps, sequences and tokens. Translates; ``traces/queries.py`` answers."""
+"""The inspector's routes for runs, steps, sequences and tokens. ``traces/queries.py`` does the queries."""
 
 import base64
 import binascii
@@ -23,13 +23,13 @@ _MAX_PAGE = 200
 
 router = APIRouter(prefix="/api/v1")
 
-RunName = Annotated[str, Path(min_length=1, max_length=255, examples=["demo"], description="A folder of runs.")]
+RunName = Annotated[str, Path(min_length=1, max_length=255, examples=["demo"], description="Name of a run's folder.")]
 SequenceId = Annotated[str, Path(min_length=1, max_length=1000, examples=["12.0.0"])]
 StepNumber = Annotated[int | None, Query(ge=0, le=2**31 - 1)]
 Position = Annotated[int | None, Query(ge=0, le=2**31 - 1)]
 Word = Annotated[str | None, Query(max_length=200)]
 Limit = Annotated[int, Query(ge=1, le=_MAX_PAGE)]
-Cursor = Annotated[str | None, Query(max_length=4000, description="`next_cursor` of the page before.")]
+Cursor = Annotated[str | None, Query(max_length=4000, description="`next_cursor` of the previous page.")]
 
 
 def _store(request: Request) -> RunStore:
@@ -48,7 +48,7 @@ def _filters(
     first_switch_max: Position = None,
     policy: Word = None,
     finish_reason: Word = None,
-    text: Annotated[Word, Query(description="Contained in prompt or completion, case ignored.")] = None,
+    text: Annotated[Word, Query(description="Contained in prompt or completion, case-insensitive.")] = None,
 ) -> SequenceFilter:
     return SequenceFilter(
         first_step=first_step,
@@ -67,7 +67,7 @@ Filters = Annotated[SequenceFilter, Depends(_filters)]
 
 @router.get("/runs", responses=answers(503))
 def list_runs(store: Store, limit: Limit = 50, cursor: Cursor = None) -> models.RunPage:
-    """The runs, the last changed first."""
+    """The runs, most recently changed first."""
     runs = store.names()
     start = _offset(cursor)
     shown = []
@@ -90,7 +90,7 @@ def list_runs(store: Store, limit: Limit = 50, cursor: Cursor = None) -> models.
 
 @router.get("/runs/{run}", responses=answers(404, 503))
 def describe_run(run: RunName, store: Store) -> models.RunDetail:
-    """One run as a whole."""
+    """Everything about one run."""
     index = store.index(run, QUERY_TIMEOUT_S)
     files = store.files(run)
     totals = queries.totals(index, QUERY_TIMEOUT_S)
@@ -123,7 +123,7 @@ def describe_run(run: RunName, store: Store) -> models.RunDetail:
 def list_steps(
     run: RunName, store: Store, first_step: StepNumber = None, last_step: StepNumber = None
 ) -> models.StepList:
-    """What each step measured, and what its sequences came to."""
+    """Each step's metrics, and a summary of its sequences."""
     summaries = dict(store.index(run, QUERY_TIMEOUT_S).steps)
     metrics = store.files(run).metrics
     first, last = first_step or 0, 2**31 if last_step is None else last_step
@@ -141,7 +141,7 @@ def list_sequences(
     limit: Limit = 50,
     cursor: Cursor = None,
 ) -> models.SequencePage:
-    """The sequences that match, page by page. Ties are ordered by step and id; those without a value come last."""
+    """Matching sequences, page by page. Ties are ordered by step and id; sequences without a value come last."""
     index = store.index(run, QUERY_TIMEOUT_S)
     records, end, num_matching = queries.page(
         index,
@@ -161,7 +161,7 @@ def list_sequences(
 
 @router.get("/runs/{run}/sequences/{sequence_id:path}/tokens", responses=answers(404, 503))
 def list_tokens(run: RunName, sequence_id: SequenceId, store: Store) -> models.TokenList:
-    """A sequence's tokens: who wrote each, and all that was known when it was decided."""
+    """A sequence's tokens: the source of each, and everything that was known when it was decided."""
     index = store.index(run, QUERY_TIMEOUT_S)
     record = queries.sequence(index, sequence_id, QUERY_TIMEOUT_S)
     tokens = queries.tokens(index, record.step, sequence_id) if record else []
@@ -174,7 +174,7 @@ def list_tokens(run: RunName, sequence_id: SequenceId, store: Store) -> models.T
 
 @router.get("/runs/{run}/sequences/{sequence_id:path}", responses=answers(404, 503))
 def describe_sequence(run: RunName, sequence_id: SequenceId, store: Store) -> models.Sequence:
-    """One sequence with its whole texts."""
+    """One sequence with its full texts."""
     record = queries.sequence(store.index(run, QUERY_TIMEOUT_S), sequence_id, QUERY_TIMEOUT_S)
     if record is None:
         raise ProblemError(404, "unknown-sequence", f"no sequence {sequence_id[:100]!r} in this run")
@@ -190,7 +190,7 @@ def describe_distribution(
     where: Filters,
     bins: Annotated[int, Query(ge=1, le=200)] = 40,
 ) -> models.Histogram:
-    """How a quantity is distributed over the matching sequences, or, for divergence, over their tokens."""
+    """The distribution of a quantity over the matching sequences, or for divergence over their tokens."""
     index = store.index(run, QUERY_TIMEOUT_S)
     edges, counts, num_missing = queries.histogram(index, quantity, where, bins, QUERY_TIMEOUT_S)
     return models.Histogram(

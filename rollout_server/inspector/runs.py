@@ -1,7 +1,7 @@
-"""Runs on disk: their names, the files in their directories, and an index of each trace.
+"""Runs on disk: their names, the files in their folders, and an index of each trace.
 
-A run's name is looked up in the listing of the folder of runs and never joined to a path directly, so ``..`` or a name
-with a slash is a run that does not exist.
+A run's name is looked up in the folder's listing and never joined to a path directly, so ``..`` or a name with a slash
+is a run that does not exist.
 """
 
 import json
@@ -30,13 +30,13 @@ _POLICY: TypeAdapter[Policy] = TypeAdapter(Policy)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """A run's files besides its trace. What can't be read is None or left out, and listed in ``problems``."""
+    """A run's files besides its trace. Unreadable parts are None or left out, and listed in ``problems``."""
 
     policy: Policy | None
     top_logprobs: int | None  # length of the recorded teacher's lists
     config_text: str | None
     summary: dict[str, float | int | str | None] | None
-    metrics: dict[int, dict[str, float]]  # by step; an evaluation's and a training step's together
+    metrics: dict[int, dict[str, float]]  # by step; evaluation and training metrics of a step are merged
     problems: list[str]
 
     @property
@@ -66,19 +66,19 @@ class RunStore:
                 self._indexes.popitem()[1].close()
 
     def names(self) -> list[tuple[str, float]]:
-        """Name and time of the last change of every run, the last changed first."""
+        """Name and time of the last change of every run, most recently changed first."""
         paths = [self.folder / name for name in os.listdir(self.folder)]
         runs = [(path.name, _modified(path)) for path in paths if _is_run(path)]
         return sorted(runs, key=lambda run: (-run[1], run[0]))
 
     def path(self, name: str) -> Path:
-        """A run's folder. Raises a 404 for a name that is not in the listing."""
+        """A run's folder. Raises a 404 if there is no such run."""
         if name in os.listdir(self.folder) and _is_run(self.folder / name):
             return self.folder / name
         raise ProblemError(404, "unknown-run", f"no run {name[:100]!r}")
 
     def index(self, name: str, timeout_s: float) -> TraceIndex:
-        """A run's trace, brought up to date. Raises a 404 or QueryTimeout."""
+        """The index of a run's trace, up to date. Raises a 404 or QueryTimeout."""
         path = self.path(name)
         with self._lock:
             index = self._indexes.get(name)
@@ -86,18 +86,18 @@ class RunStore:
                 index = self._indexes[name] = TraceIndex(path / TRACES)
             self._indexes.move_to_end(name)
             if len(self._indexes) > _MAX_OPEN_INDEXES:
-                # Not closed here: a request may still use it. It is freed with the last reference.
+                # Not closed here, because a request may still use it. It is freed with the last reference.
                 self._indexes.popitem(last=False)
         index.refresh(timeout_s)
         return index
 
     def opened(self) -> list[tuple[str, TraceIndex]]:
-        """Recently used runs, and their indexes."""
+        """Recently used runs and their indexes."""
         with self._lock:
             return list(self._indexes.items())
 
     def files(self, name: str) -> RunFiles:
-        """The run's files as they are now. Raises a 404."""
+        """The present content of the run's files. Raises a 404."""
         path = self.path(name)
         signature = tuple(_stat(path / file) for file in (CONFIG, METRICS, SUMMARY))
         cached = self._files.get(name)
@@ -107,7 +107,7 @@ class RunStore:
 
 
 def num_segments(path: Path) -> tuple[int, int | None]:
-    """Finished segments of a run's trace, and the last one's step."""
+    """Number of finished segments in a run's trace, and the last one's step."""
     segments = scan(path / TRACES)
     return len(segments), segments[-1].step if segments else None
 
@@ -180,7 +180,7 @@ def _policy(config_text: str | None, problems: list[str]) -> tuple[Policy | None
         top_logprobs = config.get("engines", {}).get("top_logprobs")
         return policy, top_logprobs if isinstance(top_logprobs, int) else None
     except (yaml.YAMLError, ValidationError, KeyError, TypeError, AttributeError, RecursionError):
-        problems.append("config.yaml holds no policy that can be read")
+        problems.append("config.yaml has no valid policy")
         return None, None
 
 
@@ -196,7 +196,7 @@ def _metrics(text: str | None, problems: list[str]) -> dict[int, dict[str, float
             if isinstance(step, int) and 0 <= step < 2**31:
                 metrics.setdefault(step, {}).update(numbers)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            num_unreadable += number < len(lines) - 1  # the last one may be half written
+            num_unreadable += number < len(lines) - 1  # the last line may be incomplete
     if num_unreadable:
         problems.append(f"metrics.jsonl has {num_unreadable} unreadable line(s)")
     return metrics

@@ -1,4 +1,4 @@
-"""The address that the inspector binds: loopback by default, any other only with a token."""
+"""The address that the inspector binds: loopback by default, others only with a token."""
 
 import ipaddress
 import os
@@ -24,9 +24,9 @@ def serve(
     names: list[str],
     attach: Callable[[], LiveRollouts] | None = None,
 ) -> None:
-    """Serve the runs in a folder until interrupted. Raises UserError for a bind that is not safe.
+    """Serve the runs in a folder until interrupted. Raises UserError for an unsafe address.
 
-    ``attach`` joins the cluster of the live runs; called after everything else has been checked.
+    ``attach`` connects to the cluster of the live runs; it is called after all other checks.
     """
     token = read_token(token_env)
     hosts = check_bind(runs_dir, host, token, names)
@@ -45,7 +45,7 @@ def serve(
 
 
 def read_token(variable: str | None) -> str | None:
-    """The token an environment variable holds; None when no variable is named."""
+    """The token in an environment variable, or None if no variable is given."""
     if variable is None:
         return None
     token = os.environ.get(variable, "")
@@ -55,18 +55,18 @@ def read_token(variable: str | None) -> str | None:
 
 
 def check_bind(runs_dir: Path, host: str, token: str | None, names: list[str]) -> list[str]:
-    """The names that this service answers to. Raises UserError without a folder, or where a token is needed."""
+    """The host names of this service. Raises UserError if the folder does not exist or a token is needed."""
     if not runs_dir.is_dir():
         raise UserError(f"no runs to serve: {runs_dir} is not a folder")
     if is_loopback(host):
         return [*_LOOPBACK_NAMES, host, *names]
     if token is None:
-        raise UserError(f"--host {host} can be reached from other machines: name a variable with a token, --token-env")
+        raise UserError(f"--host {host} can be reached from other machines: set --token-env to a variable with a token")
     return [*_LOOPBACK_NAMES, host, *names]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:

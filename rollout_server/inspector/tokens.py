@@ -1,4 +1,4 @@
-"""A recorded or live token as a client gets it, with the policy's moving average and its alternatives' texts."""
+"""Converts a recorded or live token for the client, adding the policy's moving average and alternatives' texts."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from rollout_server.traces.records import TokenRecord
 
 
 def moving_averages(policy: Policy | None, divergences: list[float | None], first: int) -> list[float | None]:
-    """[n - first] nats. The moving average at each position from ``first`` on; None where the policy has none."""
+    """[n - first] nats. The moving average at each position from ``first`` on; None if the policy has none."""
     if not isinstance(policy, AdaSwitch):
         return [None] * (len(divergences) - first)
     average = moving_average(np.array(divergences, np.float32), policy.window, first).tolist()
@@ -20,7 +20,7 @@ def moving_averages(policy: Policy | None, divergences: list[float | None], firs
 
 
 def shown_token(token: TokenRecord, average: float | None, texts: dict[int, str]) -> models.Token:
-    """``texts`` by token id; an alternative that is not among them has none."""
+    """``texts``: texts by token id. An alternative that is not in it gets None."""
     values = {name: getattr(token, name) for name in models.Token.model_fields if name in TokenRecord.__slots__}
     return models.Token(
         moving_average=average,

@@ -1,9 +1,9 @@
 """Switch policies: at which proposed position does the teacher take over? Pure functions of the scored positions.
 
-A policy never calls an engine and never reads the run's configuration beyond its own settings. What it decides depends
-only on what lies at and before a position, so judging a finished sequence gives the same switch as judging it chunk by
-chunk ("online equals post hoc"). One module per method; a new one is a class, its settings in ``common/config`` and a
-line in the table below.
+A policy never calls an engine and never reads configuration other than its own settings. Its decision depends only on
+the positions up to the one decided, so judging a finished sequence gives the same switch as judging it chunk by chunk
+("online equals post hoc"). One module per method. To add one, write a class, add its settings to ``common/config`` and
+a line to the table below.
 """
 
 from collections.abc import Callable
@@ -47,12 +47,12 @@ _POLICIES: dict[type, Callable[[Any], SwitchPolicy]] = {
 
 
 def make_policy(settings: Policy) -> SwitchPolicy:
-    """The policy of these settings."""
+    """The policy for these settings."""
     return _POLICIES[type(settings)](settings)
 
 
 def divergence_of(settings: Policy) -> Divergence:
-    """What the verifier computes for this policy. Forward KL where the policy itself looks at no divergence."""
+    """The divergence that the verifier computes for this policy. Forward KL if the policy itself uses none."""
     match settings:
         case AdaSwitch():
             return settings.divergence

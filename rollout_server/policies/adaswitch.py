@@ -1,4 +1,4 @@
-"""AdaSwitch: the threshold is a multiple of the moving average of the divergences before."""
+"""AdaSwitch: the threshold is a multiple of the moving average of the preceding divergences."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import numpy as np
 
 from common.config import AdaSwitch
 from common.sequence import Floats
-from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true
+from rollout_server.policies.protocol import Decision, ProposalBasedPolicy, ScoredPositions, first_true
 
 _NEAR = 0.85
-"""Share of a sequence's mean divergence below which its last few count as small. Changes speed, never the result."""
+"""A recent mean below this share of the sequence's mean divergence counts as small. Affects speed, never the result."""
 
 
-class AdaSwitchPolicy(Watching):
+class AdaSwitchPolicy(ProposalBasedPolicy):
     """AdaSwitch (arXiv 2510.07842): the first d_i above max(K * mean(d_{i-L} .. d_{i-1}), floor)."""
 
     guidance_tokens = None
@@ -29,8 +29,8 @@ class AdaSwitchPolicy(Watching):
         above = scored.divergences[scored.first :] > thresholds
         return Decision(thresholds=thresholds, switch=first_true(may_switch & above, scored.first))
 
-    def is_near(self, divergences: Floats) -> bool:
-        """Where the last L were small the threshold is, and an ordinary divergence crosses it."""
+    def switch_is_likely(self, divergences: Floats) -> bool:
+        """True if the last L divergences were small: then the threshold is low, and an ordinary one exceeds it."""
         settings = self._settings
         if divergences.size < settings.window:
             return False
@@ -39,10 +39,10 @@ class AdaSwitchPolicy(Watching):
 
 
 def moving_average(divergences: Floats, window: int, first: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """[n - first] nats. Mean of the ``window`` values before each position from ``first`` on.
+    """[n - first] nats. Mean of the ``window`` values before each position, for positions from ``first`` on.
 
-    NaN where fewer values lie before it, or where one of them is NaN: the average starts anew after the teacher wrote.
-    Values are added oldest first in float64, so the result does not depend on how the sequence was cut into chunks.
+    NaN if there are fewer values, or if one of them is NaN: the average starts again after teacher tokens. Values are
+    added in float64, oldest first, so the result does not depend on how the sequence was split into chunks.
     """
     num_positions = divergences.size
     average = np.full(num_positions - first, np.nan)

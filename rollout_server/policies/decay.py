@@ -1,12 +1,12 @@
-"""SWITCH: the threshold falls with the position."""
+"""SWITCH: the threshold decays with the position."""
 
 import numpy as np
 
 from common.config import Decay
-from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true
+from rollout_server.policies.protocol import Decision, ProposalBasedPolicy, ScoredPositions, first_true
 
 
-class DecayPolicy(Watching):
+class DecayPolicy(ProposalBasedPolicy):
     """SWITCH (arXiv 2410.19503): JSD_i above tau_0 exp(-lambda i)."""
 
     guidance_tokens = 1

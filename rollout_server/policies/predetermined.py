@@ -7,25 +7,25 @@ from rollout_server.policies.protocol import Decision, ScoredPositions, no_thres
 
 
 class Predetermined:
-    """A policy that knows beforehand where the teacher takes over, and to the end."""
+    """A policy whose switch position is fixed in advance. The teacher generates from there to the end."""
 
     guidance_tokens = None
 
-    def watches_after(self, num_switches: int) -> bool:
+    def may_switch_after(self, num_switches: int) -> bool:
         return False
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return False
 
     def decide(self, scored: ScoredPositions) -> Decision:
         return Decision(thresholds=no_thresholds(scored), switch=None)
 
-    def is_near(self, divergences: Floats) -> bool:
+    def switch_is_likely(self, divergences: Floats) -> bool:
         return False
 
 
 class FixedPolicy(Predetermined):
-    """At one position: none for on-policy, 0 for off-policy."""
+    """Switches at one position: none for on-policy, 0 for off-policy."""
 
     def __init__(self, position: int | None) -> None:
         self._position = position
@@ -35,22 +35,22 @@ class FixedPolicy(Predetermined):
 
 
 class DatasetPolicy(FixedPolicy):
-    """The given answer, always."""
+    """Always uses the dataset answer."""
 
     def __init__(self) -> None:
         super().__init__(None)
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return True
 
 
 class MixturePolicy(Predetermined):
-    """GKD (arXiv 2306.13649): with probability 1 - lambda the teacher from position 0, or the given answer."""
+    """GKD (arXiv 2306.13649): with probability 1 - lambda the teacher from position 0, or the dataset answer."""
 
     def __init__(self, settings: Mixture) -> None:
         self._settings = settings
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return self._settings.rest == "dataset" and not self._is_students(sequence_seed)
 
     def exploration_limit(self, sequence_seed: int) -> int | None:

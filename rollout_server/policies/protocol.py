@@ -1,4 +1,4 @@
-"""What a switch policy sees and says, and what several policies share."""
+"""Input, output and interface of switch policies, and helpers that several policies share."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,11 +10,11 @@ from common.sequence import Floats, Ids
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredPositions:
-    """All positions of a sequence up to the last one scored. n = their number."""
+    """All positions of a sequence up to the last scored one. n = number of positions."""
 
-    first: int  # the first position not decided yet
-    divergences: Floats  # [n] nats; NaN where the teacher wrote
-    student_ranks: Ids  # [n] place of the student's token in the teacher's list, k outside it, -1 where it has none
+    first: int  # the first undecided position
+    divergences: Floats  # [n] nats; NaN at teacher tokens
+    student_ranks: Ids  # [n] rank of the student's token in the teacher's list, k if outside it, -1 if there is none
     num_switches: int = 0  # so far
 
     def __post_init__(self) -> None:
@@ -24,52 +24,52 @@ class ScoredPositions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decision:
-    """What a policy says of the positions from ``first`` on. m = their number."""
+    """A policy's decision for the positions from ``first`` on. m = number of positions."""
 
     thresholds: Floats  # [m] nats; NaN where the policy has none
-    switch: int | None  # the first position the teacher takes, None to keep all
+    switch: int | None  # the first position where the teacher takes over, or None to keep all
 
 
 class SwitchPolicy(Protocol):
-    """When the teacher takes over, and for how long."""
+    """Decides when the teacher takes over, and for how long."""
 
     @property
     def guidance_tokens(self) -> int | None:
-        """How many tokens the teacher writes at a switch; None for all the rest."""
+        """Number of tokens that the teacher generates at a switch, or None for all the rest."""
         ...
 
-    def watches_after(self, num_switches: int) -> bool:
-        """Whether, after so many switches, what the student proposes can bring another one on."""
+    def may_switch_after(self, num_switches: int) -> bool:
+        """Whether the student's proposals can cause another switch after ``num_switches`` switches."""
         ...
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
-        """Whether the prompt's own answer is the sequence, and nobody writes."""
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
+        """Whether the sequence is the prompt's dataset answer, so that no model generates."""
         ...
 
     def exploration_limit(self, sequence_seed: int) -> int | None:
-        """Position at which the teacher takes over without looking at the student's tokens; None for nowhere."""
+        """Position where the teacher takes over regardless of the student's tokens, or None."""
         ...
 
     def decide(self, scored: ScoredPositions) -> Decision: ...
 
-    def is_near(self, divergences: Floats) -> bool:
-        """Whether a switch is likelier than usual in the next few positions, by the [n] nats so far."""
+    def switch_is_likely(self, divergences: Floats) -> bool:
+        """Whether a switch is more likely than usual in the next few positions, given the [n] nats so far."""
         ...
 
 
-class Watching:
-    """A policy that decides by what the student proposes."""
+class ProposalBasedPolicy:
+    """A policy that depends on the student's proposals."""
 
-    def watches_after(self, num_switches: int) -> bool:
+    def may_switch_after(self, num_switches: int) -> bool:
         return True
 
-    def takes_given_answer(self, sequence_seed: int) -> bool:
+    def uses_dataset_answer(self, sequence_seed: int) -> bool:
         return False
 
     def exploration_limit(self, sequence_seed: int) -> None:
         return None
 
-    def is_near(self, divergences: Floats) -> bool:
+    def switch_is_likely(self, divergences: Floats) -> bool:
         return False
 
 
@@ -79,5 +79,5 @@ def no_thresholds(scored: ScoredPositions) -> Floats:
 
 
 def first_true(flags: np.ndarray[Any, np.dtype[np.bool_]], first: int) -> int | None:
-    """The position of the first flag that is set; ``flags`` [m] start at position ``first``."""
+    """The position of the first True flag. ``flags`` [m] start at position ``first``."""
     return first + int(flags.argmax()) if flags.any() else None

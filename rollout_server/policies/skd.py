@@ -1,10 +1,10 @@
-"""Speculative KD: the teacher replaces tokens that it would not have listed itself."""
+"""Speculative KD: the teacher replaces tokens outside its own top k."""
 
 from common.config import SKD
-from rollout_server.policies.protocol import Decision, ScoredPositions, Watching, first_true, no_thresholds
+from rollout_server.policies.protocol import Decision, ProposalBasedPolicy, ScoredPositions, first_true, no_thresholds
 
 
-class SKDPolicy(Watching):
+class SKDPolicy(ProposalBasedPolicy):
     """Speculative KD (arXiv 2410.11325): the student's token is outside the teacher's top k."""
 
     guidance_tokens = 1

@@ -1,7 +1,7 @@
-"""Mixed sequences -> one row per token, as traces hold them. Knows nothing of files.
+"""Converts mixed sequences to trace rows, one per token. Independent of files.
 
-N = tokens of all sequences, S = the sequences, k = alternatives kept per token. Columns are built for all sequences at
-once; the only Python work per token is looking up texts, once for each distinct id.
+N = tokens of all sequences, S = sequences, k = alternatives kept per token. Columns are built for all sequences at
+once; the only Python work per token is the text lookup, once per distinct id.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ _SOURCE_NAMES = pa.array([source.name.lower() for source in TokenSource])
 
 
 class TokenColumns:
-    """Builds the rows. ``token_texts`` gives each token's text by itself; every id is asked for once."""
+    """Builds the rows. ``token_texts`` returns each token's own text; it is called once per id."""
 
     def __init__(self, token_texts: Callable[[list[int]], list[str]], top_alternatives: int) -> None:
         assert top_alternatives >= 0, top_alternatives
@@ -60,7 +60,7 @@ class TokenColumns:
         return pa.table(columns, schema=TOKENS)
 
     def _alternatives(self, tops: list[TopLogprobs]) -> TopLogprobs:
-        """[N, k] The first alternatives of every token."""
+        """[N, k] The k best alternatives of every token."""
         k = min(self._top_alternatives, *(top.k for top in tops))
         return TopLogprobs.concatenate([TopLogprobs(top.token_ids[:, :k], top.logprobs[:, :k]) for top in tops])
 
@@ -71,12 +71,12 @@ class TokenColumns:
         return pa.DictionaryArray.from_arrays(indices_N.astype(np.int32), texts)
 
     def records(self, sequence: MixedSequence) -> list[TokenRecord]:
-        """One sequence's tokens as a reader of the trace would get them."""
+        """One sequence's tokens in the form that a trace reader returns."""
         table = self.table(0, [sequence]).select(list(TokenRecord.__slots__))
         return [TokenRecord(**row) for row in table.to_pylist()]
 
     def texts_of(self, token_ids: Sequence[int]) -> dict[int, str]:
-        """The text of each token by itself."""
+        """The text of each token on its own."""
         self._learn([token_id for token_id in set(token_ids) if token_id not in self._text_of])
         return {token_id: self._text_of[token_id] for token_id in token_ids}
 
@@ -100,7 +100,7 @@ def _negative_is_null(parts: list[npt.NDArray[np.int32]]) -> pa.Array:
 
 
 def _lists(top_Nk: TopLogprobs, values_Nk: npt.NDArray[np.generic]) -> pa.ListArray:
-    """One list per token, null where nothing is known of its row."""
+    """One list per token; null if the row is unknown."""
     unknown_N = np.isnan(top_Nk.logprobs).all(axis=1) if top_Nk.k else np.zeros(len(top_Nk), np.bool_)
     offsets = np.concatenate([[0], np.cumsum(np.where(unknown_N, 0, top_Nk.k))]).astype(np.int32)
     values = pa.array(values_Nk[~unknown_N].reshape(-1))

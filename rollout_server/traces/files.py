@@ -1,4 +1,4 @@
-"""Parts of a trace as CSV or Parquet files: all matching sequences, batch by batch, or one step's tokens in memory."""
+"""Exports of a trace as CSV or Parquet files: all matching sequences in batches, or one step's tokens in memory."""
 
 import io
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ BATCH = 2000  # sequences in memory at once
 def sequences_file(
     index: TraceIndex, where: SequenceFilter, file_format: Format, batch_timeout_s: float
 ) -> Iterator[bytes]:
-    """All matching sequences by step and id, texts included, in pieces of a file. Raises QueryTimeout."""
+    """All matching sequences by step and id, with their texts, as consecutive parts of a file. Raises QueryTimeout."""
     batches = _sequences(index, where, batch_timeout_s)
     if file_format == "parquet":
         sink = _Sink()
@@ -38,7 +38,7 @@ def sequences_file(
 
 
 def _sequences(index: TraceIndex, where: SequenceFilter, timeout_s: float) -> Iterator[pa.Table]:
-    """Tables of at most ``BATCH`` rows, at least one of them."""
+    """Tables of at most ``BATCH`` rows; at least one table."""
     place: dict[str, object] = {"step": -1, "id": ""}
     sql = f"""SELECT {COLUMNS} FROM sequences {MATCHES} AND (step, sequence_id) > ($step, $id)
         ORDER BY step, sequence_id LIMIT $limit"""
@@ -53,7 +53,7 @@ def _sequences(index: TraceIndex, where: SequenceFilter, timeout_s: float) -> It
 
 
 class _Sink(io.RawIOBase):
-    """A file that is written once from the start to the end, and taken away in pieces meanwhile."""
+    """A file that is written once, sequentially, and whose content is taken away in parts."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -71,19 +71,19 @@ class _Sink(io.RawIOBase):
         return self._num_bytes
 
     def take(self) -> bytes:
-        """What was written since the last time."""
+        """The bytes written since the last call."""
         pieces, self._pieces = self._pieces, []
         return b"".join(pieces)
 
 
 def tokens_file(index: TraceIndex, step: int, file_format: Format) -> bytes | None:
-    """All tokens of a step; None when no readable segment holds it."""
+    """All tokens of a step, or None if no readable segment holds it."""
     segment = index.segment_of(step)
     if segment is None:
         return None
     try:
         return _file(pq.read_table(segment / TOKENS_FILE), file_format)
-    except FileNotFoundError:  # replaced a moment ago
+    except FileNotFoundError:  # replaced in the meantime
         return None
 
 
@@ -97,7 +97,7 @@ def _file(table: pa.Table, file_format: Format) -> bytes:
 
 
 def _flat(table: pa.Table) -> pa.Table:
-    """Lists become text, numbers separated by spaces, for CSV has no lists; names become plain text."""
+    """For CSV, which has no lists: lists become numbers separated by spaces, and dictionaries become plain text."""
     for place, column in enumerate(table.schema):
         if pa.types.is_list(column.type):
             lists = table[column.name].to_pylist()

@@ -1,9 +1,9 @@
-"""A run's trace, indexed for paging, counting and replay while it grows. Knows nothing of who asks.
+"""An index of a growing trace, for paging, counting and replay. Independent of its users.
 
-Every finished segment is read once, checksums included, and its sequences go into a DuckDB table on disk, in a folder
-of our own that is gone when the index is closed. So no question opens hundreds of files, memory stays bounded, and a
-corrupt segment is found when it appears, not when it is asked for. What a caller gives is bound to parameters, never
-formatted into SQL; DuckDB itself may open no other file.
+Every finished segment is read once, including checksums. Its sequences go into a DuckDB table on disk, in a temporary
+folder that is deleted when the index is closed. So no query opens hundreds of files, memory is bounded, and a corrupt
+segment is found when it appears, not when it is queried. Callers' values are always bound as parameters and never
+formatted into SQL, and DuckDB may not open any other file.
 """
 
 import tempfile
@@ -29,27 +29,27 @@ _TABLE = """CREATE TABLE sequences (
     num_student_tokens INTEGER, num_teacher_tokens INTEGER, num_switches INTEGER, first_switch INTEGER,
     switches INTEGER[], num_wasted_tokens INTEGER, mean_divergence FLOAT, weight_version_min INTEGER,
     weight_version_max INTEGER, seed BIGINT, divergences FLOAT[], student_ranks INTEGER[], first_source VARCHAR)"""
-_READ_AGAIN_S = 30.0  # what can't be read is tried again, for the disk may have been at fault
+_RETRY_AFTER_S = 30.0  # an unreadable segment is tried again after this time, because the disk may have been at fault
 
 
 class QueryTimeout(Exception):
-    """A question took longer than it may."""
+    """A query took too long."""
 
 
 class TraceIndex:
-    """The sequences of one run's trace. May be used by several threads; call ``refresh`` before asking."""
+    """The sequences of one run's trace. Thread-safe; call ``refresh`` before a query."""
 
     def __init__(
-        self, folder: Path, *, memory_limit_mib: int = 256, num_threads: int = 2, look_again_s: float = 0.5
+        self, folder: Path, *, memory_limit_mib: int = 256, num_threads: int = 2, rescan_after_s: float = 0.5
     ) -> None:
         self._folder = folder
-        self._look_again_s = look_again_s  # the folder is looked at no more often
+        self._rescan_after_s = rescan_after_s  # minimum time between two scans of the folder
         self._lock = threading.Lock()
-        self._looked_at = float("-inf")
+        self._scanned_s = float("-inf")
         self._loaded: dict[int, Segment] = {}
         self._problems: dict[Segment, tuple[str, float]] = {}
-        self.is_complete = False  # whether all that was there at some moment was read
-        self.generation = 0  # counts the changes
+        self.is_complete = False  # whether all segments found by a scan have been read
+        self.generation = 0  # number of changes
         self._changed: dict[int, int] = {}  # step -> generation
         self.steps: dict[int, StepSummary] = {}
         self.token_texts: dict[int, str] = {}
@@ -73,7 +73,7 @@ class TraceIndex:
 
     @property
     def skipped(self) -> list[SkippedSegment]:
-        """Segments left out, by step."""
+        """Unreadable segments, by step."""
         problems = sorted(self._problems.items(), key=lambda item: item[0].step)
         return [SkippedSegment(name=segment.name, reason=reason) for segment, (reason, _) in problems]
 
@@ -82,30 +82,30 @@ class TraceIndex:
         return len(self._loaded) + len(self._problems)
 
     def segment_of(self, step: int) -> Path | None:
-        """Folder of a readable step's segment."""
+        """The folder of a step's segment, or None if the step is not readable."""
         segment = self._loaded.get(step)
         return self._folder / segment.name if segment else None
 
     def changed_since(self, generation: int) -> list[int]:
-        """Steps that were added, replaced or taken away after a generation, ascending."""
+        """Steps that were added, replaced or removed after a generation, ascending."""
         return sorted(step for step, changed in list(self._changed.items()) if changed > generation)
 
     def refresh(self, timeout_s: float) -> None:
-        """Take in what was added. Raises QueryTimeout while the first reading is not done; the next call goes on."""
-        if self.is_complete and time.monotonic() - self._looked_at < self._look_again_s:
+        """Read new segments. Raises QueryTimeout if the first scan is not finished; the next call continues it."""
+        if self.is_complete and time.monotonic() - self._scanned_s < self._rescan_after_s:
             return
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=0 if self.is_complete else timeout_s):
             if self.is_complete:
-                return  # another thread is at it; what is known will do meanwhile
+                return  # another thread is refreshing; use the present state
             raise QueryTimeout(f"the trace was still being read after {timeout_s:g} s")
         try:
-            self._take_in(deadline)
+            self._read_new_segments(deadline)
         finally:
             self._lock.release()
 
     def rows(self, sql: str, parameters: Mapping[str, object], timeout_s: float) -> list[Row]:
-        """Ask the table ``sequences``. Raises QueryTimeout after ``timeout_s``."""
+        """Query the table ``sequences``. Raises QueryTimeout after ``timeout_s``."""
         cursor = self._connection.cursor()
         watch = threading.Timer(timeout_s, cursor.interrupt)
         watch.start()
@@ -118,7 +118,7 @@ class TraceIndex:
             watch.cancel()
             cursor.close()
 
-    def _take_in(self, deadline: float) -> None:
+    def _read_new_segments(self, deadline: float) -> None:
         segments = scan(self._folder)
         wanted = {segment.step: segment for segment in segments}
         self._problems = {segment: problem for segment, problem in self._problems.items() if segment in segments}
@@ -137,12 +137,12 @@ class TraceIndex:
         if changed:
             self._changed.update(dict.fromkeys(changed, self.generation + 1))
             self.generation += 1
-        self._looked_at = time.monotonic()
+        self._scanned_s = time.monotonic()
         self.is_complete = True
 
     def _is_due(self, segment: Segment) -> bool:
         problem = self._problems.get(segment)
-        return problem is None or time.monotonic() - problem[1] > _READ_AGAIN_S
+        return problem is None or time.monotonic() - problem[1] > _RETRY_AFTER_S
 
     def _load(self, segment: Segment) -> None:
         self._forget(segment.step)

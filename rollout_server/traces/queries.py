@@ -1,4 +1,4 @@
-"""Questions to a ``TraceIndex``. SQL is written down here; what a caller gives is bound to parameters."""
+"""Queries to a ``TraceIndex``. The SQL is fixed here; callers' values are bound as parameters."""
 
 import time
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _REPLAY_BATCH = 2000  # sequences whose divergences are in memory at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageKey:
-    """Where a page ended: the place of its last sequence in the order."""
+    """The position of a page's last sequence in the sort order."""
 
     is_null: bool
     value: float
@@ -40,7 +40,7 @@ class Totals:
     num_switched: int
     num_teacher_tokens: int
     mean_first_switch: float | None
-    mean_divergence: float | None  # nats, over all positions the student proposed
+    mean_divergence: float | None  # nats, over all positions where the student proposed
 
 
 _VALUES: dict[Quantity, str] = {
@@ -60,9 +60,10 @@ def page(
     after: PageKey | None,
     timeout_s: float,
 ) -> tuple[list[SequenceRecord], PageKey | None, int]:
-    """Matching sequences after a place in the order (ties by step and id, nulls last); where they end; all there are.
+    """Matching sequences after a position in the sort order (ties by step and id, nulls last), the key of the last one,
+    and the total number of matches.
 
-    The end is None when no more follow.
+    The key is None on the last page.
     """
     assert order in ORDERS, order
     sign = -1 if descending else 1
@@ -87,14 +88,14 @@ def page(
 
 
 def sequence(index: TraceIndex, sequence_id: str, timeout_s: float) -> SequenceRecord | None:
-    """One sequence; the newest, should two steps hold its id."""
+    """One sequence; the newest if two steps have its id."""
     sql = f"SELECT {COLUMNS} FROM sequences WHERE sequence_id = $sequence_id ORDER BY step DESC LIMIT 1"
     rows = index.rows(sql, {"sequence_id": sequence_id}, timeout_s)
     return sequence_record(rows[0]) if rows else None
 
 
 def tokens(index: TraceIndex, step: int, sequence_id: str) -> list[TokenRecord]:
-    """A sequence's tokens in order; none when its segment was replaced or taken away meanwhile."""
+    """A sequence's tokens in order. Empty if its segment has been replaced or removed in the meantime."""
     segment = index.segment_of(step)
     if segment is None:
         return []
@@ -116,7 +117,7 @@ def totals(index: TraceIndex, timeout_s: float) -> Totals:
 
 
 def names(index: TraceIndex, timeout_s: float) -> tuple[list[str], list[str]]:
-    """Policies and finish reasons that occur."""
+    """All policies and finish reasons in the trace."""
     sql = "SELECT list_sort(list(DISTINCT policy)), list_sort(list(DISTINCT finish_reason)) FROM sequences"
     policies, reasons = index.rows(sql, {}, timeout_s)[0]
     return policies or [], reasons or []  # type: ignore[return-value]
@@ -125,7 +126,7 @@ def names(index: TraceIndex, timeout_s: float) -> tuple[list[str], list[str]]:
 def histogram(
     index: TraceIndex, quantity: Quantity, where: SequenceFilter, num_bins: int, timeout_s: float
 ) -> tuple[list[float], list[int], int]:
-    """Edges [num_bins + 1] from 0 to the largest value, counts [num_bins], and how many lack the value."""
+    """Edges [num_bins + 1] from 0 to the largest value, counts [num_bins], and the number of rows without a value."""
     values = _VALUES[quantity]
     bounds = index.rows(f"SELECT max(v), count(v), count(*) FROM ({values})", asdict(where), timeout_s)[0]
     largest, num_values, num_rows = bounds
@@ -136,14 +137,14 @@ def histogram(
         WHERE v IS NOT NULL GROUP BY bin"""
     counts = [0] * num_bins
     for place, count in index.rows(sql, {**asdict(where), "width": width, "last": num_bins - 1}, timeout_s):
-        # A value that came in between the two queries may lie past the largest; least() put it into the last bin.
+        # A value added between the two queries may exceed the largest; least() puts it into the last bin.
         counts[max(place, 0)] += count  # type: ignore[call-overload,operator]
     edges = [width * edge for edge in range(num_bins + 1)]
     return edges, counts, num_rows - sum(counts)  # type: ignore[operator]
 
 
 def recorded(index: TraceIndex, where: SequenceFilter, timeout_s: float) -> Iterator[RecordedSequence]:
-    """What a policy can be replayed on, by step and id. Raises QueryTimeout ``timeout_s`` after the first."""
+    """Sequences for replaying a policy, by step and id. Raises QueryTimeout ``timeout_s`` after the first."""
     deadline = time.monotonic() + timeout_s
     step, sequence_id = -1, ""
     sql = f"""SELECT sequence_id, step, seed, finish_reason, first_switch, first_source, divergences, student_ranks
@@ -153,7 +154,7 @@ def recorded(index: TraceIndex, where: SequenceFilter, timeout_s: float) -> Iter
         rows = index.rows(sql, parameters, max(deadline - time.monotonic(), 0.001))
         for row in rows:
             if time.monotonic() > deadline:
-                raise QueryTimeout(f"the replay took more than {timeout_s:g} s; ask for fewer steps")
+                raise QueryTimeout(f"the replay took more than {timeout_s:g} s; select fewer steps")
             yield _recorded(row)
         if len(rows) < _REPLAY_BATCH:
             return

@@ -1,8 +1,8 @@
-"""Questions to a trace, answered by DuckDB over its finished segments. Knows nothing of the run that writes them.
+"""Queries to a trace, run by DuckDB over its finished segments. Independent of the run that writes them.
 
-A trace may grow while it is read: every question looks at the folder anew. What a caller gives is always bound to a
-parameter, never formatted into SQL; what is formatted are column names and orders written down here. DuckDB may open
-files below the trace's folder and nothing else.
+A trace may grow while it is read, so every query scans the folder again. Callers' values are always bound as parameters
+and never formatted into SQL; only column names and sort orders defined here are formatted. DuckDB may open files in the
+trace's folder and no others.
 """
 
 import glob
@@ -36,17 +36,17 @@ _STEP_SEQUENCES = f"""SELECT step, count(*), sum(num_tokens), sum(num_wasted_tok
     {_FROM} GROUP BY step"""
 _STEP_DIVERGENCES = f"""SELECT step, avg(divergence), quantile_cont(divergence, 0.5), quantile_cont(divergence, 0.9),
     quantile_cont(divergence, 0.99) {_FROM} GROUP BY step"""
-_SEGMENTS_PER_SUMMARY_QUERY = 64  # bounds the memory the exact quantiles take
+_SEGMENTS_PER_SUMMARY_QUERY = 64  # limits the memory for exact quantiles
 
 
 class TraceReader:
-    """Reads one run's trace. May be used by several threads. Segments that can't be read are left out: ``skipped``."""
+    """Reads one run's trace. Thread-safe. Unreadable segments are left out and listed in ``skipped``."""
 
     def __init__(self, folder: Path, *, memory_limit_mib: int = 512, num_threads: int = 2) -> None:
         if not folder.is_dir():
             raise UserError(f"no trace to read: {folder} is not a folder")
         self._folder = folder.resolve()
-        self._pattern = glob.escape(str(self._folder))  # DuckDB reads a run called "run[1]" as a pattern
+        self._pattern = glob.escape(str(self._folder))  # DuckDB would treat a run named "run[1]" as a pattern
         self._problems: dict[Segment, str | None] = {}
         self._summaries: dict[Segment, StepSummary] = {}
         self._connection = duckdb.connect(
@@ -77,7 +77,7 @@ class TraceReader:
 
     @property
     def skipped(self) -> tuple[SkippedSegment, ...]:
-        """Segments that can't be read, by step: half copied, corrupt, or of another schema version."""
+        """Unreadable segments, by step: partially copied, corrupt, or of another schema version."""
         return tuple(SkippedSegment(name=segment.name, reason=problem) for segment, problem in self._scan() if problem)
 
     def sequences(
@@ -89,7 +89,7 @@ class TraceReader:
         limit: int = 50,
         offset: int = 0,
     ) -> list[SequenceRecord]:
-        """The matching sequences in order, ties by step and id, nulls last; ``limit`` of them after ``offset``."""
+        """Matching sequences in sort order, ties by step and id, nulls last: ``limit`` of them after ``offset``."""
         if order not in get_args(SequenceOrder):
             raise UserError(f"order must be one of {', '.join(get_args(SequenceOrder))}, got {order!r}")
         for name, value in (("limit", limit), ("offset", offset)):
@@ -102,7 +102,7 @@ class TraceReader:
         return [sequence_record(row) for row in self._rows(SEQUENCES_FILE, sql, parameters, where)]
 
     def num_sequences(self, where: SequenceFilter = ALL_SEQUENCES) -> int:
-        """How many sequences match, for paging."""
+        """Number of matching sequences, for paging."""
         rows = self._rows(SEQUENCES_FILE, f"SELECT count(*) {_FROM} {MATCHES}", asdict(where), where)
         return int(rows[0][0]) if rows else 0  # type: ignore[call-overload]
 
@@ -120,14 +120,14 @@ class TraceReader:
         return SequenceTrace(sequence=sequence, tokens=tokens) if tokens else None
 
     def steps(self, first_step: int | None = None, last_step: int | None = None) -> list[StepSummary]:
-        """One summary per step. Segments never change, so each is summed up once."""
+        """One summary per step. Segments never change, so each is summarized once."""
         where = SequenceFilter(first_step=first_step, last_step=last_step)
         missing = [segment for segment in self._segments(where) if segment not in self._summaries]
         for start in range(0, len(missing), _SEGMENTS_PER_SUMMARY_QUERY):
-            self._summarise(missing[start : start + _SEGMENTS_PER_SUMMARY_QUERY])
+            self._summarize(missing[start : start + _SEGMENTS_PER_SUMMARY_QUERY])
         return [self._summaries[segment] for segment in self._segments(where) if segment in self._summaries]
 
-    def _summarise(self, segments: list[Segment]) -> None:
+    def _summarize(self, segments: list[Segment]) -> None:
         where = SequenceFilter(first_step=segments[0].step, last_step=segments[-1].step)
         divergences = {row[0]: row[1:] for row in self._rows(TOKENS_FILE, _STEP_DIVERGENCES, {}, where)}
         counted = {row[0]: row for row in self._rows(SEQUENCES_FILE, _STEP_SEQUENCES, {}, where)}
@@ -136,7 +136,7 @@ class TraceReader:
                 self._summaries[segment] = _step_summary(counted[segment.step] + divergences[segment.step])
 
     def _rows(self, file: str, sql: str, parameters: Mapping[str, object], where: SequenceFilter) -> list[Row]:
-        """Ask the segments of the wanted steps. Goes on without a segment that turns out to be corrupt or replaced."""
+        """Query the segments of the selected steps. Retries without segments that proved to be corrupt or replaced."""
         while segments := self._segments(where):
             files = [f"{self._pattern}/{segment.name}/{file}" for segment in segments]
             try:
@@ -151,7 +151,7 @@ class TraceReader:
         return []
 
     def _segments(self, where: SequenceFilter) -> list[Segment]:
-        """The readable segments of the wanted steps, by step."""
+        """The readable segments of the selected steps, by step."""
         first = -1 if where.first_step is None else where.first_step
         last = float("inf") if where.last_step is None else where.last_step
         return [segment for segment, problem in self._scan() if problem is None and first <= segment.step <= last]
@@ -159,8 +159,8 @@ class TraceReader:
     def _scan(self) -> list[tuple[Segment, str | None]]:
         """Each step's segment and its problem, by step.
 
-        Looks again until the folder held the same segments before and after, for one that is replaced meanwhile would
-        be taken for a broken one.
+        Scans again until the folder's list is the same before and after. Otherwise a segment that is replaced during
+        the scan would look broken.
         """
         while True:
             names = segment_names(self._folder)
@@ -169,7 +169,7 @@ class TraceReader:
                 return scanned
 
     def _problem(self, segment: Segment) -> str | None:
-        """Why a segment can't be read, as far as its files' ends tell; None if it can."""
+        """Why a segment can't be read, judging by its files' footers, or None."""
         if segment not in self._problems:
             self._problems[segment] = incompleteness(self._folder / segment.name)
         return self._problems[segment]

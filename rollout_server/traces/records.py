@@ -1,6 +1,6 @@
-"""What a reader of the trace hands out. Plain values, so that a page or a terminal needs neither DuckDB nor numpy.
+"""The records that trace readers return. Plain values, so that a page or a terminal needs neither DuckDB nor numpy.
 
-A field without a comment is the column of the same name: ``schema.py``.
+A field without a comment is the column of the same name in ``schema.py``.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class SequenceRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRecord:
-    """One token and all that was known when it was decided."""
+    """One token and everything that was known when it was decided."""
 
     position: int
     token_id: int
@@ -69,7 +69,7 @@ class SequenceTrace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceFilter:
-    """Which sequences are meant. None: no matter."""
+    """Selects sequences. None means any."""
 
     first_step: int | None = None
     last_step: int | None = None
@@ -78,7 +78,7 @@ class SequenceFilter:
     first_switch_max: int | None = None
     policy: str | None = None
     finish_reason: str | None = None
-    text: str | None = None  # contained in prompt or completion, case ignored
+    text: str | None = None  # contained in prompt or completion, case-insensitive
 
 
 ALL_SEQUENCES = SequenceFilter()
@@ -86,7 +86,7 @@ ALL_SEQUENCES = SequenceFilter()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSummary:
-    """One step's sequences together. Divergences are nats over all positions the student proposed."""
+    """Summary of one step's sequences. Divergences are nats over all positions where the student proposed."""
 
     step: int
     num_sequences: int
@@ -103,7 +103,7 @@ class StepSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedSegment:
-    """A segment that can't be read."""
+    """An unreadable segment."""
 
     name: str
     reason: str  # one line

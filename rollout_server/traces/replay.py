@@ -1,7 +1,7 @@
-"""What a switch policy would have decided on recorded sequences. No engine: only the policies and what was recorded.
+"""What a switch policy would have decided on recorded sequences. Uses only policies and recordings, no engine.
 
-A policy sees the same prefix as the recording only up to where the teacher took over, so what is asked is where it
-would have switched *first*; from there on the text would have been another one.
+A policy sees the same prefix as the recording only up to the recorded switch. So the replay finds where the policy
+would have switched *first*; after that the text would have been different.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Reason = Literal["policy", "student_finished", "length_limit", "given_answer", "
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordedSequence:
-    """What a policy can be asked about. T = new tokens."""
+    """The recorded values that a policy needs. T = new tokens."""
 
     sequence_id: str
     step: int
@@ -24,12 +24,12 @@ class RecordedSequence:
     finish_reason: FinishReason
     first_switch: int | None
     is_given_answer: bool
-    divergences: Floats  # [T] nats; NaN where the student did not propose
-    student_ranks: Ids  # [T] -1 where the student did not propose
+    divergences: Floats  # [T] nats; NaN where the student made no proposal
+    student_ranks: Ids  # [T] -1 where the student made no proposal
 
     @property
     def num_judgeable(self) -> int:
-        """Positions at which the student's own proposal, on the student's own text, was scored."""
+        """Number of positions where the student's proposal, after only student tokens, was scored."""
         if self.first_switch is None:
             return self.divergences.size
         return self.first_switch + int(self.student_ranks[self.first_switch] >= 0)
@@ -37,7 +37,7 @@ class RecordedSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """What the policy would have done first."""
+    """The policy's first decision."""
 
     outcome: Outcome
     reason: Reason
@@ -45,8 +45,8 @@ class Replayed:
 
 
 def replay(policy: SwitchPolicy, recorded: RecordedSequence) -> Replayed:
-    """Judge one recorded sequence. ``unknown`` where the recording ends before the policy's answer is certain."""
-    if policy.takes_given_answer(recorded.seed):
+    """Replay one sequence. ``unknown`` if the recording ends before the policy's decision is certain."""
+    if policy.uses_dataset_answer(recorded.seed):
         return Replayed(outcome="no_switch", reason="given_answer", first_switch=None)
     limit = policy.exploration_limit(recorded.seed)
     if limit == 0:
@@ -63,10 +63,10 @@ def replay(policy: SwitchPolicy, recorded: RecordedSequence) -> Replayed:
 
 
 def _first_switch(policy: SwitchPolicy, limit: int | None, recorded: RecordedSequence) -> int | None:
-    """The first position the policy takes among those it can judge."""
+    """The first position where the policy switches, among those that it can judge."""
     num_judgeable = recorded.num_judgeable
     if limit is not None:
-        # The text before the position where the teacher had taken over is the student's, so that position counts too.
+        # Before the recorded switch the text is the student's, so that position counts too.
         last = recorded.divergences.size - 1 if recorded.first_switch is None else recorded.first_switch
         return limit if limit <= last else None
     if num_judgeable == 0:

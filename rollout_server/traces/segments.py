@@ -1,4 +1,4 @@
-"""Which segments a trace's folder holds now, and whether they can be read. Knows nothing of what is asked of them."""
+"""Lists the segments in a trace's folder, and checks whether they can be read. Independent of the queries."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from rollout_server.traces.schema import SEQUENCES, SEQUENCES_FILE, TOKENS, TOKE
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A segment as it lies there now. ``signature`` changes when its files do."""
+    """A segment's present state. ``signature`` changes when its files change."""
 
     name: str
     step: int
@@ -27,7 +27,7 @@ def segment_names(folder: Path) -> set[str]:
 
 
 def newest_segments(folder: Path, names: set[str]) -> Iterator[Segment]:
-    """The segment that counts of every step, by step: the one of the highest attempt."""
+    """The current segment of every step, by step: the one with the highest attempt."""
     newest: dict[int, tuple[int, str]] = {}
     for name in names:
         if parsed := parse_segment_name(name):
@@ -68,10 +68,10 @@ def corruption(segment: Path) -> str | None:
 
 
 def scan(folder: Path) -> list[Segment]:
-    """The segment that counts of every step, by step. A folder that is not there yet holds none.
+    """The current segment of every step, by step. A missing folder has none.
 
-    Looks again until the folder held the same names before and after, for one that is replaced meanwhile would be
-    taken for a broken one.
+    Scans again until the folder's list is the same before and after. Otherwise a segment that is replaced during the
+    scan would look broken.
     """
     while True:
         try:

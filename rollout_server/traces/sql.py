@@ -1,4 +1,4 @@
-"""What every question about sequences has in common: which columns, which filter. Values are always parameters."""
+"""Columns and filter that all queries about sequences share. Values are always bound as parameters."""
 
 from dataclasses import fields
 
@@ -20,5 +20,5 @@ MATCHES = """WHERE (CAST($first_step AS BIGINT) IS NULL OR step >= $first_step)
 
 
 def sequence_record(row: Row) -> SequenceRecord:
-    """Of COLUMNS."""
+    """Convert a row of COLUMNS."""
     return SequenceRecord(**dict(zip(SequenceRecord.__slots__, row, strict=True)))  # type: ignore[arg-type]

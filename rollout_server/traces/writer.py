@@ -1,10 +1,10 @@
-"""Mixed sequences -> one immutable segment per step. Knows nothing of who collects or reads them.
+"""Writes mixed sequences as one immutable segment per step. Independent of who collects or reads them.
 
-Atomic: both files are written and fsynced in a hidden folder beside the segment's place, which is then renamed. When a
-step is collected again after a crash, the segment can't be renamed over the old one (a rename never replaces a folder
-that holds files), and taking the old one away first would leave a moment without either. So the new one gets the next
-attempt's name (``step-000004.1``), which makes it the one that counts from that rename on, and then the old one is
-deleted. A crash in between leaves both; readers take the highest attempt, and the next write tidies up.
+Writes are atomic: both files are written and fsynced in a hidden folder next to the final one, which is then renamed.
+If a step is collected again after a crash, the new segment can't be renamed over the old one (a rename never replaces a
+non-empty folder), and deleting the old one first would leave a moment without either. So the new segment is named after
+the next attempt (``step-000004.1``), which makes it the current one from the rename on, and then the old one is
+deleted. A crash in between leaves both. Readers use the highest attempt, and the next write deletes the rest.
 """
 
 import os
@@ -29,10 +29,10 @@ from rollout_server.traces.schema import (
 
 
 class TraceWriter:
-    """Writes the segments of one run. One writer a folder; not for several threads.
+    """Writes the segments of one run. One writer per folder; not thread-safe.
 
-    ``decode`` turns token ids into text; ``token_texts`` gives each token's text by itself, such as
-    ``lambda ids: [tokenizer.decode([i]) for i in ids]``. Both see only token ids that student or teacher wrote.
+    ``decode`` turns token ids into text; ``token_texts`` returns each token's own text, for example
+    ``lambda ids: [tokenizer.decode([i]) for i in ids]``. Both are called only with generated token ids.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TraceWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write_segment(self, step: int, sequences: Sequence[MixedSequence]) -> Path:
-        """Store all sequences of a step and return the segment's folder. Replaces what an earlier attempt stored."""
+        """Store all sequences of a step and return the segment's folder. Replaces the segment of an earlier attempt."""
         assert step >= 0, step
         assert sequences, f"step {step} has no sequences to store"
         tables = {
@@ -59,7 +59,7 @@ class TraceWriter:
         earlier = self._attempts(step)
         segment = self._folder / segment_name(step, max(earlier) + 1 if earlier else 0)
         unfinished = self._folder / f".{segment_name(step, 0)}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)  # a crash's
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a crash
         unfinished.mkdir()
         for name, table in tables.items():
             pq.write_table(table, unfinished / name, compression="zstd", write_page_checksum=True)
@@ -108,19 +108,19 @@ class TraceWriter:
 
 
 def drop_segments_after(folder: Path, step: int) -> None:
-    """Take away what was collected for later steps, which a run that goes on from ``step`` collects again.
+    """Delete the segments after ``step``. A run that resumes from there collects these steps again.
 
-    Each is gone from sight at once. A folder that is not there holds none.
+    Each segment disappears at once, by a rename. Does nothing if the folder does not exist.
     """
     later = [name for name in (os.listdir(folder) if folder.is_dir() else ()) if _step_of(name) > step]
     for name in sorted(later, reverse=True):
         dropped = folder / f".{name}.dropped"
-        shutil.rmtree(dropped, ignore_errors=True)  # a crash's
+        shutil.rmtree(dropped, ignore_errors=True)  # left by a crash
         (folder / name).rename(dropped)
         shutil.rmtree(dropped)
 
 
 def _step_of(name: str) -> int:
-    """-1 for what is no segment."""
+    """The step, or -1 if the name is not a segment's."""
     parsed = parse_segment_name(name)
     return parsed[0] if parsed else -1

@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]
 from common.sequence import Ids, MixedSequence, Prompt
 from rollout_server.actors import EngineActor, EngineAddress, RolloutActor
 from rollout_server.engines.protocol import EngineFacts, EngineSpec, ScoreRequest, WriteRequest
-from rollout_server.engines.remote.messages import News, Orders
+from rollout_server.engines.remote.messages import ClientMessage, ServerMessage
 from rollout_server.rollouts import RolloutSpec
 
 
@@ -82,10 +82,10 @@ class CountingEngineActor(EngineActor):
 
     _messages = Messages()
 
-    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
-        news = await super().exchange(client_id, orders, wait_s)
-        self._messages = self._messages.and_more(orders, news)
-        return news
+    async def exchange(self, client_id: str, message: ClientMessage, wait_s: float) -> ServerMessage:
+        reply = await super().exchange(client_id, message, wait_s)
+        self._messages = self._messages.and_more(message, reply)
+        return reply
 
     async def messages(self) -> Messages:
         return self._messages

@@ -641,6 +641,6 @@ async def test_a_failure_names_the_prompt_and_ends_the_others(role: str, call: s
     faults = {role: Fault(call=call, number=3)}  # type: ignore[arg-type]
     student = ScriptedEngine(STUDENT, top_logprobs=K, fault=faults.get("student"), delay=lambda: 0.001)
     teacher = ScriptedEngine(TEACHER, top_logprobs=K, fault=faults.get("teacher"), delay=lambda: 0.001)
-    with pytest.raises(RolloutError, match=rf"^prompt p2\.0\.0: ScriptedError: {call} 3 fails, as scripted$"):
+    with pytest.raises(RolloutError, match=rf"^prompt p2\.0\.0: ScriptedError: {call} 3 fails as scripted$"):
         await collect(make_controller(policy, student, teacher))
     assert student.num_running == teacher.num_running == 0

@@ -86,7 +86,7 @@ async def test_a_prompt_without_an_answer_is_named_only_where_it_is_taken(share:
     if share == 1.0:
         assert len(await collect(policy, PROMPTS)) == len(PROMPTS)
     else:
-        with pytest.raises(RuntimeError, match=r"prompt p\d\.0\.0: .*came without its answer's tokens"):
+        with pytest.raises(RuntimeError, match=r"prompt p\d\.0\.0: .*has no answer tokens"):
             await collect(policy, PROMPTS)
 
 

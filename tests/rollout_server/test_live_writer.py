@@ -185,7 +185,7 @@ async def test_only_so_many_are_written_at_once(tokenizer, tmp_path) -> None:
     running = [live.writer.write(PROMPT) for _ in range(MAX_AT_ONCE)]
     for pieces in running:
         await anext(pieces)
-    with pytest.raises(LiveRefusal, match="the training has priority") as refusal:
+    with pytest.raises(LiveRefusal, match="training has priority") as refusal:
         await anext(live.writer.write(PROMPT))
     assert refusal.value.kind == "busy"
     await running[0].aclose()
@@ -198,7 +198,7 @@ async def test_only_so_many_are_written_at_once(tokenizer, tmp_path) -> None:
 
 async def test_an_engine_s_failure_is_told_and_leaves_nothing_running(tokenizer, tmp_path) -> None:
     live = Live(tokenizer, tmp_path, fault=Fault(call="write", number=1))
-    with pytest.raises(LiveFailure, match="ScriptedError: write 1 fails, as scripted"):
+    with pytest.raises(LiveFailure, match="ScriptedError: write 1 fails as scripted"):
         await live.write(PROMPT)
     assert live.rest()
 

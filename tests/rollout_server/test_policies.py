@@ -111,14 +111,14 @@ def test_the_average_starts_anew_after_the_teacher_wrote() -> None:
 
 def test_a_switch_is_near_where_the_last_divergences_were_small() -> None:
     policy = make_policy(AdaSwitch(window=2))
-    assert policy.is_near(np.array([2.0, 2.0, 1.0, 1.0], np.float32))
-    assert not policy.is_near(np.array([1.0, 1.0, 2.0, 2.0], np.float32))
+    assert policy.switch_is_likely(np.array([2.0, 2.0, 1.0, 1.0], np.float32))
+    assert not policy.switch_is_likely(np.array([1.0, 1.0, 2.0, 2.0], np.float32))
 
 
 def test_no_switch_is_near_before_the_window_is_filled_or_under_the_floor() -> None:
     divergences = np.array([2.0, 2.0, 1.0, 1.0], np.float32)
-    assert not make_policy(AdaSwitch(window=5)).is_near(divergences)
-    assert not make_policy(AdaSwitch(window=2, multiplier=3.0, floor=3.5)).is_near(divergences)
+    assert not make_policy(AdaSwitch(window=5)).switch_is_likely(divergences)
+    assert not make_policy(AdaSwitch(window=2, multiplier=3.0, floor=3.5)).switch_is_likely(divergences)
 
 
 def test_positions_already_decided_do_not_switch_again() -> None:

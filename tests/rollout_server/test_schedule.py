@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_server.schedule import (
-    goes_in_step,
+    prefers_token_by_token,
     uninterrupted_chunk,
     until_pause_before_the_switch,
     until_pause_between_switches,
@@ -38,29 +38,31 @@ def test_a_text_that_nobody_interrupts_is_read_in_few_pieces(max_new_tokens: int
 def test_before_the_switch_the_student_writes_to_the_end_of_the_texts_block(
     text_tokens: int, block_tokens: int
 ) -> None:
-    num_tokens = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, is_near=False)
+    num_tokens = until_pause_before_the_switch(
+        text_tokens=text_tokens, block_tokens=block_tokens, switch_is_likely=False
+    )
     assert 0 < num_tokens <= block_tokens
     assert (text_tokens + num_tokens) % block_tokens == 0
 
 
 @pytest.mark.parametrize(("text_tokens", "expected"), [(64, 6), (65, 5), (69, 1), (70, 10), (79, 1), (80, 6)])
 def test_where_a_switch_is_near_the_first_verdict_of_a_block_is_early(text_tokens: int, expected: int) -> None:
-    assert until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=16, is_near=True) == expected
+    assert until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=16, switch_is_likely=True) == expected
 
 
 @given(text_tokens=positive, block_tokens=positive)
 def test_an_early_verdict_is_within_the_block(text_tokens: int, block_tokens: int) -> None:
-    early = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, is_near=True)
-    end = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, is_near=False)
+    early = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, switch_is_likely=True)
+    end = until_pause_before_the_switch(text_tokens=text_tokens, block_tokens=block_tokens, switch_is_likely=False)
     assert 0 < early <= end
 
 
 @pytest.mark.parametrize(
-    ("num_judged", "num_switches", "is_in_step", "expected"),
+    ("num_judged", "num_switches", "is_running", "expected"),
     [(0, 0, False, False), (3, 1, False, False), (10, 2, False, True), (20, 2, False, False), (20, 2, True, True),
      (30, 2, True, False)],
 )  # fmt: skip
 def test_engines_go_in_step_while_runs_are_short(
-    num_judged: int, num_switches: int, is_in_step: bool, expected: bool
+    num_judged: int, num_switches: int, is_running: bool, expected: bool
 ) -> None:
-    assert goes_in_step(num_judged=num_judged, num_switches=num_switches, is_in_step=is_in_step) == expected
+    assert prefers_token_by_token(num_judged=num_judged, num_switches=num_switches, is_running=is_running) == expected

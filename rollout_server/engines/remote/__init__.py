@@ -1,1 +1,1 @@
-"""An engine behind a Ray actor: the client beside the controller, the server beside the engine."""
+"""An engine behind a Ray actor: the client runs next to the controller, the server next to the engine."""

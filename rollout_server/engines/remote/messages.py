@@ -1,7 +1,7 @@
-"""What a controller and an engine's process say to each other, in columns: one message carries what many calls want or
-have got, so messages grow with the load instead of multiplying with it. Knows neither half (``multiplex``, ``remote``).
+"""Messages between a controller and an engine's process, in columns. One message carries the requests or results of
+many calls, so under load messages get larger, not more frequent. Independent of ``client`` and ``server``.
 
-m = calls, n = their tokens or rows together, k = length of a top list. A call's id is its client's choice.
+m = calls, n = total tokens or rows of the calls, k = length of a top-k list. The client chooses the id of a call.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ _FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WrittenBatch:
-    """What m streams wrote."""
+    """Output of m streams."""
 
     call_ids: CallIds  # [m]
     num_tokens: Ids  # [m]
@@ -44,7 +44,7 @@ class WrittenBatch:
         )
 
     def unpack(self) -> Iterator[tuple[int, Written]]:
-        """Each stream's piece, as views of the columns."""
+        """Each stream's output, as views of the columns."""
         end = 0
         columns = (self.call_ids, self.num_tokens, self.weight_versions, self.finish_codes)
         for call_id, num_tokens, version, code in zip(*(column.tolist() for column in columns), strict=True):
@@ -62,8 +62,8 @@ class WrittenBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ReadBatch:
-    """m score requests. Whose text it is stays behind: the engine does not need it."""
+class ScoreBatch:
+    """m score requests. Sequence ids are not sent, because the engine does not need them."""
 
     call_ids: CallIds  # [m]
     num_tokens: Ids  # [m]
@@ -71,7 +71,7 @@ class ReadBatch:
     token_ids: Ids  # [n]
 
     @classmethod
-    def pack(cls, asked: Sequence[tuple[int, ScoreRequest]]) -> "ReadBatch":
+    def pack(cls, asked: Sequence[tuple[int, ScoreRequest]]) -> "ScoreBatch":
         requests = [request for _, request in asked]
         return cls(
             call_ids=np.array([call_id for call_id, _ in asked], np.int64),
@@ -115,25 +115,25 @@ class RowsBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Orders:
-    """What a client wants from now on."""
+class ClientMessage:
+    """New requests of a client."""
 
-    number: int  # of this message among the client's, from 0
+    number: int  # of the client's messages, from 0
     opens: dict[int, WriteRequest]
-    resumes: dict[int, GoOn]  # streams that pause -> how they go on
-    closes: list[int]  # streams and reads nobody waits for any more
-    reads: ReadBatch
-    instead_of: str | None = None  # the client that this one was before a message was lost: its calls are to end
+    resumes: dict[int, GoOn]  # paused streams -> how they continue
+    closes: list[int]  # streams and scores that are no longer needed
+    scores: ScoreBatch
+    previous_client: str | None = None  # this client's id before a message was lost: end the calls of that id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class News:
-    """What a client's calls have come to since it was last told."""
+class ServerMessage:
+    """Results of a client's calls since the last reply."""
 
     written: WrittenBatch
     rows: RowsBatch
-    failures: dict[int, str]  # call id -> error; such a call has ended
+    failures: dict[int, str]  # call id -> error; the call has ended
 
     @classmethod
-    def nothing(cls) -> "News":
+    def empty(cls) -> "ServerMessage":
         return cls(written=WrittenBatch.pack([]), rows=RowsBatch.pack([]), failures={})

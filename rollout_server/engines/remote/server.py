@@ -1,5 +1,5 @@
-"""All calls of one engine's clients over one exchange of messages. The half that lives beside the engine; ``remote`` is
-the other. Knows nothing of Ray.
+"""Runs all calls of an engine's clients. It runs in the engine's process; ``client`` is the counterpart. Does not know
+about Ray.
 """
 
 import asyncio
@@ -11,38 +11,38 @@ from dataclasses import dataclass, field
 from common.sequence import TopLogprobs
 from common.waiting import within
 from rollout_server.engines.protocol import Engine, GoOn, ScoreRequest, WriteRequest, Written, next_piece
-from rollout_server.engines.remote.messages import News, Orders, RowsBatch, WrittenBatch
+from rollout_server.engines.remote.messages import ClientMessage, RowsBatch, ServerMessage, WrittenBatch
 
 logger = logging.getLogger(__name__)
 
-_FORGET_S = 120.0
-"""A client that waits for something asks every few seconds; one that has not for so long is gone."""
+_CLIENT_TIMEOUT_S = 120.0
+"""A waiting client sends a message every few seconds. After this time without one it is considered dead."""
 
 
 @dataclass(slots=True)
 class _Client:
-    """One reader of this engine: its calls under way and what they came to since it was last told."""
+    """One client of this engine: its running calls, and their results since the last reply."""
 
     calls: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    paused: dict[int, asyncio.Future[GoOn]] = field(default_factory=dict)  # set when the reader comes back
+    paused: dict[int, asyncio.Future[GoOn]] = field(default_factory=dict)  # set when the client resumes the stream
     written: list[tuple[int, Written]] = field(default_factory=list)
     rows: list[tuple[int, TopLogprobs]] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
-    waiting: asyncio.Event | None = None  # of the last exchange, while it is under way
+    waiting: asyncio.Event | None = None  # of the latest exchange, while it waits for results
     num_exchanges: int = 0
-    overtaking: dict[int, asyncio.Event] = field(default_factory=dict)  # set when its turn has come
-    heard_s: float = 0.0  # on the event loop's clock
+    early: dict[int, asyncio.Event] = field(default_factory=dict)  # messages that arrived early; set at their turn
+    last_message_s: float = 0.0  # event loop time of the last message
 
-    def ring(self) -> None:
-        """There is news, or somebody else to tell it to."""
+    def notify(self) -> None:
+        """Wake up the waiting exchange: there are results, or a newer exchange replaces it."""
         if self.waiting is not None:
             self.waiting.set()
 
-    def take_news(self) -> News:
+    def take_results(self) -> ServerMessage:
         written, self.written = self.written, []
         rows, self.rows = self.rows, []
         failures, self.failures = self.failures, {}
-        return News(written=WrittenBatch.pack(written), rows=RowsBatch.pack(rows), failures=failures)
+        return ServerMessage(written=WrittenBatch.pack(written), rows=RowsBatch.pack(rows), failures=failures)
 
     def close(self, call_id: int) -> None:
         self.paused.pop(call_id, None)
@@ -50,7 +50,7 @@ class _Client:
             task.cancel()
 
     def close_all(self) -> list[int]:
-        """The calls that were under way."""
+        """End all calls and return their ids."""
         call_ids = list(self.calls)
         for call_id in call_ids:
             self.close(call_id)
@@ -65,84 +65,87 @@ class StreamMultiplexer:
         self.num_written_tokens = 0
         self.num_read_positions = 0
         self._clients: dict[str, _Client] = {}
-        self._moved_s = time.monotonic()
+        self._progress_s = time.monotonic()
 
     @property
     def num_busy(self) -> int:
-        """Calls under way, but for those that wait for their reader."""
+        """Running calls, not counting paused streams."""
         return sum(len(client.calls) - len(client.paused) for client in self._clients.values())
 
     @property
     def still_s(self) -> float:
-        """Since one of them last wrote or read something, or since the first of them came; 0 while there is none."""
-        return time.monotonic() - self._moved_s if self.num_busy else 0.0
+        """Seconds since the last output of any call, or since the first call started; 0 if no call is running."""
+        return time.monotonic() - self._progress_s if self.num_busy else 0.0
 
     def drop_calls(self) -> None:
-        """End every call. Who made it is gone, or has given it up, or hears that it failed."""
+        """End every call. Live clients are told that their calls failed."""
         for client in self._clients.values():
             dropped = client.close_all()
             client.failures |= dict.fromkeys(dropped, "dropped: another worker of the run is being restarted")
-            client.ring()
+            client.notify()
 
-    async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
-        """Take orders; return all news since the client's last exchange, or wait for some for ``wait_s``.
+    async def exchange(self, client_id: str, message: ClientMessage, wait_s: float) -> ServerMessage:
+        """Accept requests. Return all results since the client's last exchange, or wait up to ``wait_s`` for the first.
 
-        An exchange ends the wait of the client's one before, which then returns empty-handed: so orders need not wait
-        for news, and news keep their order. Exchanges are taken in the order of their numbers, whatever Ray does.
+        An exchange ends the wait of the client's previous one, which then returns an empty reply. So requests need not
+        wait for results, and results stay in order. Exchanges are processed in the order of their numbers, even if Ray
+        delivers them in another order.
         """
         client = self._clients.setdefault(client_id, _Client())
-        client.heard_s = asyncio.get_running_loop().time()
-        if orders.number != client.num_exchanges:
-            turn = client.overtaking[orders.number] = asyncio.Event()
-            await within(_FORGET_S, turn.wait(), f"exchange {client.num_exchanges} of a client")
+        client.last_message_s = asyncio.get_running_loop().time()
+        if message.number != client.num_exchanges:
+            turn = client.early[message.number] = asyncio.Event()
+            await within(_CLIENT_TIMEOUT_S, turn.wait(), f"exchange {client.num_exchanges} of a client")
         client.num_exchanges += 1
-        self._take(client, orders)
-        client.ring()
+        self._accept(client, message)
+        client.notify()
         waiting = client.waiting = asyncio.Event()
-        if (turn_of_next := client.overtaking.pop(client.num_exchanges, None)) is not None:
+        if (turn_of_next := client.early.pop(client.num_exchanges, None)) is not None:
             turn_of_next.set()
-        self._forget_the_silent(client.heard_s)
+        self._drop_inactive_clients(client.last_message_s)
         if not (client.written or client.rows or client.failures):
             with suppress(TimeoutError):
                 await asyncio.wait_for(waiting.wait(), wait_s)
         if client.waiting is not waiting:
-            return News.nothing()
+            return ServerMessage.empty()
         client.waiting = None
-        return client.take_news()
+        return client.take_results()
 
-    def _take(self, client: _Client, orders: Orders) -> None:
-        if orders.instead_of is not None:
-            self._forget(orders.instead_of)
+    def _accept(self, client: _Client, message: ClientMessage) -> None:
+        if message.previous_client is not None:
+            self._drop_client(message.previous_client)
         if not self.num_busy:
-            self._moved_s = time.monotonic()
-        for call_id, request in orders.opens.items():
+            self._progress_s = time.monotonic()
+        for call_id, request in message.opens.items():
             client.calls[call_id] = asyncio.create_task(self._write(client, call_id, request))
-        for call_id, read in orders.reads.unpack():
+        for call_id, read in message.scores.unpack():
             client.calls[call_id] = asyncio.create_task(self._read(client, call_id, read))
-        for call_id, go_on in orders.resumes.items():
+        for call_id, go_on in message.resumes.items():
             if (paused := client.paused.pop(call_id, None)) is not None:
                 paused.set_result(go_on)
-        for call_id in orders.closes:
+        for call_id in message.closes:
             client.close(call_id)
-        if orders.closes:
-            dropped = set(orders.closes)
+        if message.closes:
+            dropped = set(message.closes)
             client.written = [piece for piece in client.written if piece[0] not in dropped]
 
-    def _forget_the_silent(self, now_s: float) -> None:
-        """End what clients left behind that died without a word."""
+    def _drop_inactive_clients(self, now_s: float) -> None:
+        """Drop the calls of clients that died without closing them."""
         for client_id, client in list(self._clients.items()):
-            if client.calls and now_s - client.heard_s > _FORGET_S:
-                logger.warning("a client was silent for %.0f s: ending its %d calls", _FORGET_S, len(client.calls))
-                self._forget(client_id)
+            if client.calls and now_s - client.last_message_s > _CLIENT_TIMEOUT_S:
+                logger.warning(
+                    "no message from a client for %.0f s: ending its %d calls", _CLIENT_TIMEOUT_S, len(client.calls)
+                )
+                self._drop_client(client_id)
 
-    def _forget(self, client_id: str) -> None:
-        """End what a client left under way, if it is known."""
+    def _drop_client(self, client_id: str) -> None:
+        """End a client's running calls, if the client is known."""
         if (client := self._clients.pop(client_id, None)) is not None:
             client.close_all()
-            client.ring()
+            client.notify()
 
     async def _write(self, client: _Client, call_id: int, request: WriteRequest) -> None:
-        """Consumes one stream of the engine; produces into the client's news; waits for the client at pauses; stops
+        """Consumes one stream of the engine; produces into the client's results; waits for the client at pauses; stops
         when the stream ends or is closed.
         """
         num_written, pause_after, go_on = 0, request.pause_after, None
@@ -155,8 +158,8 @@ class StreamMultiplexer:
                         paused = client.paused[call_id] = asyncio.get_running_loop().create_future()
                     client.written.append((call_id, piece))
                     self.num_written_tokens += len(piece)
-                    self._moved_s = time.monotonic()
-                    client.ring()
+                    self._progress_s = time.monotonic()
+                    client.notify()
                     if paused is not None:
                         go_on = await paused
                         pause_after = go_on.pause_after(num_written)
@@ -171,8 +174,8 @@ class StreamMultiplexer:
             rows = await self._engine.score(request)
             client.rows.append((call_id, rows))
             self.num_read_positions += request.num_rows
-            self._moved_s = time.monotonic()
-            client.ring()
+            self._progress_s = time.monotonic()
+            client.notify()
         except Exception as error:
             self._fail(client, call_id, error)
         finally:
@@ -181,4 +184,4 @@ class StreamMultiplexer:
     def _fail(self, client: _Client, call_id: int, error: Exception) -> None:
         logger.error("call %d failed", call_id, exc_info=error)
         client.failures[call_id] = f"{type(error).__name__}: {error}"
-        client.ring()
+        client.notify()

@@ -1,9 +1,9 @@
-"""vLLM's attention on processors in key-value blocks of 16 tokens, as on GPUs.
+"""vLLM's CPU attention with KV-cache blocks of 16 tokens, as on GPUs.
 
-Prefixes are reused in whole blocks, so whoever reads a text again and again, as the teacher does, computes up to a
-block twice each time. vLLM's kernels for processors can do blocks of 16; its backend only offers multiples of 32,
-which attend a little faster. So a backend that offers 16 takes its place (vLLM's registry is made for that). An engine
-with larger blocks gets what it always got. Imported in vLLM's own processes.
+Prefixes are reused in whole blocks. The teacher scores a growing text repeatedly, so each time it computes up to one
+block again. vLLM's CPU kernels support blocks of 16, but its backend only offers multiples of 32, which are slightly
+faster. This backend offers 16 and replaces vLLM's through its backend registry. Engines with larger blocks are not
+affected. Imported in vLLM's own processes.
 """
 
 from vllm.v1.attention.backend import MultipleOf
@@ -14,7 +14,7 @@ BLOCK_TOKENS = 16
 
 
 class CPUAttentionInSmallBlocks(CPUAttentionBackend):  # type: ignore[misc]  # vLLM is not typed here
-    """vLLM's own, with smaller blocks on offer."""
+    """vLLM's CPU backend with smaller block sizes."""
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
@@ -22,5 +22,5 @@ class CPUAttentionInSmallBlocks(CPUAttentionBackend):  # type: ignore[misc]  # v
 
 
 def register() -> None:
-    """Have vLLM take this backend for its own on processors."""
+    """Replace vLLM's CPU backend with this one."""
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{CPUAttentionInSmallBlocks.__name__}")

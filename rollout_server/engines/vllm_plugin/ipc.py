@@ -1,7 +1,7 @@
-"""The engine's half of CUDA IPC: vLLM's own, given the handles as plain values.
+"""The engine's side of CUDA IPC: vLLM's own backend, with the handles passed as plain values.
 
-For a learner on the engine's GPU: what it shares is loaded from where it lies. Not imported where there is no CUDA
-build of torch, for nothing there asks for it.
+For a learner on the engine's GPU: its tensors are loaded from GPU memory directly. Imported only if torch is built with
+CUDA.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from common.ipc_handles import rebuilt_handles
 
 
 class PlainIpcWeightTransferEngine(IPCWeightTransferEngine):  # type: ignore[misc]
-    """Lives in the engine's worker."""
+    """Runs in the engine's worker."""
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
         return super().parse_update_info(rebuilt_handles(update_dict))

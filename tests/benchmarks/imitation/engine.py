@@ -157,11 +157,11 @@ class ImitatedEngine:
 
     async def _start(self, kind: str, num_tokens: int) -> None:
         if num_tokens > self.facts.max_model_len:
-            raise ValueError(f"{kind} needs {num_tokens} tokens, the context holds {self.facts.max_model_len}")
+            raise ValueError(f"{kind} needs {num_tokens} tokens, the context length is {self.facts.max_model_len}")
         if self._fault is not None and (self._fault.call, self._fault.number) == (kind, self._num_calls[kind]):
             if self._fault.hangs:
                 await asyncio.Event().wait()
-            raise ScriptedError(f"{kind} {self._fault.number} fails, as scripted")
+            raise ScriptedError(f"{kind} {self._fault.number} fails as scripted")
 
     def _plan(self, request: WriteRequest) -> _Plan:
         start = request.prefix.size

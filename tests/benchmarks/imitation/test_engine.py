@@ -287,7 +287,7 @@ async def test_the_call_that_was_chosen_fails_or_hangs_and_no_other(call: str) -
 
     failing = start(fault=Fault(call=call, number=2))  # type: ignore[arg-type]
     first, second, third = await asyncio.gather(*(ask(failing) for _ in range(3)), return_exceptions=True)  # type: ignore[call-overload]
-    assert str(second) == f"{call} 2 fails, as scripted"
+    assert str(second) == f"{call} 2 fails as scripted"
     assert isinstance(second, ScriptedError)
     assert isinstance(first, Written | TopLogprobs)
     assert isinstance(third, Written | TopLogprobs)
@@ -298,7 +298,7 @@ async def test_the_call_that_was_chosen_fails_or_hangs_and_no_other(call: str) -
 
 
 async def test_requests_beyond_the_context_are_refused() -> None:
-    with pytest.raises(ValueError, match="write needs 2049 tokens, the context holds 2048"):
+    with pytest.raises(ValueError, match="write needs 2049 tokens, the context length is 2048"):
         await start().generate(replace(REQUEST, max_tokens=2009))
 
 

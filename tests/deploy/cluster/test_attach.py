@@ -20,7 +20,7 @@ from common.config import AdaSwitch, Sampling, Trace
 from common.sequence import Prompt
 from deploy.cluster.attach import NAMESPACE, AttachedRollouts, live_name
 from rollout_server.actors import EngineAddress, RolloutActor
-from rollout_server.engines.remote.messages import News, Orders
+from rollout_server.engines.remote.messages import ClientMessage, ServerMessage
 from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.inspector.app import create_app
@@ -47,8 +47,8 @@ def make_engine_class() -> type:
             self._engine = ScriptedEngine(script, top_logprobs=K, max_model_len=4096, delay=lambda: delay_s)
             self._streams = StreamMultiplexer(self._engine)
 
-        async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
-            return await self._streams.exchange(client_id, orders, wait_s)
+        async def exchange(self, client_id: str, message: ClientMessage, wait_s: float) -> ServerMessage:
+            return await self._streams.exchange(client_id, message, wait_s)
 
         async def counters(self) -> tuple[int, int]:
             return self._engine.num_running, self._engine.num_written_tokens

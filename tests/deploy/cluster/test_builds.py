@@ -54,7 +54,7 @@ def test_gpus_can_be_left_alone_on_purpose() -> None:
             CPU,
             r"^placement\.use_gpus is true, but the installed torch and vLLM are CPU builds; make setup GPU=1",
         ),
-        (False, 2, CUDA, r"^placement\.use_gpus is false, 2 GPUs found: .* vLLM's CUDA build can't compute on proc"),
+        (False, 2, CUDA, r"^placement\.use_gpus is false, 2 GPUs found: .* vLLM's CUDA build can't run on CPUs"),
         ("auto", 0, CUDA, r"^placement\.use_gpus is auto, no GPU found: the installed torch and vLLM are CUDA builds"),
         ("auto", 2, Builds(torch="CPU", vllm="CUDA"), r"the installed torch is the CPU build, and vLLM's CUDA build"),
     ],

@@ -65,7 +65,7 @@ async def started(
     config: RunConfig, plan: Plan, folder: Path
 ) -> AsyncIterator[tuple[Cluster, Pair, SpawnedLearner, str | None]]:
     """All actors, and the GPUs that the controller's process sees."""
-    group = await reserve(plan.seating, strategy="PACK", timeout_s=60.0)
+    group = await reserve(plan.placement, strategy="PACK", timeout_s=60.0)
     cluster = Cluster(config, plan, group, RECORDED, hides_gpus=True)
     try:
         pair, learner = await cluster.start(prepare(config), RunDir(folder), name="layouts")

@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 from common.config import RunConfig
 from common.errors import UserError
 from deploy.cluster.model_shape import Shapes, read_shapes, shape_of
-from deploy.cluster.plan import Node, Plan, make_plan, processor_plan, refuse_unfit
+from deploy.cluster.plan import Node, Plan, check_fits, make_plan, processor_plan
 from deploy.reporting.plan_table import show_plan
 
 QWEN_05B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
@@ -69,7 +69,7 @@ def test_parameters_are_counted_exactly(shapes) -> None:
 def test_auto_takes_the_layout_with_the_most_gpus_that_there_are(shapes, cluster, layout, backend, why) -> None:
     plan = make_plan(make_config(), shapes, nodes(*cluster))
     assert (plan.layout, plan.sync_backend, plan.why, plan.missing) == (layout, backend, why, None)
-    refuse_unfit(plan)
+    check_fits(plan)
 
 
 def test_auto_leaves_out_what_the_settings_can_t_have(shapes) -> None:
@@ -104,7 +104,7 @@ def test_no_gpu_at_all_is_no_layout(shapes) -> None:
 def test_a_layout_that_is_asked_for_is_refused_with_the_gib_that_it_needs(shapes) -> None:
     plan = make_plan(make_config(placement={"layout": "one_gpu"}), shapes, nodes((4, 16.0)))
     with pytest.raises(UserError) as refused:
-        refuse_unfit(plan)
+        check_fits(plan)
     needed = sum(bundle.gib for bundle in plan.bundles)
     assert f"placement.layout: one_gpu needs {needed:.1f} GiB of one GPU (teacher engine " in str(refused.value)
     assert str(refused.value).endswith("; there is 4 GPUs of 16.0 GiB")
@@ -259,7 +259,7 @@ def test_a_hub_model_is_read_beside_the_file_and_a_missing_one_named(tmp_path: P
     qwen(**QWEN_05B).save_pretrained(tmp_path / "models" / "org" / "small")
     config = make_config(models={"student": "org/small", "teacher": "org/no such"})  # no name that is asked for
     with pytest.raises(
-        UserError, match=r"^models\.teacher: can't read the config of 'org/no such': .*config\.json into"
+        UserError, match=r"^models\.teacher: can't read the config of 'org/no such': .*config\.json in "
     ):
         read_shapes(config, beside=tmp_path / "run.yaml")
     qwen(**QWEN_3B).save_pretrained(tmp_path / "teacher")

@@ -108,7 +108,7 @@ def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(
 def test_a_run_can_be_made_to_stop_with_who_submitted_it(head: Head, tmp_path: Path) -> None:
     job = submit(head, *ENDLESS, f"run_dir={tmp_path / 'run'}", program=SCRIPTED, stop_with_me=True)
     log = read_until(job, "step 1/1000")
-    assert "asks for no token" not in log
+    assert "requires no token" not in log
     job.send_signal(signal.SIGTERM)
     rest, _ = job.communicate(timeout=30)  # what a container gets
     assert re.search(r"^job raysubmit_\w+: stopped$", rest, re.MULTILINE), rest

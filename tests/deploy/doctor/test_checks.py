@@ -6,7 +6,20 @@ from dataclasses import replace
 import pytest
 
 from deploy.doctor.checks import check
-from deploy.doctor.facts import GIB, Compilers, Facts, Hub, Link, Node, RayState, Seats, Source, Space, Toolkit, Wanted
+from deploy.doctor.facts import (
+    GIB,
+    Compilers,
+    Facts,
+    Hub,
+    Link,
+    Node,
+    PlanFacts,
+    RayState,
+    Source,
+    Space,
+    Toolkit,
+    Wanted,
+)
 from deploy.doctor.finding import Finding
 from deploy.lock.driver import Driver
 from tests.deploy.doctor.machines import (
@@ -48,7 +61,7 @@ def test_a_machine_without_gpus_is_told_nothing_of_them() -> None:
 
 
 def test_another_python_is_a_failure() -> None:
-    assert finding(replace(LAPTOP, python=(3, 13, 0)), "python").text == "3.13.0; take 3.11 or 3.12"
+    assert finding(replace(LAPTOP, python=(3, 13, 0)), "python").text == "3.13.0; use 3.11 or 3.12"
     assert finding(replace(LAPTOP, python=(3, 12, 1)), "python").level == "ok"
 
 
@@ -82,7 +95,7 @@ def test_builds_that_differ_are_a_failure() -> None:
     mixed = (*CUDA_PACKAGES[:2], *CPU_PACKAGES[2:])
     found = finding(replace(GPU_SERVER, packages=mixed), "builds")
     assert found.level == "failure"
-    assert found.text.startswith("vLLM is built for CUDA, torch for processors")
+    assert found.text.startswith("vLLM is built for CUDA, torch for CPUs")
     assert "make setup GPU=1" in found.text
 
 
@@ -121,7 +134,7 @@ def test_a_cuda_toolkit_must_be_of_torch_s_cuda_where_there_is_one() -> None:
     fitting = Toolkit(nvcc="/usr/local/cuda/bin/nvcc", cuda=(13, 0))
     assert finding(replace(GPU_SERVER, toolkit=fitting), "CUDA toolkit").text == "/usr/local/cuda/bin/nvcc, CUDA 13.0"
     old = finding(replace(GPU_SERVER, toolkit=replace(fitting, cuda=(12, 4))), "CUDA toolkit")
-    assert (old.level, old.text.startswith("/usr/local/cuda/bin/nvcc is of CUDA 12.4, torch of 13.0")) == (
+    assert (old.level, old.text.startswith("/usr/local/cuda/bin/nvcc is CUDA 12.4, torch uses 13.0")) == (
         "warning",
         True,
     )
@@ -149,13 +162,13 @@ def test_forward_compatibility_makes_an_old_driver_new_enough() -> None:
 def test_mixed_gpus_are_a_warning() -> None:
     found = finding(replace(GPU_SERVER, gpus=(H100, replace(T4, index=1))), "GPUs")
     assert found.level == "warning"
-    assert found.text.startswith("1 x NVIDIA H100 80GB HBM3 with 80 GiB, 1 x Tesla T4 with 15 GiB; Ray does not tell")
+    assert found.text.startswith("1 x NVIDIA H100 80GB HBM3 with 80 GiB, 1 x Tesla T4 with 15 GiB; Ray treats them as equal")
     assert "CUDA_VISIBLE_DEVICES" in found.text
 
 
 def test_gpus_that_cuda_13_has_no_code_for_are_a_failure() -> None:
     found = finding(replace(GPU_SERVER, gpus=(V100,)), "GPUs")
-    assert (found.level, "no code for GPU 0 (Tesla V100" in found.text) == ("failure", True)
+    assert (found.level, "does not support GPU 0 (Tesla V100" in found.text) == ("failure", True)
 
 
 def test_gpus_that_others_use_or_that_are_divided_are_a_warning() -> None:
@@ -184,7 +197,7 @@ def test_fewer_visible_gpus_are_a_warning_unless_they_were_hidden() -> None:
     ("kinds", "said"),
     [
         (["NV18", "NV18", "NV18"], "NVLink between all (NV18 between 3 pairs)"),
-        (["NV4", "SYS", "SYS"], "between NVLink pairs only"),
+        (["NV4", "SYS", "SYS"], "only between NVLink pairs"),
         (["PHB", "PHB", "PHB"], "prefer more replicas"),
     ],
 )
@@ -222,12 +235,12 @@ def test_a_container_s_default_shared_memory_is_a_warning() -> None:
 
 
 def test_the_weights_must_have_room_in_shared_memory() -> None:
-    seats = Seats(summary="one_gpu", shm_bytes=int(7.1 * GIB))
+    plan = PlanFacts(summary="one_gpu", shm_bytes=int(7.1 * GIB))
     seven = Space(path="/dev/shm", total_bytes=7 * GIB, free_bytes=7 * GIB)
-    found = finding(replace(GPU_SERVER, shm=seven, seats=seats), "shared memory")
+    found = finding(replace(GPU_SERVER, shm=seven, plan=plan), "shared memory")
     assert (found.level, "--shm-size 9g" in found.text) == ("failure", True)
     assert "8.1 GiB needed, 7.1 GiB of it for the weights" in found.text
-    assert finding(replace(GPU_SERVER, seats=seats), "shared memory").level == "ok"
+    assert finding(replace(GPU_SERVER, plan=plan), "shared memory").level == "ok"
 
 
 def test_shared_memory_that_others_fill_is_a_warning() -> None:
@@ -241,26 +254,26 @@ READ_ONLY = Space(path="/runs", total_bytes=1000 * GIB, free_bytes=500 * GIB, is
 
 def test_a_run_folder_must_be_writable_and_hold_the_checkpoints() -> None:
     assert finding(replace(LAPTOP, run_space=READ_ONLY), "run_dir").level == "failure"
-    seats = Seats(checkpoints_bytes=32 * GIB)
-    found = finding(replace(LAPTOP, run_space=SMALL, seats=seats), "run_dir")
+    plan = PlanFacts(checkpoints_bytes=32 * GIB)
+    found = finding(replace(LAPTOP, run_space=SMALL, plan=plan), "run_dir")
     assert (found.level, "32.0 GiB needed for checkpoints" in found.text) == ("warning", True)
-    assert finding(replace(LAPTOP, seats=seats), "run_dir").level == "ok"
+    assert finding(replace(LAPTOP, plan=plan), "run_dir").level == "ok"
 
 
 def test_the_hub_s_folder_must_be_writable_and_hold_the_models() -> None:
     assert finding(replace(LAPTOP, hub_space=SMALL), "HF_HOME").level == "warning"
     assert finding(replace(LAPTOP, hub_space=READ_ONLY), "HF_HOME").level == "failure"
-    fetched = replace(LAPTOP, hub_space=SMALL, wanted=wants("cache"), seats=Seats())
+    fetched = replace(LAPTOP, hub_space=SMALL, wanted=wants("cache"), plan=PlanFacts())
     assert finding(fetched, "HF_HOME").level == "ok"
     assert "HF_HOME" not in topics(replace(LAPTOP, hub_space=SMALL, wanted=wants("machine")))
 
 
 def test_the_plan_is_told_bundle_by_bundle() -> None:
-    seats = Seats(summary="spread (2 GPUs found), weights by nccl", bundles=("1 GPU: teacher", "1 GPU: learner"))
-    fits = replace(GPU_SERVER, wanted=wants("machine"), seats=seats)
+    plan = PlanFacts(summary="spread (2 GPUs found), weights by nccl", bundles=("1 GPU: teacher", "1 GPU: learner"))
+    fits = replace(GPU_SERVER, wanted=wants("machine"), plan=plan)
     assert finding(fits, "placement").level == "ok"
     assert [one.text for one in check(fits) if one.topic.startswith("bundle")] == ["1 GPU: teacher", "1 GPU: learner"]
-    too_large = replace(fits, seats=replace(seats, missing="placement.layout: 34.0 GiB of one GPU"))
+    too_large = replace(fits, plan=replace(plan, missing="placement.layout: 34.0 GiB of one GPU"))
     found = finding(too_large, "placement")
     assert (found.level, found.text.startswith("placement.layout: 34.0 GiB of one GPU; ")) == ("failure", True)
 

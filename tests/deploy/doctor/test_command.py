@@ -76,7 +76,7 @@ def test_the_demo_needs_no_hub_and_this_machine_can_do_it(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith(("ok ", "warning ", "failure ")) for line in lines[:-1])
-    assert any("not needed: models and data are files of this machine" in line for line in lines)
+    assert any("not needed: models and data are files on this machine" in line for line in lines)
     assert any(line.startswith("ok ") and " placement " in line for line in lines)
     assert lines[-1] == "all ok" or lines[-1].startswith("0 failures, ")
     assert done.stderr == ""

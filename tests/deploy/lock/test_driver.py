@@ -50,7 +50,7 @@ def test_the_loaded_module_tells_the_driver_where_nvidia_smi_is_missing() -> Non
     [
         (OLD, 1, "error: NVIDIA driver 550.90.12 is too old: CUDA 13.0 needs driver 580 or newer; update it"),
         (GOOD, 0, ""),
-        ("", 0, "warning: no NVIDIA driver answers here"),
+        ("", 0, "warning: no NVIDIA driver found"),
     ],
 )
 def test_the_check_needs_nothing_installed_and_says_one_line(banner: str, code: int, said: str, tmp_path: Path) -> None:

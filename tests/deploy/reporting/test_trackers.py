@@ -127,14 +127,14 @@ def test_a_missing_package_is_named_with_its_key_and_extra(package: str) -> None
 
 
 def test_a_password_is_no_setting() -> None:
-    with pytest.raises(ValueError, match="tracking_uri must not hold a user or a password"):
+    with pytest.raises(ValueError, match="tracking_uri must not contain a user or a password"):
         MLflow(tracking_uri="https://me:secret@tracking.example.org")
     assert MLflow(tracking_uri="sqlite:///runs/mlflow.db").tracking_uri == "sqlite:///runs/mlflow.db"
 
 
 def test_a_password_in_mlflow_s_environment_variable_is_refused_and_not_shown(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:not-to-be-seen@tracking.example.org")
-    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI must not hold a user or a password") as refused:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI must not contain a user or a password") as refused:
         Trackers.open(run_config(mlflow={}), tmp_path)
     assert "not-to-be-seen" not in str(refused.value)
 

@@ -7,7 +7,7 @@ import pytest
 
 from common.config.source import read_config
 from common.run_dir import RunDir
-from deploy.run.records import metrics_of, summarise_run
+from deploy.run.records import metrics_of, summarize_run
 from trainer.evaluate import EvaluationReport
 from trainer.learner import StepReport
 from trainer.probe_statistics import ProbeReport
@@ -69,7 +69,7 @@ def evaluated(step: int, accuracy: float | None) -> Evaluated:
 
 
 def summary_of(records: Sequence[Trained | Evaluated]) -> dict[str, object]:
-    return summarise_run([metrics_of(record) for record in records], run_dir=Path("r"), seconds=20.0, num_resumed=2)
+    return summarize_run([metrics_of(record) for record in records], run_dir=Path("r"), seconds=20.0, num_resumed=2)
 
 
 @pytest.fixture

@@ -139,9 +139,9 @@ async def test_requests_beyond_the_context_are_refused() -> None:
     engine = ScriptedEngine(TEACHER, top_logprobs=4, max_model_len=10)
     await engine.generate(replace(REQUEST, max_tokens=7))
     await engine.score(ScoreRequest(token_ids=np.arange(9, dtype=np.int32), start=1))
-    with pytest.raises(ValueError, match="write needs 11 tokens, the context holds 10"):
+    with pytest.raises(ValueError, match="write needs 11 tokens, the context length is 10"):
         await engine.generate(replace(REQUEST, max_tokens=8))
-    with pytest.raises(ValueError, match="score needs 11 tokens, the context holds 10"):
+    with pytest.raises(ValueError, match="score needs 11 tokens, the context length is 10"):
         await engine.score(ScoreRequest(token_ids=np.arange(10, dtype=np.int32), start=10))
 
 
@@ -150,7 +150,7 @@ async def test_the_call_that_was_chosen_fails_and_no_other() -> None:
     calls = (engine.generate(REQUEST) for _ in range(3))
     first, second, third = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(second, ScriptedError)
-    assert str(second) == "write 2 fails, as scripted"
+    assert str(second) == "write 2 fails as scripted"
     assert isinstance(first, Written)
     assert isinstance(third, Written)
     assert engine.num_running == 0

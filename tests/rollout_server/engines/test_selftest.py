@@ -182,7 +182,7 @@ async def test_half_precision_s_differences_are_refused_in_float32() -> None:
 
 
 async def test_too_few_log_probs_are_reported() -> None:
-    with pytest.raises(UserError, match=r"^teacher engine: gives 23 log-probs a position, expected 24$"):
+    with pytest.raises(UserError, match=r"^teacher engine: returns 23 log-probs per position, expected 24$"):
         await check(top_logprobs=23)
 
 
@@ -190,15 +190,15 @@ async def test_too_few_log_probs_are_reported() -> None:
     ("lie", "message"),
     [
         (Tempered, r'log-probs change with the temperature \(by .* nats\); .*logprobs_mode="raw_logprobs"'),
-        (Processed, r"log-probs (change with the temperature|as read and as written differ)"),
+        (Processed, r"log-probs (change with the temperature|differ by)"),
         (Logits, r"a position's listed probabilities must sum to at most 1, got "),
         (WorstFirst, r"log-probs must be <= 0 and best first, got \[-"),
-        (OneRowAhead, r"score rows are shifted by -1 position\(s\) against the tokens"),
-        (OneRowBehind, r"score rows are shifted by 1 position\(s\) against the tokens"),
-        (FirstRowMissing, r"score gave 15 rows, expected 16"),
-        (FirstRowFromMemory, r"log-probs as read and as written differ by"),
+        (OneRowAhead, r"score rows are shifted by -1 position\(s\) relative to the tokens"),
+        (OneRowBehind, r"score rows are shifted by 1 position\(s\) relative to the tokens"),
+        (FirstRowMissing, r"score returned 15 rows, expected 16"),
+        (FirstRowFromMemory, r"generated and scored log-probs differ by"),
         (Unknown, r"log-probs must be <= 0 and best first, got \[nan"),
-        (AnotherModelsRows, r"log-probs as read and as written differ by"),
+        (AnotherModelsRows, r"generated and scored log-probs differ by"),
     ],
 )
 async def test_an_engine_that_lies_is_reported_in_one_line(lie: type[Liar], message: str) -> None:

@@ -114,5 +114,5 @@ async def test_they_would_not_pass_as_float32(engine: HuggingFaceEngine, prefix:
 
 @pytest.mark.parametrize("by", [-1, 1])
 async def test_a_shift_is_told_from_rounding(engine: HuggingFaceEngine, prefix: Ids, by: int) -> None:
-    with pytest.raises(UserError, match=rf"score rows are shifted by {-by} position\(s\) against the tokens"):
+    with pytest.raises(UserError, match=rf"score rows are shifted by {-by} position\(s\) relative to the tokens"):
         await check_engine(Shifted(engine, by), name="student", prefix=prefix, top_logprobs=K, dtype="bfloat16")

@@ -119,7 +119,7 @@ def test_a_share_that_a_gpu_has_not_is_refused() -> None:
 
 
 def test_a_share_that_scoring_alone_would_fill_is_refused() -> None:
-    with pytest.raises(UserError, match=r"max_num_batched_tokens must be .* engine's 0\.1 GiB, got 8000000, which"):
+    with pytest.raises(UserError, match=r"max_num_batched_tokens: .* engine's 0\.1 GiB, but 8000000 tokens need"):
         engine_args(spec(gpu_memory_gib=0.1, max_num_batched_tokens=8_000_000), H100)
 
 
@@ -172,7 +172,7 @@ def test_on_a_processor_prompts_are_read_whole_into_a_cache_of_the_size_that_was
 
 
 def test_pipeline_stages_are_for_gpus() -> None:
-    with pytest.raises(UserError, match=r"^engines\.teacher\.pipeline_parallel_size must be 1 on processors, got 2$"):
+    with pytest.raises(UserError, match=r"^engines\.teacher\.pipeline_parallel_size must be 1 on CPUs, got 2$"):
         engine_args(spec(pipeline_parallel_size=2), OLD_PROCESSOR)
 
 

@@ -24,10 +24,10 @@ def test_a_trace_that_is_not_there_yet_is_empty(tmp_path: Path) -> None:
 
 def test_a_replaced_step_counts_once(folder: Path, writer: TraceWriter, make_sequence) -> None:
     writer.write_segment(1, [make_sequence(prompt_id="a"), make_sequence(prompt_id="b")])
-    index = TraceIndex(folder, look_again_s=0.0)
+    index = TraceIndex(folder, rescan_after_s=0.0)
     index.refresh(5.0)
     writer.write_segment(1, [make_sequence(prompt_id="c")])
-    index._looked_at = float("-inf")  # as if time had passed
+    index._scanned_s = float("-inf")  # as if time had passed
     index.refresh(5.0)
     assert queries.totals(index, 5.0).num_sequences == 1
     assert queries.sequence(index, "a.0.0", 5.0) is None

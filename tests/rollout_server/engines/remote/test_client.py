@@ -18,7 +18,7 @@ from common.weights import WeightUpdate
 from rollout_server.controller import SwitchingController
 from rollout_server.engines.protocol import GoOn, ScoreRequest, WriteRequest, Written, next_piece
 from rollout_server.engines.remote.client import EngineCallError, RemoteEngine, message_spacing_s
-from rollout_server.engines.remote.messages import News, Orders
+from rollout_server.engines.remote.messages import ClientMessage, ServerMessage
 from rollout_server.engines.remote.server import StreamMultiplexer
 from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 from rollout_server.pool import generate_all
@@ -47,16 +47,16 @@ def make_actor_class() -> type:
             self._streams = StreamMultiplexer(self._engine)
             self._num_calls: Counter[str] = Counter()
 
-        async def exchange(self, client_id: str, orders: Orders, wait_s: float) -> News:
+        async def exchange(self, client_id: str, message: ClientMessage, wait_s: float) -> ServerMessage:
             self._num_calls.update(
                 exchange=1,
-                opening=bool(orders.opens),
-                reading=bool(orders.reads.call_ids.size),
-                closing=bool(orders.closes),
+                opening=bool(message.opens),
+                reading=bool(message.scores.call_ids.size),
+                closing=bool(message.closes),
             )
             if self._num_calls["exchange"] == self._loses:
                 raise ConnectionError("lost on the way")
-            return await self._streams.exchange(client_id, orders, wait_s)
+            return await self._streams.exchange(client_id, message, wait_s)
 
         async def load_weights(self, update: WeightUpdate) -> None:
             await self._engine.load_weights(update)
@@ -208,7 +208,7 @@ async def test_a_failure_in_the_engine_names_the_engine(remote: Remote, call: st
     ask = (lambda: engine.generate(REQUEST)) if call == "write" else (lambda: engine.score(SCORE))
     results = await asyncio.gather(ask(), ask(), ask(), return_exceptions=True)
     assert isinstance(results[1], EngineCallError)
-    assert str(results[1]) == f"teacher: ScriptedError: {call} 2 fails, as scripted"
+    assert str(results[1]) == f"teacher: ScriptedError: {call} 2 fails as scripted"
     assert all(isinstance(result, Written | TopLogprobs) for result in (results[0], results[2]))
 
 

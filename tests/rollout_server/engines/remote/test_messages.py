@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from common.sequence import TopLogprobs
 from rollout_server.engines.protocol import ScoreRequest, Written
-from rollout_server.engines.remote.messages import ReadBatch, RowsBatch, WrittenBatch
+from rollout_server.engines.remote.messages import RowsBatch, ScoreBatch, WrittenBatch
 
 
 @st.composite
@@ -40,7 +40,7 @@ def test_reads_come_out_as_they_went_in(asked: list[tuple[int, int, int]]) -> No
         (call_id, ScoreRequest(token_ids=np.arange(size, dtype=np.int32), start=1 + start % size))
         for call_id, size, start in asked
     ]
-    unpacked = list(ReadBatch.pack(requests).unpack())
+    unpacked = list(ScoreBatch.pack(requests).unpack())
     assert [call_id for call_id, _ in unpacked] == [call_id for call_id, _ in requests]
     for (_, mine), (_, theirs) in zip(unpacked, requests, strict=True):
         np.testing.assert_array_equal(mine.token_ids, theirs.token_ids)

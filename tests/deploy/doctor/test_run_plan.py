@@ -8,8 +8,8 @@ import pytest
 from common.config.source import ResolvedConfig, read_config
 from deploy.cluster.gpus import Gpu
 from deploy.cluster.plan import Node as PlanNode
-from deploy.doctor.facts import GIB, Facts, Node, RayState, Seats, Wanted
-from deploy.doctor.seating import nodes_of, seats_of
+from deploy.doctor.facts import GIB, Facts, Node, PlanFacts, RayState, Wanted
+from deploy.doctor.run_plan import nodes_of, plan_facts_of
 from deploy.doctor.sources import sources_of
 from tests.deploy.doctor.machines import CPU_PACKAGES, GPU_SERVER, H100, LAPTOP, T4
 
@@ -18,10 +18,10 @@ DEMO = ROOT / "deploy/configs/demo.yaml"
 QWEN = ROOT / "deploy/configs/qwen2.5-gsm8k.yaml"
 
 
-def seats(file: Path, facts: Facts, monkeypatch: pytest.MonkeyPatch, *settings: str) -> Seats:
+def plan(file: Path, facts: Facts, monkeypatch: pytest.MonkeyPatch, *settings: str) -> PlanFacts:
     monkeypatch.chdir(ROOT)
     resolved: ResolvedConfig = read_config(file, settings)
-    return seats_of(resolved.config, file, facts)
+    return plan_facts_of(resolved.config, file, facts)
 
 
 def test_a_machine_is_one_node_with_the_gpus_that_torch_sees() -> None:
@@ -39,7 +39,7 @@ def test_a_cluster_s_nodes_count_and_this_machine_s_gpus_do_not() -> None:
 
 
 def test_without_gpus_the_demo_runs_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = seats(DEMO, LAPTOP, monkeypatch)
+    found = plan(DEMO, LAPTOP, monkeypatch)
     assert found.summary.startswith("processors (no GPU found)")
     assert found.missing is None
     assert found.bundles == ()
@@ -49,12 +49,12 @@ def test_without_gpus_the_demo_runs_on_processors(monkeypatch: pytest.MonkeyPatc
 
 
 def test_cpu_builds_leave_gpus_alone_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = seats(DEMO, replace(GPU_SERVER, packages=CPU_PACKAGES), monkeypatch)
+    found = plan(DEMO, replace(GPU_SERVER, packages=CPU_PACKAGES), monkeypatch)
     assert found.summary.startswith("processors (2 GPUs found, but the installed torch and vLLM are CPU builds")
 
 
 def test_two_large_gpus_hold_teacher_and_student_and_each_actor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = seats(QWEN, GPU_SERVER, monkeypatch)
+    found = plan(QWEN, GPU_SERVER, monkeypatch)
     assert found.missing is None
     assert found.summary.startswith("shared_student")
     names = [name for name in ("teacher engine", "student engine", "learner") if name in " ".join(found.bundles)]
@@ -68,15 +68,15 @@ def test_two_large_gpus_hold_teacher_and_student_and_each_actor_is_named(monkeyp
 
 def test_gpus_that_are_too_small_are_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Gpu(index=0, name="tiny", gib=4.0, compute_capability=(8, 6))
-    found = seats(QWEN, replace(GPU_SERVER, gpus=(tiny,), torch_gpus=1), monkeypatch)
+    found = plan(QWEN, replace(GPU_SERVER, gpus=(tiny,), torch_gpus=1), monkeypatch)
     assert found.missing is not None
     assert found.missing.startswith("placement.layout: no layout fits 1 GPU of 4.0 GiB")
 
 
 def test_a_cuda_build_without_a_gpu_can_t_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = seats(DEMO, replace(GPU_SERVER, gpus=(), torch_gpus=0), monkeypatch)
+    found = plan(DEMO, replace(GPU_SERVER, gpus=(), torch_gpus=0), monkeypatch)
     assert found.missing is not None
-    assert "vLLM's CUDA build can't compute on processors" in found.missing
+    assert "vLLM's CUDA build can't run on CPUs" in found.missing
 
 
 def test_models_at_the_hub_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -84,12 +84,12 @@ def test_models_at_the_hub_need_room_on_the_disk(monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     resolved = read_config(QWEN)
     wanted = Wanted(file=str(QWEN), sources=sources_of(resolved.config))
-    found = seats_of(resolved.config, QWEN, replace(GPU_SERVER, wanted=wanted))
+    found = plan_facts_of(resolved.config, QWEN, replace(GPU_SERVER, wanted=wanted))
     assert found.download_bytes == pytest.approx(2 * (0.494e9 + 3.086e9), rel=0.01)
     assert found.download_bytes < 10 * GIB
 
 
 def test_a_model_that_can_t_be_read_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = seats(DEMO, LAPTOP, monkeypatch, "models.student=./not-there")
+    found = plan(DEMO, LAPTOP, monkeypatch, "models.student=./not-there")
     assert found.missing is not None
     assert found.missing.startswith("models.student: can't read the config of './not-there'")
