@@ -234,7 +234,7 @@ def test_a_step_whose_tokens_all_have_weight_0_has_no_loss(student: str, sequenc
 
 def test_some_token_must_count() -> None:
     with pytest.raises(
-        ValidationError, match="teacher_token_weight must be > 0 where student_token_weight is 0, got 0"
+        ValidationError, match="teacher_token_weight must be > 0 if student_token_weight is 0, got 0"
     ):
         Trainer(student_token_weight=0.0, teacher_token_weight=0.0)
     with pytest.raises(ValidationError, match="finite"):

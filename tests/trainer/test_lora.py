@@ -167,5 +167,5 @@ def test_only_the_named_layers_are_adapted(make_model: Make) -> None:
 
 
 def test_an_adapter_is_not_split_over_ranks() -> None:
-    with pytest.raises(ValidationError, match="num_ranks must be 1 where lora is set, got 2"):
+    with pytest.raises(ValidationError, match="num_ranks must be 1 if lora is set, got 2"):
         config(num_ranks=2)
