@@ -145,9 +145,9 @@ def test_a_sync_that_left_a_layer_out_is_traced_to_it(student: str, make_model: 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("lm_head", "'lm_head', the output layer, which the loss reads itself"),
-        ("q_porj", "'q_porj' is no linear layer of LlamaForCausalLM, expected some of .*'q_proj'"),
-        ("embed_tokens", "'embed_tokens' is no linear layer"),
+        ("lm_head", "'lm_head', the output layer, which the loss computes itself"),
+        ("q_porj", "'q_porj' is not a linear layer of LlamaForCausalLM, expected some of .*'q_proj'"),
+        ("embed_tokens", "'embed_tokens' is not a linear layer"),
     ],
 )
 def test_a_layer_that_cannot_be_adapted_is_refused(make_model: Make, target: str, message: str) -> None:
