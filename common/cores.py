@@ -38,8 +38,7 @@ def on_cores(cores: Iterable[int]) -> Iterator[None]:
 
 
 def move_to_cores(cores: Iterable[int], pid: int | Literal["self"] = "self") -> None:
-    """Restrict a process, all its threads and everything it starts from now on to these cores, whatever its cores are
-    now.
+    """Restrict a process, all its threads and everything it starts from now on to these cores.
 
     Raises OSError if the system refuses.
     """

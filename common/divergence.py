@@ -44,9 +44,7 @@ def divergence(log_p_M: Tensor, log_q_M: Tensor, kind: Divergence) -> Tensor:
 
 
 def _kl(log_p_M: Tensor, log_q_M: Tensor) -> Tensor:
-    """KL(p || q) over the last axis. Empty buckets are masked before the subtraction, so that no NaN reaches a
-    gradient.
-    """
+    """KL(p || q) over the last axis. Empty buckets are masked before the subtraction, so gradients have no NaN."""
     has_mass_M = log_p_M > -torch.inf
     log_p_safe_M = log_p_M.where(has_mass_M, 0.0)
     terms_M = log_p_safe_M.exp() * (log_p_safe_M - log_q_M.where(has_mass_M, 0.0))

@@ -4,7 +4,7 @@
 class UserError(ValueError):
     """Invalid user input. The message is one line: what, what was got, what is expected.
 
-    The command line prints only the message and exits with 2. Other exceptions, except RunEnds, are bugs and keep their
+    The command line prints only the message and exits with 2. Any error but this and RunEnds is a bug, with its
     traceback.
     """
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write or replace a file atomically: after a crash it has either the old text or the new text, never a part of
-    one.
-    """
+    """Write or replace a file atomically: after a crash it has the old text or the new text, never a part of one."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
     fsync(unfinished)

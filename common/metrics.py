@@ -1,5 +1,4 @@
-"""The metrics that a training run exports, as one table. Tests compare it with the code, docs/metrics.md and the
-dashboard.
+"""The metrics that a training run exports. Tests compare this table with docs/metrics.md and the dashboard.
 
 Measurements of steps and evaluations keep their names from ``metrics.jsonl``. Imports nothing of ours.
 """

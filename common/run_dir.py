@@ -91,8 +91,8 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Prevent other processes from continuing the same run. The lock ends with the process, however the process
-        ends.
+        """Prevent other processes from continuing the same run. The lock ends with the process, even if it is
+        killed.
 
         Raises UserError if another process holds the lock.
         """
@@ -168,9 +168,7 @@ def _append(file: Path, record: Mapping[str, object]) -> None:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """All complete lines. A partial last line, as a crash leaves it, is skipped; invalid lines before the end log a
-    warning.
-    """
+    """All complete lines. Skips a partial last line, as a crash leaves it, and other invalid lines with a warning."""
     if not file.exists():
         return []
     records = []

@@ -114,8 +114,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedSequence:
-    """The tokens that student and teacher wrote for one prompt, or the prompt's dataset answer. All arrays are
-    [T]-aligned.
+    """The tokens that student and teacher wrote for one prompt, or its dataset answer. All arrays are [T]-aligned.
 
     Values that do not exist are NaN: the divergence where the student did not propose, the threshold if the policy has
     none in nats (or the moving average is not full yet), the student's log-prob of a token it did not write, the

@@ -25,9 +25,7 @@ async def within(timeout_s: float, awaitable: Awaitable[T], what: str) -> T:
 
 
 async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
-    """Run both at the same time. If one fails or the caller is cancelled, both are cancelled; the first error is
-    raised.
-    """
+    """Run both at the same time. If one fails or the caller is cancelled, both end; the first error is raised."""
     tasks = asyncio.create_task(first), asyncio.create_task(second)
     try:
         of_first, of_second = await asyncio.gather(*tasks)

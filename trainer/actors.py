@@ -65,8 +65,7 @@ class TransferSpec:
 
 
 def allocator_settings(spec: LearnerSpec) -> dict[str, str]:
-    """Environment of a learner's process: expandable segments, because steps of different lengths fragment fixed
-    ones.
+    """Environment of a learner's process: expandable segments, since steps of different lengths fragment fixed ones.
 
     Not for ``ipc``, because expandable segments are shared by passing file descriptors, which containers forbid
     (pytorch#165685). The user's own setting takes precedence.
@@ -129,9 +128,7 @@ class LearnerActor:
         self._probe = SyncProbe(self._learner.model, self._learner.whole_copy)
 
     def connect(self, spec: TransferSpec) -> None:
-        """Open the weight transfer to all student engines. Called again when engines were replaced behind the same
-        handles.
-        """
+        """Open the weight transfer to all student engines. Called again when engines were replaced."""
         import torch
 
         from trainer.weight_sender import LearnerWeights, OneCallClient, Rendezvous, build_sender, replica_init_info
@@ -254,7 +251,7 @@ async def every_rank(calls: Sequence[Awaitable[T]], what: str, *, timeout_s: flo
     """Rank 0's result once every rank has finished. ``calls`` are in the order of the ranks.
 
     If one rank fails, the others are not waited for, because they may be waiting for it. Raises LearnerRankDied if a
-    rank's process is gone, else the error of the lowest rank that failed; WaitedTooLong with the ranks that did not
+    rank's process is gone, else the error of the lowest failed rank, or WaitedTooLong with the ranks that did not
     answer.
     """
     answers = [asyncio.ensure_future(call) for call in calls]

@@ -29,8 +29,7 @@ class AnswerReader:
     def __call__(
         self, prompts: Sequence[str | list[dict[str, Any]]], answers: Sequence[object], row_numbers: Sequence[int]
     ) -> list[list[int]]:
-        """Token ids of each row's answer. If the prompt is a list of messages, the answer becomes an assistant
-        message.
+        """Token ids of each row's answer. If the prompt is chat messages, the answer is an assistant message.
 
         Raises UserError naming the field and the row.
         """

@@ -153,9 +153,7 @@ def collate(sequences: list[MixedSequence], *, packed: bool = False) -> MicroBat
 
 
 def empty_micro_batch(k: int) -> MicroBatch:
-    """A micro-batch without a sequence, with one token as input. For a rank that has fewer micro-batches than
-    others.
-    """
+    """A micro-batch without a sequence and with one input token, for a rank that has fewer than others."""
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
         sequence_ids=(),

@@ -70,12 +70,11 @@ class RunState:
 async def write_checkpoint(
     folder: Path, state: RunState, save_learner: Callable[[Path], Awaitable[None]]
 ) -> Path | None:
-    """Write ``folder/step-NNNNNN``: the files that ``save_learner`` writes into its argument, state.json, and the
+    """Write ``folder/step-NNNNNN``: the files that ``save_learner`` writes to its argument, state.json, the
     manifest.
 
-    Returns its path. If the disk failed or is full, logs a warning, leaves no files and returns None, so the run
-    continues. Raises UserError if the learner's state is missing, because the learner's machine has another folder of
-    this name.
+    Returns its path. If the disk failed or is full, logs a warning, leaves no files and returns None; the run
+    continues. Raises UserError if the learner's state is missing: its machine has another folder of this name.
     """
     path = folder / f"step-{state.step:06d}"
     unfinished = folder / f".{path.name}.unfinished"
@@ -149,7 +148,7 @@ def clear_after(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
-    """Remove all but the last ``keep_last`` checkpoints and, with ``keep_best``, the one with the highest held-out
+    """Remove all but the last ``keep_last`` and, with ``keep_best``, the checkpoint with the highest held-out
     accuracy.
 
     Call it only after a checkpoint has been written.
@@ -184,8 +183,7 @@ def save_tensors(
 def load_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object], ranks: Ranks
 ) -> dict[str, object]:
-    """Restore what ``save_tensors`` wrote, in place, on every rank and on the model's device. Returns the scheduler's
-    state.
+    """Restore what ``save_tensors`` wrote, in place, on every rank and any device. Returns the scheduler's state.
 
     Raises OSError if the files can't be read.
     """

@@ -66,9 +66,7 @@ def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:
 
 
 def compile_answer_pattern(pattern: str, key: str = "evaluation.answer_pattern") -> re.Pattern[str]:
-    """The compiled pattern. Raises UserError naming the key if it is not a regular expression. Call it before a run
-    starts.
-    """
+    """The compiled pattern. Raises UserError naming the key for an invalid one. Call it before a run starts."""
     try:
         return re.compile(pattern)
     except re.error as error:

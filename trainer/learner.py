@@ -64,9 +64,7 @@ class StepReport:
 
 
 class Learner:
-    """The student with float32 master weights on one device. Default: the first GPU that this process sees, else the
-    CPU.
-    """
+    """The student with float32 master weights on one device, by default the first visible GPU, else the CPU."""
 
     def __init__(
         self,
@@ -195,9 +193,7 @@ class Learner:
         fsync(folder.parent)
 
     def save_state(self, folder: Path) -> None:
-        """Write all state that the next step depends on into ``folder``, each rank its part. Raises OSError if the disk
-        fails.
-        """
+        """Write all state that the next step depends on, each rank its part. Raises OSError if the disk fails."""
         save_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict(), self.ranks)
 
     def load_state(self, folder: Path) -> None:
@@ -280,9 +276,7 @@ class Learner:
 
 
 def make_optimizer(model: nn.Module, config: Trainer) -> torch.optim.AdamW:
-    """AdamW, fused on a GPU. Weight decay applies only to matrices, not to biases and norms, as in the Hugging Face
-    Trainer.
-    """
+    """AdamW, fused on a GPU. Weight decay is for matrices, not for biases and norms, as in the Hugging Face Trainer."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

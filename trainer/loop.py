@@ -30,9 +30,7 @@ _MAX_PROBE_TOKENS = 256  # per text; the learner scores it in float32, and a few
 
 
 class Rollouts(Protocol):
-    """The rollout server, as the loop uses it. ``kept`` are sequences of the step that were collected before, for its
-    trace.
-    """
+    """The rollout server, as the loop uses it. ``kept`` sequences of the step were collected before, for its trace."""
 
     def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
@@ -87,8 +85,7 @@ async def distill(
     num_probe_prompts: int,
     start: Start = BEGINNING,
 ) -> AsyncGenerator[Trained | Evaluated | StepDone, None]:
-    """Train up to step ``config.num_steps``. Yields the measurements of each step and each evaluation as they are
-    made.
+    """Train up to step ``config.num_steps``. Yields each step's and each evaluation's measurements as they are made.
 
     The weights after step n are weight version n. With ``max_staleness`` 0, the weights of the previous step write a
     step's sequences. With 1, the next step's sequences are written while this one trains, and are complete before the
@@ -168,9 +165,7 @@ async def _refuse_stale(batch: Batch, rollouts: Rollouts, *, step: int, max_stal
 
 
 async def _score_before_step(rollouts: Rollouts, learner: Learner, probe_texts: Sequence[Ids]) -> float:
-    """Have engines and learner score the probe texts with the old weights, for the check after the sync. Returns the
-    seconds.
-    """
+    """Score the probe texts on both sides with the old weights, for the check after the sync. Returns the seconds."""
     started_s = time.perf_counter()
     await learner.read_probe(probe_texts, await rollouts.probe(probe_texts))
     return time.perf_counter() - started_s

@@ -87,9 +87,7 @@ def checkpoint_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
 
 
 def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with a checkpoint's names and the adapters merged in. Only adapted weights are copied, to the
-    CPU.
-    """
+    """A state dict with a checkpoint's names and merged adapters. Only adapted weights are copied, to the CPU."""
     layers = adapted_layers(model)
     return {
         name: merged_weight(layers[name]).cpu() if name in layers else tensor

@@ -1,13 +1,10 @@
-"""The distillation loss on the teacher's top k and one bucket for all other tokens, one chunk of positions at a
-time.
+"""The distillation loss on the teacher's top k and one bucket for the rest, one chunk of positions at a time.
 
 N = positions, C = positions of one chunk, H = hidden size, V = the student's (padded) vocabulary size, k = the
-teacher's listed ids, M = k + 1 buckets: the listed ids and the tail. Losses are in nats, except TVD, which is a
-probability.
+teacher's listed ids, M = k + 1 buckets: the listed ids and the tail. Losses are in nats; TVD is a probability.
 
-The student's full logits are available, so its tail and the divergence on these k + 1 buckets are exact. This
-divergence is a lower bound of the full-vocabulary one, and equal to it if k is the vocabulary size (then there is no
-tail).
+The student's full logits are available, so its tail and the divergence on these k + 1 buckets are exact. The divergence
+is a lower bound of the full-vocabulary one, and equal to it if k is the vocabulary size, where there is no tail.
 
 Let x be the logits, s the logits of the listed ids, and r the logsumexp of all others. The student's log-probs on the
 buckets are log_softmax([s, r]). This keeps full precision for a small tail, and computing r takes one pass over the
@@ -128,9 +125,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """(hidden states, output layer) -> (sum of weight x divergence, divergences [N]). Computes the gradients in
-    forward.
-    """
+    """(hidden states, output layer) -> (sum of weight x divergence, divergences [N]), with gradients from forward."""
 
     @staticmethod
     def forward(

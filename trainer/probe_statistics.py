@@ -1,5 +1,4 @@
-"""The difference between an engine's and the learner's log-probs, and whether both changed alike. Pure, without
-torch.
+"""The difference between an engine's and the learner's log-probs, and whether both changed alike. No torch.
 
 n = positions of a text, k = length of an engine's list, N = all positions of all texts.
 

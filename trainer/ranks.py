@@ -70,8 +70,7 @@ def join(rank: int, num_ranks: int, address: str, device: torch.device, *, timeo
 
 
 def _meet(rank: int, num_ranks: int, address: str, timeout: timedelta) -> Any:  # torch does not export its type
-    """The store that the ranks share. Rank 0 listens only at this address; torch's own socket would listen on every
-    interface.
+    """The store that the ranks share. Rank 0 listens only at this address; torch's own socket uses every interface.
 
     If the address is loopback, gloo is restricted to it too."""
     host, _, port = address.rpartition(":")

@@ -93,9 +93,7 @@ class StepDone:
 
 
 def staleness(sequence: MixedSequence, version: WeightVersion) -> int | None:
-    """Number of weight versions between the sequence's oldest proposal and ``version``. None if the student proposed
-    none.
-    """
+    """Weight versions between the sequence's oldest proposal and ``version``. None if the student proposed none."""
     versions = sequence.weight_versions[sequence.weight_versions >= 0]
     return version - int(versions.min()) if versions.size else None
 

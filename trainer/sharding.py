@@ -42,8 +42,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def shard(model: PreTrainedModel, ranks: Ranks, device: torch.device) -> None:
-    """Shard the model over the ranks, in place. Rank 0 provides the values; other ranks' parameters may be on
-    ``meta``.
+    """Shard the model over the ranks, in place. Rank 0 has the values; other ranks' parameters may be on ``meta``.
 
     A rank holds its shards and, while a parameter is scattered, that parameter whole. Rank 0 also holds the whole model
     on the CPU until the end.

@@ -42,8 +42,7 @@ class Source(Protocol):
 class WeightFolder:
     """A new folder in shared memory. It is removed by ``remove`` or when this process exits normally.
 
-    Its lock is held as long as this process lives, so that a later process can find and remove the folder of a killed
-    one.
+    Its lock is held while this process lives, so that a later process can find and remove the folder of a killed one.
     """
 
     PREFIX = "adaswitch-weights-"

@@ -1,9 +1,7 @@
-"""The learner's half of the weight transfer: the tensors to send, the backends, and the client that calls the
-engines.
+"""The learner's half of the weight transfer: tensors to send, backends, and the client that calls the engines.
 
 Everything goes through vLLM's own trainer-side interface. ``nccl`` and ``ipc`` are vLLM's code; ``host_memory``, which
-needs no GPU, is implemented here. Does not depend on Ray: the caller that builds the client decides how engines are
-called.
+needs no GPU, is implemented here. Does not depend on Ray: whoever builds the client decides how to call engines.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -110,9 +108,7 @@ class OneCallClient:
         self.last_update = update
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Nothing to do: the engine finished the update before ``update_weights`` returned, with the update's
-        version.
-        """
+        """Nothing to do: the engine finished before ``update_weights`` returned, with the update's version."""
 
 
 def replica_init_info(init_info: Mapping[str, object], *, replica: int, workers_per_replica: int) -> dict[str, object]:
@@ -166,15 +162,13 @@ class WeightSender:
         self._engine.send_weights()
 
     def previous_weights(self) -> dict[str, Tensor] | None:
-        """The engines' weights before the last send, for the diagnosis. None if no copy is kept (ipc, nccl, ranks above
+        """The engines' weights before the last send, for the diagnosis. None without a copy (ipc, nccl, ranks above
         0).
         """
         return self._engine.previous_weights() if isinstance(self._engine, HostMemoryTrainerEngine) else None
 
     def current_update(self) -> WeightUpdate | None:
-        """The last update, for an engine that starts late. None before the first update, and if it can't be sent
-        again.
-        """
+        """The last update, for an engine that starts late. None before the first, or if it can't be sent again."""
         return self._client.last_update if isinstance(self._engine, HostMemoryTrainerEngine) else None
 
     def shutdown(self) -> None:
@@ -200,7 +194,7 @@ def build_sender(
 
 
 def _init_info(backend: SyncBackend, rank: int, rendezvous: Rendezvous | None, device: torch.device) -> TrainerInitInfo:
-    """The init info for vLLM's trainer side. Raises UserError if the backend needs a GPU and the learner is on the
+    """The init info for vLLM's trainer side. Raises UserError if a backend needs a GPU and the learner is on the
     CPU.
     """
     if backend != "host_memory" and rank == 0 and device.type == "cpu":
@@ -246,8 +240,8 @@ class HostMemoryTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]
 
 
 class HostMemoryTrainerEngine(TrainerWeightTransferEngine[HostMemoryTrainerInitInfo]):  # type: ignore[misc]
-    """Writes one safetensors file per send into a folder of its own. Keeps the last two files; the first is written at
-    the start."""
+    """Writes one safetensors file per send into its own folder and keeps the last two; writes the first at the
+    start."""
 
     init_info_cls = HostMemoryTrainerInitInfo
 

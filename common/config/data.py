@@ -19,8 +19,7 @@ class Data(Part):
     as_chat: bool = False
     """Apply the tokenizer's chat template to plain text too, as one user message."""
     answer_field: str | None = None
-    """Column with the dataset answer. Evaluation compares completions with it, and policies that use dataset answers
-    train on it."""
+    """Column with the dataset answer, for evaluation and for policies that train on dataset answers."""
     id_field: str | None = None
     """Column with a unique id. Default: the row's number."""
     max_prompts: Positive | None = None

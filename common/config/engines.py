@@ -30,8 +30,7 @@ class EngineSettings(Part):
     tensor_parallel_size: Positive = 1
     """Number of GPUs per engine over which each layer is split."""
     pipeline_parallel_size: Positive = 1
-    """Number of pipeline stages per engine, over which the layers are divided. Each stage has tensor_parallel_size
-    GPUs."""
+    """Number of pipeline stages per engine, over which the layers are divided; each has tensor_parallel_size GPUs."""
     enable_expert_parallel: bool = False
     """Give each GPU whole experts of a mixture-of-experts model instead of a slice of every expert."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -68,8 +67,7 @@ class EngineSettings(Part):
     enforce_eager: bool = False
     """Skip CUDA graph capture. Starts sooner and decodes slower on GPUs."""
     vllm: dict[str, JsonValue] = Field(default={})
-    """Any other argument of vLLM's engine, by its name in vLLM. The names are checked against vLLM's own when the run
-    starts."""
+    """Any other argument of vLLM's engine, by its name in vLLM. The names are checked when the run starts."""
 
     @model_validator(mode="after")
     def _vllm_arguments_are_allowed(self) -> Self:

@@ -63,10 +63,9 @@ class Decay(Part):
 
     type: Literal["decay"] = "decay"
     initial_threshold: Threshold = 0.3
-    """tau_0, nats. A Jensen-Shannon divergence is at most log 2 = 0.69. The default is ours, not the paper's."""
+    """tau_0, nats. A Jensen-Shannon divergence is at most log 2 = 0.69. Our default, not the paper's."""
     rate: Annotated[float, Field(ge=0.0, le=1e6)] = 0.01
-    """lambda, per position: the threshold at position i is tau_0 exp(-lambda i). The default is ours, not the
-    paper's."""
+    """lambda, per position: the threshold at position i is tau_0 exp(-lambda i). Our default, not the paper's."""
 
 
 class Relay(Part):

@@ -25,8 +25,7 @@ class Checkpoints(Part):
     keep_last: Positive = 2
     """Number of checkpoints to keep. Older ones are removed once a newer one is complete."""
     keep_best: bool = True
-    """Also keep the checkpoint with the highest held-out accuracy, among the steps that are both evaluated and
-    checkpointed."""
+    """Also keep the checkpoint with the highest held-out accuracy, of the steps that are evaluated and checkpointed."""
 
 
 class Storage(Part):
@@ -58,7 +57,7 @@ class Wandb(Part):
 
 
 class MLflow(Part):
-    """A run of an MLflow experiment. MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN are its credentials, never a
+    """A run of an MLflow experiment. Its credentials are MLFLOW_TRACKING_USERNAME, _PASSWORD or _TOKEN, never a
     setting.
     """
 
@@ -79,9 +78,7 @@ class MLflow(Part):
 
 
 class Logging(Part):
-    """Where metrics are sent besides ``metrics.jsonl`` and the run folder's TensorBoard files, which are always
-    written.
-    """
+    """Where metrics are sent besides ``metrics.jsonl`` and TensorBoard files, which the run folder always has."""
 
     wandb: Wandb | None = None
     mlflow: MLflow | None = None

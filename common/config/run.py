@@ -38,8 +38,7 @@ class RunConfig(Part):
     """The configuration of a run."""
 
     run_dir: str
-    """Folder for the trace, the weights, the checkpoints and the summary. If it already holds a run, -2, -3, ... is
-    appended."""
+    """Folder for the trace, the weights, the checkpoints and the summary. -2, -3, ... is appended if it holds a run."""
     seed: int = 0
     models: Models
     engines: Engines = Engines()

@@ -1,5 +1,4 @@
-"""Reads a YAML file and ``--set`` arguments into a RunConfig with the origin of every value, and writes it back as
-YAML.
+"""YAML file and ``--set`` arguments -> RunConfig, with the origin of every value; and back to YAML.
 
 Owns the text format. ``common/config/`` defines the settings and ``common/config/errors.py`` the error messages. While
 the tree is read, its leaves are ``Given``: a value and its origin.
@@ -74,9 +73,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConf
 
 
 def dump_config(resolved: ResolvedConfig) -> str:
-    """The whole tree as YAML that ``read_config`` reads back unchanged, with each leaf's origin in a comment on its
-    line.
-    """
+    """The whole tree as YAML that ``read_config`` reads back unchanged, with each leaf's origin in a comment."""
     lines = list(_dump_lines(resolved.config, ""))
     width = min(max(len(line) for line, key in lines if key), _WIDEST_ALIGNED_LINE)
     return "".join(f"{line:<{width}}  # {resolved.origins[key]}\n" if key else f"{line}\n" for line, key in lines)

@@ -34,15 +34,13 @@ class Trainer(Part):
     that is trained on it. 0: strictly on-policy. 1: the next step's sequences are collected while this one trains,
     never more than one step ahead."""
     loss: Loss = ForwardKL()
-    """Computed on the teacher's top k and one bucket for all other tokens; a weighted mean over all tokens of a
-    step."""
+    """Computed on the teacher's top k and one bucket for the rest; a weighted mean over all tokens of a step."""
     student_token_weight: Weight = 1.0
     """Weight of the student's tokens in that mean. Only the ratio of the weights matters."""
     teacher_token_weight: Weight = 1.0
     """Weight of the teacher's tokens. If all tokens of a step have weight 0, its loss is 0."""
     dataset_token_weight: Weight = 1.0
-    """Weight of the tokens of dataset answers. Only policy.type mixture with rest dataset has other tokens beside
-    them."""
+    """Weight of dataset answers' tokens. Other tokens occur beside them only with policy.type mixture, rest dataset."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-5
     """Peak learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

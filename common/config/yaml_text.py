@@ -48,9 +48,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def load_yaml(text: str) -> object:
-    """The value of one YAML document, None for an empty one. Raises UserError with a one-line message for anything
-    else.
-    """
+    """The value of one YAML document, None for an empty one. Raises UserError (one line) for anything else."""
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
