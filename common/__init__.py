@@ -10,8 +10,8 @@ divergence        nats, per position: how far the student's next-token distribut
 threshold         nats, per position: a divergence above it makes the teacher take over
 decision          per token: keep the student's, or take the teacher's
 switch            a position where the teacher takes over; the token at that position is the teacher's
-exploration       the phase in which the student writes
-guidance          the phase in which the teacher writes
+exploration       the phase in which the student generates
+guidance          the phase in which the teacher generates
 mixed sequence    prompt, tokens, and for each token its source, divergence and log-probs
 trace             the stored decisions of a run, in Parquet segments
 weight version    number of the student's weights when it proposed; counts up from 0

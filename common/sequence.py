@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class TokenSource(IntEnum):
-    """Who wrote a token. The names are stored in traces."""
+    """Source of a token. The names are stored in traces."""
 
     STUDENT = 0
     TEACHER = 1
@@ -114,10 +114,10 @@ class TopLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedSequence:
-    """The tokens that student and teacher wrote for one prompt, or its dataset answer. All arrays are [T]-aligned.
+    """The tokens of student and teacher for one prompt, or its dataset answer. All arrays are [T]-aligned.
 
     Values that do not exist are NaN: the divergence where the student did not propose, the threshold if the policy has
-    none in nats (or the moving average is not full yet), the student's log-prob of a token it did not write, the
+    none in nats (or the moving average is not full yet), the student's log-prob of a token it did not generate, the
     teacher's log-prob of a kept token outside its top k.
     """
 
@@ -134,8 +134,8 @@ class MixedSequence:
     teacher_top: TopLogprobs  # [T, k]; the distribution the student is trained towards
     weight_versions: Ids  # [T] version of the student that proposed at this position; -1 if none did
     switches: Ids  # [number of switches] positions, ascending
-    finish_reason: FinishReason  # "stop": a stop token was written, "length": max_new_tokens was reached
-    num_wasted_tokens: int  # student tokens that were written past a switch and dropped
+    finish_reason: FinishReason  # "stop": a stop token was generated, "length": max_new_tokens was reached
+    num_wasted_tokens: int  # student tokens that were generated past a switch and dropped
 
     def __post_init__(self) -> None:
         num_tokens = self.token_ids.size
@@ -170,5 +170,5 @@ class MixedSequence:
     @property
     def mean_divergence(self) -> float:
         """nats. Mean over the positions where the student proposed, NaN if there are none."""
-        judged = self.divergences[~np.isnan(self.divergences)]
-        return float(judged.mean()) if judged.size else float("nan")
+        known = self.divergences[~np.isnan(self.divergences)]
+        return float(known.mean()) if known.size else float("nan")

@@ -1,9 +1,9 @@
-"""A row's dataset answer -> the tokens that a model would write for it, with the end token.
+"""A row's dataset answer -> the tokens that a model would generate for it, with the end token.
 
 Owns how an answer continues its prompt, and which answers are refused. Does not depend on files, models or training.
 
 An answer is a complete text, so it ends with an end token. It is tokenized separately from its prompt, like the tokens
-that a model writes. An answer that is too long is refused, like a prompt that is too long: if it were truncated, the
+that a model generates. An answer that is too long is refused, like a prompt that is too long: if it were truncated, the
 student would learn to stop in the middle, and if it were silently skipped, the data would change.
 """
 
@@ -64,14 +64,14 @@ class AnswerReader:
         if not whole.startswith(before):
             raise UserError(
                 f"{self.key}: row {row}: the chat template does not render the answer as a continuation of the "
-                "prompt; expected a template whose generation prompt starts an assistant message, or plain text"
+                "prompt; expected a template whose assistant messages start with its generation prompt, or plain text"
             )
         return whole.removeprefix(before)
 
     def _ended(self, token_ids: list[int], row: int, *, is_chat: bool) -> list[int]:
         """The tokens up to the end token, which is added if there is none.
 
-        A chat template may add text after it, such as a line break, which no model should write.
+        A chat template may add text after it, such as a line break, which no model should generate.
         """
         ends = [place for place, token_id in enumerate(token_ids) if token_id in self._end_token_ids]
         if len(ends) > 1 or (ends and not is_chat and ends[0] < len(token_ids) - 1):

@@ -1,4 +1,4 @@
-"""Held-out accuracy and divergence of a student, from sequences that it wrote with greedy decoding. Pure functions.
+"""Held-out accuracy and divergence of a student, from sequences with greedy decoding. Pure functions.
 
 Does not depend on an engine or a tokenizer: the caller provides the sequences and turns ids into text.
 """
@@ -27,17 +27,17 @@ class EvaluationReport:
 def evaluate(
     sequences: list[MixedSequence], answer_pattern: re.Pattern[str], decode: Callable[[Ids], str]
 ) -> EvaluationReport:
-    """Evaluate sequences that the student wrote alone with greedy decoding. ``decode`` must omit special tokens."""
+    """Evaluate sequences that the student generated alone with greedy decoding. ``decode`` must omit special tokens."""
     assert sequences, "an evaluation needs at least one sequence"
     answered = [sequence for sequence in sequences if sequence.prompt.answer is not None]
     num_right = sum(is_right(sequence, answer_pattern, decode) for sequence in answered)
     divergences = np.concatenate([sequence.divergences for sequence in sequences]).astype(np.float64)
-    judged = divergences[~np.isnan(divergences)]
+    known = divergences[~np.isnan(divergences)]
     return EvaluationReport(
         num_prompts=len(sequences),
         num_answers=len(answered),
         accuracy=num_right / len(answered) if answered else None,
-        mean_divergence=float(judged.mean()) if judged.size else None,
+        mean_divergence=float(known.mean()) if known.size else None,
         mean_length=sum(map(len, sequences)) / len(sequences),
     )
 

@@ -52,9 +52,9 @@ class StepReport:
     """Measurements of one optimizer step. None if a step has no such tokens."""
 
     loss: float  # nats per token, with the weights used in training
-    loss_student_tokens: float | None  # nats per token that the student wrote
-    loss_teacher_tokens: float | None  # nats per token that the teacher wrote
-    loss_dataset_tokens: float | None = None  # nats per token of dataset answers
+    loss_student_tokens: float | None  # nats per student token
+    loss_teacher_tokens: float | None  # nats per teacher token
+    loss_dataset_tokens: float | None = None  # nats per dataset answer token
     covered_mass: float  # mean probability of the teacher's top k
     grad_norm: float  # before clipping
     learning_rate: float  # of this step

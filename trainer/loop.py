@@ -66,7 +66,9 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Where the run begins. After step 0 the learner already holds that step's weights, but the engines do not."""
+    """The step at which the run begins. Unless it is 0, the learner already holds its weights, but the engines do
+    not.
+    """
 
     step: int = 0
     ahead: Batch | None = None  # the next step's sequences, if they were collected already
@@ -87,13 +89,13 @@ async def distill(
 ) -> AsyncGenerator[Trained | Evaluated | StepDone, None]:
     """Train up to step ``config.num_steps``. Yields each step's and each evaluation's measurements as they are made.
 
-    The weights after step n are weight version n. With ``max_staleness`` 0, the weights of the previous step write a
-    step's sequences. With 1, the next step's sequences are written while this one trains, and are complete before the
-    new weights are sent. So no sequence mixes two versions, rollouts are never more than one step ahead, and nothing is
+    The weights after step n are weight version n. With ``max_staleness`` 0, the weights of the previous step generate
+    a step's sequences. With 1, the next step's sequences are generated while this one trains, and are complete before
+    the new weights are sent. So no sequence mixes two versions, rollouts are never more than one step ahead, and nothing is
     running when this yields. A step without sequences trains nothing.
 
     Raises the errors of the rollouts, the learner and the probe, and StaleSequences. Closing the iterator stops the
-    sequences that are being written.
+    sequences that are being generated.
     """
     if start.step > 0:
         probe_texts = probe_texts_of(prompts.peek(num_probe_prompts))

@@ -38,7 +38,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutReport:
-    """Summary of one step's sequences. None if no sequence switched, none was scored, or the student wrote in none."""
+    """Summary of one step's sequences. None if no sequence switched, none was scored, or the student generated none."""
 
     num_sequences: int
     num_tokens: int
@@ -104,7 +104,7 @@ def summarize(batch: Batch, *, version: WeightVersion) -> RolloutReport:
     num_tokens = sum(map(len, sequences))
     switches = [sequence.first_switch for sequence in sequences if sequence.first_switch is not None]
     divergences = np.concatenate([sequence.divergences for sequence in sequences]).astype(np.float64)
-    judged = divergences[~np.isnan(divergences)]
+    known = divergences[~np.isnan(divergences)]
     ages = [age for sequence in sequences if (age := staleness(sequence, version)) is not None]
     return RolloutReport(
         num_sequences=len(sequences),
@@ -112,7 +112,7 @@ def summarize(batch: Batch, *, version: WeightVersion) -> RolloutReport:
         switch_rate=len(switches) / len(sequences),
         teacher_token_share=sum(sequence.num_teacher_tokens for sequence in sequences) / num_tokens,
         mean_switch_position=float(np.mean(switches)) if switches else None,
-        mean_divergence=float(judged.mean()) if judged.size else None,
+        mean_divergence=float(known.mean()) if known.size else None,
         num_wasted_tokens=sum(sequence.num_wasted_tokens for sequence in sequences),
         num_refused=batch.num_refused,
         mean_staleness=float(np.mean(ages)) if ages else None,

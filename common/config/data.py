@@ -25,7 +25,7 @@ class Data(Part):
     max_prompts: Positive | None = None
     """Use only the first n rows."""
     shuffle: bool = True
-    """Shuffle the rows anew in each epoch, from the run's seed."""
+    """Shuffle the rows differently in each epoch. The order depends on the run's seed."""
 
 
 class Evaluation(Part):

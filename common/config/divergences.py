@@ -58,7 +58,7 @@ class TVD(Part):
 class CrossEntropy(Part):
     """-log student(token), nats, on the tokens of the sequence. The teacher's distribution is not used.
 
-    Only a loss, not a switch divergence. If the teacher writes everything it is sequence-level KD (arXiv 1606.07947).
+    Only a loss, not a switch divergence. With policy.type off_policy it is sequence-level KD (arXiv 1606.07947).
     """
 
     type: Literal["cross_entropy"] = "cross_entropy"

@@ -34,7 +34,7 @@ _REPLACED = {"placement.learner": "placement.layout (spread for own_gpu, shared_
 def one_line_each(error: ValidationError, values: Mapping[str, object], origins: Mapping[str, str]) -> str:
     """One line per problem. Unknown keys come first: a misspelled key is often the reason that another one is missing.
 
-    ``values`` is the refused tree. ``origins`` maps each of its leaves to where the value came from.
+    ``values`` is the refused tree. ``origins`` has the origin of each of its leaves.
     """
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     return "\n".join(_line(problem, values, origins) for problem in problems)

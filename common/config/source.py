@@ -140,7 +140,7 @@ def _with_value(tree: Tree, keys: list[str], value: "Given | Tree") -> Tree:
 
 
 def _completed(tree: Tree, part: type[Part]) -> Tree:
-    """A copy where a part without ``type`` gets its default's type, and a missing required part is an empty mapping.
+    """A copy in which a part without ``type`` has its default's type, and a missing required part is an empty mapping.
 
     The first makes ``--set policy.window=5`` work alone; the second makes pydantic name the missing keys.
     """
