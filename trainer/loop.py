@@ -91,8 +91,8 @@ async def distill(
 
     The weights after step n are weight version n. With ``max_staleness`` 0, the weights of the previous step generate
     a step's sequences. With 1, the next step's sequences are generated while this one trains, and are complete before
-    the new weights are sent. So no sequence mixes two versions, rollouts are never more than one step ahead, and nothing
-    is running when this yields. A step without sequences trains nothing.
+    the new weights are sent. So no sequence mixes two versions, rollouts are at most one step ahead, and nothing is
+    running when this yields. A step without sequences trains nothing.
 
     Raises the errors of the rollouts, the learner and the probe, and StaleSequences. Closing the iterator stops the
     sequences that are being generated.
