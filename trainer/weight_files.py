@@ -52,9 +52,7 @@ class WeightFolder:
         self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=parent))
         lock_fd = os.open(self.path / "lock.new", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock_fd, fcntl.LOCK_EX)
-        (self.path / "lock.new").rename(
-            self.path / "lock"
-        )  # renamed once it is locked, so that others never see it unlocked
+        (self.path / "lock.new").rename(self.path / "lock")  # after locking, so that others never see it unlocked
         self.remove = weakref.finalize(self, self._remove, self.path, lock_fd)
 
     @staticmethod
