@@ -43,7 +43,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
     An engine keeps a tied output head separate while it loads (and packs it separately for good on CPUs), so
     ``lm_head.weight`` must be sent as well as ``model.embed_tokens.weight``; ``named_parameters()`` leaves it out.
-    Models whose names in transformers differ from their checkpoints' (fused experts) are not supported.
+    Models whose parameter names in transformers differ from the checkpoint (fused experts) are not supported.
     """
     weights = checkpoint_names(model, model.state_dict())
     return {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
