@@ -1,4 +1,4 @@
-"""On which cores of its machine a process runs."""
+"""Restrict processes to CPU cores."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -11,24 +11,24 @@ from common.errors import UserError
 
 @contextmanager
 def children_on_cores(cores: Iterable[int]) -> Iterator[None]:
-    """Processes that this thread starts within the block keep to these cores; this process is where it was afterwards.
+    """Run processes that this thread starts within the block on these cores. Afterwards this process has its old cores.
 
-    Raises UserError for cores that the system does not give.
+    Raises UserError for cores that the system does not grant.
     """
     wanted, before = set(cores), os.sched_getaffinity(0)
-    with suppress(OSError):  # none of them is there
+    with suppress(OSError):  # none of the cores exists
         os.sched_setaffinity(0, wanted)
     try:
-        if (given := os.sched_getaffinity(0)) != wanted:
-            raise UserError(f"cpu_cores: wanted {sorted(wanted)}, this machine gives {sorted(given)}")
+        if (granted := os.sched_getaffinity(0)) != wanted:
+            raise UserError(f"cpu_cores: got {sorted(wanted)}, but this machine grants {sorted(granted)}")
         yield
     finally:
-        move_to_cores(before)  # with the threads that were started meanwhile
+        move_to_cores(before)  # including threads that were started within the block
 
 
 @contextmanager
 def on_cores(cores: Iterable[int]) -> Iterator[None]:
-    """This process and what it starts keep to these cores within the block."""
+    """Run this process and the processes that it starts on these cores within the block."""
     before = os.sched_getaffinity(0)
     move_to_cores(cores)
     try:
@@ -38,11 +38,11 @@ def on_cores(cores: Iterable[int]) -> Iterator[None]:
 
 
 def move_to_cores(cores: Iterable[int], pid: int | Literal["self"] = "self") -> None:
-    """Keep a process, all its threads and whatever it starts from now on to these cores, even if it was not on them.
+    """Restrict a process, all its threads and everything it starts from now on to these cores.
 
-    Raises OSError where the system refuses.
+    Raises OSError if the system refuses.
     """
     wanted = set(cores)
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        with suppress(ProcessLookupError):  # it has ended meanwhile
+        with suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(int(thread.name), wanted)

@@ -1,9 +1,10 @@
-"""Divergences between two distributions known on aligned buckets. One implementation, for switching and for the loss.
+"""Divergences between two distributions over the same buckets. The switch policies and the loss use the same code.
 
 A bucket is a token or a merged set of tokens. Merging never increases an f-divergence (data-processing inequality), so
-any value computed here on merged buckets is a lower bound of the full-vocabulary one.
+a value computed here on merged buckets is a lower bound of the full-vocabulary divergence.
 
-Suffixes: _M the bucket axis, last. Everything is in nats, but for the total variation distance: a probability.
+Suffixes: _M is the bucket axis, which comes last. All values are in nats, except the total variation distance, which is
+a probability.
 """
 
 import math
@@ -23,9 +24,9 @@ def divergence(log_p_M: Tensor, log_q_M: Tensor, kind: Divergence) -> Tensor:
     skewed KL(alpha)   KL(p || alpha p + (1 - alpha) q), at most log(1 / alpha)   (DistiLLM, arXiv 2402.03898)
     TVD                sum |p - q| / 2: a probability, 0 to 1, not nats   (f-distill, arXiv 2307.15190)
 
-    Reverse KL and JSD are known to be unstable as losses where few buckets hold little of p: watch the covered mass.
-    A bucket without mass is log-prob -inf; 0 log 0 counts as 0. Mass of p where q has none makes the forward KL +inf,
-    mass of q where p has none the reverse KL; the others stay finite.
+    Reverse KL and JSD are known to be unstable as losses when the listed buckets cover little of p: check the covered
+    mass. An empty bucket has log-prob -inf, and 0 log 0 is 0. The forward KL is +inf if p has mass where q has none,
+    and the reverse KL if q has mass where p has none. The others stay finite.
     Differentiable in both arguments.
     """
     match kind:
@@ -43,7 +44,7 @@ def divergence(log_p_M: Tensor, log_q_M: Tensor, kind: Divergence) -> Tensor:
 
 
 def _kl(log_p_M: Tensor, log_q_M: Tensor) -> Tensor:
-    """KL(p || q) over the last axis. Empty buckets are masked before the subtraction: no NaN reaches a gradient."""
+    """KL(p || q) over the last axis. Empty buckets are masked before the subtraction, so gradients have no NaN."""
     has_mass_M = log_p_M > -torch.inf
     log_p_safe_M = log_p_M.where(has_mass_M, 0.0)
     terms_M = log_p_safe_M.exp() * (log_p_safe_M - log_q_M.where(has_mass_M, 0.0))
@@ -51,7 +52,7 @@ def _kl(log_p_M: Tensor, log_q_M: Tensor) -> Tensor:
 
 
 def _log_mixture(log_p_M: Tensor, log_q_M: Tensor, beta: float) -> Tensor:
-    """log(beta p + (1 - beta) q). Buckets empty on both sides stay empty and out of the gradient."""
+    """log(beta p + (1 - beta) q). Buckets that are empty on both sides stay empty and get no gradient."""
     has_mass_M = (log_p_M > -torch.inf) | (log_q_M > -torch.inf)
     mixture_M = torch.logaddexp(
         log_p_M.where(has_mass_M, 0.0) + math.log(beta), log_q_M.where(has_mass_M, 0.0) + math.log(1.0 - beta)

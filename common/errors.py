@@ -1,21 +1,22 @@
-"""Errors a user can act on. Knows no one."""
+"""Errors that a user can act on. Imports nothing of ours."""
 
 
 class UserError(ValueError):
-    """Something the user gave can't be used. The message is one line: what, what was got, what is expected.
+    """Invalid user input. The message is one line: what, what was got, what is expected.
 
-    The command line prints the message alone and exits with 2; every other exception is ours and keeps its traceback.
+    The command line prints only the message and exits with 2. Any error but this and RunEnds is a bug, with its
+    traceback.
     """
 
 
 class RunEnds(RuntimeError):
-    """A run can't go on, for a reason outside the program: repairs are used up, memory or disk are. One line, as it is
-    to be shown: what, where, what to do.
+    """The run can't continue for a reason outside the program, such as no restarts left or a full disk.
 
-    The command line prints it alone and exits with 1; the run can be resumed.
+    The message is one line for the user: what, where, what to do. The command line prints only that and exits with 1;
+    the run can be resumed.
     """
 
 
 def one_line(error: object) -> str:
-    """What an error says, without its line breaks."""
+    """An error's message without line breaks."""
     return " ".join(str(error).split())

@@ -1,11 +1,11 @@
-"""Files that are whole or not there."""
+"""Writing files atomically."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write or replace a file: after a crash the old text is there, or the new one, and no piece of either."""
+    """Write or replace a file atomically: after a crash it has the old text or the new text, never a part of one."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
     fsync(unfinished)
@@ -14,15 +14,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def is_passing(name: str) -> bool:
-    """Whether a file or folder of this name is being written or removed, here or by who writes segments or checkpoints.
+    """Whether a file or folder of this name is temporary: it is being written or removed.
 
-    Not every hidden one is: a checkpoint holds ``.metadata``.
+    This module, segments and checkpoints use such names. Other hidden names are not temporary: a checkpoint contains
+    ``.metadata``.
     """
     return name.startswith(".") and name.endswith((".unfinished", ".dropped"))
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
+    """Wait until a file's content, or a folder's list of entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,14 @@
-"""How a part of a run says that it is well. Knows no one."""
+"""The answer of a run's processes to a health check. Imports nothing of ours."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """One process's answer to who asks how it is. That it comes at all says that the process runs."""
+    """One process's answer to a health check. Any answer shows that the process is running."""
 
     pid: int
-    is_ready: bool = True  # False for a process that Ray has put in a dead one's place and nobody has started yet
-    num_busy: int = 0  # calls under way that should move by themselves
-    still_s: float = 0.0  # since the last of them moved
-    failure: str | None = None  # why it can't work any more, though it answers
+    is_ready: bool = True  # False if Ray has replaced a dead process and the new one is not set up yet
+    num_busy: int = 0  # calls in progress that should advance without further input
+    still_s: float = 0.0  # time since one of them last advanced
+    failure: str | None = None  # why the process can't work any more although it answers

@@ -1,8 +1,8 @@
-"""CUDA IPC handles as plain values, so that nothing on their way to an engine has to unpickle them.
+"""CUDA IPC handles as plain values, so that they can be sent to an engine without pickling.
 
 torch describes a shared tensor by the arguments of ``rebuild_cuda_tensor``: numbers, bytes, a data type, and two
-classes that are always the same. vLLM sends those as pickles, and only where VLLM_ALLOW_INSECURE_SERIALIZATION is set.
-Knows neither learner nor engine.
+classes that are always the same. vLLM pickles those, and only if VLLM_ALLOW_INSECURE_SERIALIZATION is set. Does not
+depend on learner or engine.
 """
 
 import inspect
@@ -18,9 +18,9 @@ _CLASSES = {"tensor_cls": torch.Tensor, "storage_cls": TypedStorage}
 
 
 def plain_handles(update_info: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's update with each tensor's handle, by the GPU's UUID, as plain values. One without handles stays as it is.
+    """vLLM's update with each tensor's handles (by GPU UUID) as plain values. Without handles it is copied as it is.
 
-    Raises TypeError for a tensor or a storage that is not torch's own.
+    Raises TypeError for a tensor class or a storage class that is not torch's own.
     """
     if (handles := update_info.get("ipc_handles")) is None:
         return dict(update_info)
@@ -29,7 +29,7 @@ def plain_handles(update_info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rebuilt_handles(update_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The other way: each handle as ``rebuild_cuda_tensor`` takes it."""
+    """The inverse: each handle as the arguments of ``rebuild_cuda_tensor``."""
     plain = update_info["ipc_handles"]
     return {**update_info, "ipc_handles": [{gpu: _from_plain(it) for gpu, it in by_gpu.items()} for by_gpu in plain]}
 

@@ -1,4 +1,4 @@
-"""Logging of our own processes: one line an event, our modules at INFO, everybody else's at WARNING."""
+"""Logging of our own processes: one line per event, our modules at INFO, all others at WARNING."""
 
 import logging
 import os
@@ -8,10 +8,10 @@ _OURS = ("common", "rollout_server", "trainer", "deploy")
 
 
 def set_up_logging() -> None:
-    """Once per process, before torch and the libraries around it are imported: they read their levels then.
+    """Call this once per process, before importing torch and related libraries, which read their log levels on import.
 
-    ADASWITCH_LOG_LEVEL changes ours; a level that is set for another library stays. Progress bars of downloads and data
-    sets are shown in a terminal only.
+    ADASWITCH_LOG_LEVEL changes our level. A level that is already set for another library stays. Progress bars of
+    downloads and datasets are shown only in a terminal.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for package in _OURS:

@@ -1,15 +1,16 @@
-"""The run directory: its names, its formats, and how its files are read and written.
+"""The run directory: names and formats of its files, and how they are read and written.
 
     config.yaml       every setting and where it came from
     metrics.jsonl     one line per step and per evaluation
     faults.jsonl      one line per fault
-    set_aside.jsonl   prompts that the run continues without
+    set_aside.jsonl   quarantined prompts, which the run continues without
     summary.json      written when the run has finished
     traces/           Parquet segments, one per step
-    checkpoints/      what the run can be resumed from
+    checkpoints/      checkpoints from which the run can be resumed
     student/          the trained student, Hugging Face format
 
-docs/run-folder.md describes every file, docs/metrics.md every metric. Knows nothing of who writes or reads them.
+docs/run-folder.md describes every file, docs/metrics.md every metric. Does not depend on the code that uses
+them.
 """
 
 import fcntl
@@ -47,8 +48,8 @@ class RunDir:
 
     @classmethod
     def create(cls, wanted: str, resolved: ResolvedConfig, *, taken: Collection[str] = ()) -> "RunDir":
-        """Make the folder and store the configuration. One that holds a run, or whose name is ``taken`` elsewhere, is
-        left alone: -2, -3, ... is added.
+        """Make the folder and store the configuration. If a folder already holds a run, or its name is in ``taken``,
+        -2, -3, ... is appended.
         """
         for number in count(1):
             path = Path(wanted if number == 1 else f"{wanted}-{number}").absolute()
@@ -66,7 +67,7 @@ class RunDir:
 
     @classmethod
     def all(cls, wanted: str) -> "list[RunDir]":
-        """Those that ``create`` made for this ``run_dir``, from old to new."""
+        """The folders that ``create`` made for this ``run_dir``, from old to new."""
         first = Path(wanted).absolute()
         numbered = re.compile(rf"{re.escape(first.name)}-([1-9]\d*)")
         matches = [
@@ -90,48 +91,49 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others from going on with the same run. Gone with the process, however it ends.
+        """Prevent other processes from continuing the same run. The lock ends with the process, even if it is
+        killed.
 
-        Raises UserError where another process has it.
+        Raises UserError if another process holds the lock.
         """
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{self.path}: another process is at this run; wait for it, or end it") from error
+                raise UserError(f"{self.path}: another process is using this run; wait for it or stop it") from error
             yield
 
     def write_config(self, resolved: ResolvedConfig) -> None:
         write_whole(self.path / CONFIG, dump_config(resolved))
 
     def append_metrics(self, metrics: Metrics) -> None:
-        """What one step or one evaluation measured."""
+        """Append the measurements of one step or one evaluation."""
         _append(self._metrics_file, {"time": time.time(), **metrics})
 
     def read_metrics(self) -> list[Metrics]:
         return _read(self._metrics_file)
 
     def append_fault(self, fault: Mapping[str, object]) -> None:
-        """What went wrong with a part of the run, and what became of it."""
+        """Append a failure of a worker, and what was done about it."""
         _append(self.path / FAULTS, fault)
 
     def read_faults(self) -> list[dict[str, Any]]:
         return _read(self.path / FAULTS)
 
     def append_set_aside(self, prompt: Mapping[str, object]) -> None:
-        """A prompt that the run goes on without. Never taken back: a resumed run leaves it out too."""
+        """Append a prompt that is quarantined for good: a resumed run leaves it out too."""
         _append(self.path / SET_ASIDE, prompt)
 
     def read_set_aside(self) -> list[dict[str, Any]]:
         return _read(self.path / SET_ASIDE)
 
     def drop_metrics_after(self, step: int) -> None:
-        """Remove the lines of later steps, which a run resumed from ``step`` measures again."""
+        """Remove the lines of later steps. A run that is resumed from ``step`` measures them again."""
         kept = [metrics for metrics in self.read_metrics() if metrics["step"] <= step]
         write_whole(self._metrics_file, "".join(f"{json.dumps(metrics)}\n" for metrics in kept))
 
     def sync_metrics(self) -> None:
-        """Wait until what was measured is on the disk: before a checkpoint that relies on it."""
+        """Wait until the metrics are on the disk. Called before a checkpoint that relies on them."""
         fsync(self._metrics_file)
 
     @property
@@ -139,15 +141,15 @@ class RunDir:
         return self.path / METRICS
 
     def write_summary(self, summary: dict[str, object]) -> None:
-        """Whole or not at all."""
+        """Write the summary atomically."""
         write_whole(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def remove_summary(self) -> None:
-        """The run is not finished any more."""
+        """Mark the run as not finished."""
         (self.path / SUMMARY).unlink(missing_ok=True)
 
     def read_summary(self) -> dict[str, object] | None:
-        """None where the run has not finished."""
+        """The summary, or None if the run has not finished."""
         path = self.path / SUMMARY
         if not path.exists():
             return None
@@ -156,7 +158,7 @@ class RunDir:
 
 
 def _append(file: Path, record: Mapping[str, object]) -> None:
-    """One line of JSON more, not behind what a crash left of another."""
+    """Append one line of JSON. If a crash left a partial last line, start on a new line."""
     with file.open("ab+") as lines:
         if lines.tell():
             lines.seek(-1, os.SEEK_END)
@@ -166,7 +168,7 @@ def _append(file: Path, record: Mapping[str, object]) -> None:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """All lines but those that a crash left half-written; of one with others behind it, a warning."""
+    """All complete lines. Skips a partial last line, as a crash leaves it, and other invalid lines with a warning."""
     if not file.exists():
         return []
     records = []
@@ -174,5 +176,5 @@ def _read(file: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            logger.warning("%s: line %d is not whole and is left out", file, number)
+            logger.warning("%s: line %d is incomplete and is skipped", file, number)
     return records

@@ -1,6 +1,7 @@
-"""The records that cross the house: Prompt, TopLogprobs, MixedSequence. Arrays are numpy, checked once when born.
+"""The records that learner and rollout server exchange: Prompt, TopLogprobs, MixedSequence.
 
-T = number of new tokens, P = number of prompt tokens, k = length of a top list.
+Arrays are numpy and are checked once, when the record is made. T = number of new tokens, P = number of prompt tokens, k
+= number of listed tokens per position.
 """
 
 from dataclasses import dataclass, fields
@@ -16,16 +17,16 @@ FinishReason = Literal["stop", "length"]
 
 
 class TokenSource(IntEnum):
-    """Who wrote a token. The names are stored in traces."""
+    """Source of a token. The names are stored in traces."""
 
     STUDENT = 0
     TEACHER = 1
-    DATASET = 2  # part of a given answer
+    DATASET = 2  # part of a dataset answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """One sample to be written. ``seed`` is a function of (run seed, epoch, prompt id, sample index) alone."""
+    """One sample to generate. ``seed`` depends only on run seed, epoch, prompt id and sample index."""
 
     prompt_id: str
     token_ids: Ids  # [P]
@@ -33,7 +34,7 @@ class Prompt:
     epoch: int = 0
     sample_index: int = 0
     answer: str | None = None
-    answer_token_ids: Ids | None = None  # [T] the given answer to its end, where the policy takes given answers
+    answer_token_ids: Ids | None = None  # [T] the dataset answer and its end token, if the policy uses it
 
     def __post_init__(self) -> None:
         assert self.token_ids.ndim == 1, f"token_ids must be [P], got shape {self.token_ids.shape}"
@@ -42,13 +43,13 @@ class Prompt:
 
     @property
     def sequence_id(self) -> str:
-        """Unique in a run, safe in a file name or a URL when the prompt id is."""
+        """Unique in a run. Safe in a file name or a URL if the prompt id is."""
         return f"{self.prompt_id}.{self.epoch}.{self.sample_index}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TopLogprobs:
-    """The k most probable next tokens at each of n positions, best first. A row that is not known is all NaN.
+    """The k most probable next tokens at each of n positions, best first. Unknown rows are all NaN.
 
     ``logprobs`` are nats under the model's own distribution: temperature 1, before top-p and top-k.
     """
@@ -73,7 +74,7 @@ class TopLogprobs:
         return int(self.token_ids.shape[1])
 
     def best(self, k: int) -> "TopLogprobs":
-        """The same rows with at most the k best of each."""
+        """The same rows, with at most the k most probable tokens of each."""
         return TopLogprobs(self.token_ids[:, :k], self.logprobs[:, :k])
 
     @classmethod
@@ -82,7 +83,7 @@ class TopLogprobs:
 
     @classmethod
     def unknown(cls, n: int, k: int) -> Self:
-        """n rows of which nothing is known."""
+        """n unknown rows."""
         return cls(np.full((n, k), -1, np.int32), np.full((n, k), np.nan, np.float32))
 
     @classmethod
@@ -92,49 +93,49 @@ class TopLogprobs:
         )
 
     def rank_of(self, token_ids: Ids) -> Ids:
-        """[n] Place of each given token in its row's list, 0 for the best; k where the list does not hold it."""
+        """[n] Rank of each given token in its row's list, 0 for the best; k if the list does not contain it."""
         hit = self.token_ids == token_ids[:, None]
         return np.where(hit.any(axis=1), hit.argmax(axis=1), self.k).astype(np.int32)
 
     def logprob_of(self, token_ids: Ids) -> Floats:
-        """[n] nats. Log-prob of each given token, NaN where its row's list does not hold it."""
+        """[n] nats. Log-prob of each given token, NaN if its row's list does not contain it."""
         return self.logprob_at(self.rank_of(token_ids))
 
     def logprob_at(self, ranks: Ids) -> Floats:
-        """[n] nats. Log-prob of the token at a place of each row's list, NaN at k and beyond."""
+        """[n] nats. Log-prob of the token at a rank of each row's list, NaN at rank k and beyond."""
         listed = np.take_along_axis(self.logprobs, np.minimum(ranks, self.k - 1)[:, None], axis=1)[:, 0]
         return np.where(ranks < self.k, listed, np.nan).astype(np.float32)
 
     def covered_mass(self) -> Floats:
-        """[n] Probability the listed tokens hold together, at most 1. NaN where the row is not known."""
+        """[n] Total probability of the listed tokens, at most 1. NaN in unknown rows."""
         mass = np.exp(self.logprobs.astype(np.float64)).sum(axis=1)
         return np.where(mass > 1.0, 1.0, mass).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedSequence:
-    """What student and teacher wrote together for one prompt, or the answer it came with. All arrays are [T]-aligned.
+    """The tokens of student and teacher for one prompt, or its dataset answer. All arrays are [T]-aligned.
 
-    Values that do not exist are NaN: the divergence where the student did not propose, the threshold where the policy
-    has none in nats (or the moving average is not filled yet), the student's log-prob of a token it did not write,
-    the teacher's log-prob of a kept token outside its top k.
+    Values that do not exist are NaN: the divergence where the student did not propose, the threshold if the policy has
+    none in nats (or the moving average is not full yet), the student's log-prob of a token it did not generate, the
+    teacher's log-prob of a kept token outside its top k.
     """
 
     prompt: Prompt
-    policy: str  # name of the switch policy that decided
+    policy: str  # name of the switch policy
     token_ids: Ids  # [T]
     sources: npt.NDArray[np.uint8]  # [T] TokenSource
     divergences: Floats  # [T] nats
     thresholds: Floats  # [T] nats
-    student_ranks: Ids  # [T] place of the student's proposed token in the teacher's list, k outside, -1 no proposal
+    student_ranks: Ids  # [T] rank of the student's proposal in the teacher's list; k if not listed, -1 if none
     student_logprobs: Floats  # [T] nats
     teacher_logprobs: Floats  # [T] nats
     student_top: TopLogprobs  # [T, k]; unknown rows where the student did not propose
     teacher_top: TopLogprobs  # [T, k]; the distribution the student is trained towards
-    weight_versions: Ids  # [T] of the student that proposed at this position; -1 where none did
+    weight_versions: Ids  # [T] version of the student that proposed at this position; -1 if none did
     switches: Ids  # [number of switches] positions, ascending
-    finish_reason: FinishReason  # "stop": a stop token was written, "length": max_new_tokens was reached
-    num_wasted_tokens: int  # student tokens written past a switch and dropped
+    finish_reason: FinishReason  # "stop": a stop token was generated, "length": max_new_tokens was reached
+    num_wasted_tokens: int  # student tokens that were generated past a switch and dropped
 
     def __post_init__(self) -> None:
         num_tokens = self.token_ids.size
@@ -168,6 +169,6 @@ class MixedSequence:
 
     @property
     def mean_divergence(self) -> float:
-        """nats. Mean over the positions where the student proposed, NaN when there are none."""
-        judged = self.divergences[~np.isnan(self.divergences)]
-        return float(judged.mean()) if judged.size else float("nan")
+        """nats. Mean over the positions where the student proposed, NaN if there are none."""
+        known = self.divergences[~np.isnan(self.divergences)]
+        return float(known.mean()) if known.size else float("nan")

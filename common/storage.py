@@ -1,6 +1,6 @@
-"""A folder in an object store, or on any file system that fsspec knows. The only importer of fsspec.
+"""A folder in an object store, or on any file system that fsspec supports. Only this module imports fsspec.
 
-Owns how files get there and back whole. Knows nothing of what they hold.
+Owns complete uploads and downloads of files. Does not depend on what the files contain.
 """
 
 import shutil
@@ -31,16 +31,16 @@ class Version:
     """A stored file as the store lists it."""
 
     num_bytes: int
-    mark: str  # everything the store says of it: another mark, another content
+    mark: str  # all that the listing says about the file; changes with its content
 
 
 class Store:
-    """The folder behind a URL. May be used by several threads."""
+    """The folder at a URL. Thread-safe."""
 
     def __init__(self, url: str, *, timeout_s: float, key: str = "storage.url") -> None:
-        """``timeout_s`` is for each file and each listing; ``key`` heads errors.
+        """``timeout_s`` is the limit for each file and each listing; ``key`` starts error messages.
 
-        Raises UserError for a protocol that nobody knows, or whose package is missing.
+        Raises UserError for an unknown protocol, or if the protocol's package is missing.
         """
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
@@ -57,13 +57,13 @@ class Store:
         self._is_disk = "file" in self._files.protocol
 
     def below(self, name: str) -> "Store":
-        """The store of a folder in this one."""
+        """The store of a folder inside this one."""
         return Store(f"{self.url}/{name}", timeout_s=self._timeout_s)
 
     def versions(self) -> dict[str, Version]:
-        """Every whole file below, by its path from here. A folder that is not there has none."""
+        """Every complete file in this folder, by its path relative to it. A folder that does not exist has none."""
 
-        def look() -> dict[str, Any]:
+        def list_files() -> dict[str, Any]:
             self._files.invalidate_cache()
             found: dict[str, Any] = self._files.find(self._root, detail=True)
             return found
@@ -71,19 +71,19 @@ class Store:
         start = len(self._root) + 1
         return {
             path[start:]: Version(int(facts["size"]), str(sorted(map(str, facts.items()))))
-            for path, facts in self._tried(f"the list of {self.url}", look).items()
+            for path, facts in self._tried(f"the list of {self.url}", list_files).items()
             if not any(part in (".", "..") or is_passing(part) for part in path[start:].split("/"))
         }
 
     def put(self, file: Path, name: str) -> None:
-        """Store or replace a file, whole at any moment. Raises FileNotFoundError where ``file`` has gone."""
+        """Store or replace a file atomically. Raises FileNotFoundError if ``file`` no longer exists."""
         path = f"{self._root}/{name}"
 
         def send() -> None:
             if not self._is_disk:
                 self._files.put_file(str(file), path)
                 return
-            # A store takes an object whole; on a disk only a new name appears at once.
+            # Object stores write atomically; on a disk only a rename is atomic.
             unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, unfinished)
@@ -92,14 +92,14 @@ class Store:
         self._tried(f"{name} to be stored in {self.url}", send)
 
     def get(self, name: str, file: Path) -> None:
-        """Bring a file, whole at any moment. Raises FileNotFoundError where there is none."""
+        """Download a file atomically. Raises FileNotFoundError if the store does not have it."""
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}.unfinished")
         self._tried(f"{name} of {self.url}", lambda: self._files.get_file(f"{self._root}/{name}", str(unfinished)))
         unfinished.rename(file)
 
     def remove(self, name: str) -> None:
-        """One that is gone already is no error. A folder goes with its last file, as in an object store."""
+        """Remove a file if it exists. A folder goes with its last file, as in an object store."""
         path = f"{self._root}/{name}"
 
         def drop() -> None:
@@ -113,7 +113,7 @@ class Store:
         self._tried(f"{name} to be removed from {self.url}", drop)
 
     def _tried(self, what: str, call: Callable[[], T]) -> T:
-        """The call's result, tried again a few times after an error of the store's."""
+        """The call's result. After an error of the store, the call is repeated a few times."""
         for attempt in Retrying(
             stop=stop_after_attempt(_ATTEMPTS),
             wait=wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
@@ -126,15 +126,15 @@ class Store:
 
 
 def _in_time(timeout_s: float, what: str, call: Callable[[], T]) -> T:
-    """The call's result, or WaitedTooLong: stores have time-outs of their own, or none. A call that hangs is left
-    behind in a thread that keeps nobody from ending.
+    """The call's result, or WaitedTooLong, because stores have time-outs of their own or none. A call that hangs is
+    left in a daemon thread, which does not keep the process alive.
     """
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # handed to the caller, whatever it is
+        except BaseException as error:  # any error is raised in the caller
             future.set_exception(error)
 
     Thread(target=run, daemon=True, name="storage").start()

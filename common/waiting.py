@@ -1,4 +1,4 @@
-"""Waiting: never without a time-out that says what was waited for, and never leaving anything behind."""
+"""Waiting with time-outs: the error says what was waited for, and nothing is left running."""
 
 import asyncio
 from collections.abc import Awaitable, Coroutine
@@ -10,11 +10,11 @@ B = TypeVar("B")
 
 
 class WaitedTooLong(TimeoutError):
-    """Something did not come within its time."""
+    """Something did not finish in time."""
 
 
 async def within(timeout_s: float, awaitable: Awaitable[T], what: str) -> T:
-    """The result, or WaitedTooLong naming ``what`` was waited for. What was awaited is cancelled then."""
+    """The result, or WaitedTooLong with ``what`` was waited for. On a time-out the awaitable is cancelled."""
     try:
         async with asyncio.timeout(timeout_s) as limit:
             return await awaitable
@@ -25,7 +25,7 @@ async def within(timeout_s: float, awaitable: Awaitable[T], what: str) -> T:
 
 
 async def both(first: Coroutine[Any, Any, A], second: Coroutine[Any, Any, B]) -> tuple[A, B]:
-    """Both at once. When one fails or the caller is cancelled neither goes on; the error is the one that came first."""
+    """Run both at the same time. If one fails or the caller is cancelled, both end; the first error is raised."""
     tasks = asyncio.create_task(first), asyncio.create_task(second)
     try:
         of_first, of_second = await asyncio.gather(*tasks)

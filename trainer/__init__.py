@@ -1,1 +1,1 @@
-"""Mixed sequences to new weights. Start at ``loop.py``. Knows nothing of the rollout server."""
+"""Trains the student on mixed sequences. Start reading at ``loop.py``. Does not depend on the rollout server."""

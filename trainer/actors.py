@@ -1,7 +1,7 @@
-"""Ray shell around the learner's ranks, and what the driver holds of them. No logic: it is in ``learner``, ``ranks``
-and ``weight_sender``.
+"""Ray actors of the learner's ranks, and the driver's client for them. The logic is in ``learner``, ``ranks`` and
+``weight_sender``.
 
-vLLM's trainer half and torch are imported by the learner's processes, not by this module.
+The learner's processes import torch and vLLM's trainer half; this module does not.
 """
 
 import asyncio
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 HEALTH_GROUP = "health"
-"""Ray's name for the thread of a LearnerActor that tells its health."""
+"""Name of the Ray concurrency group in which a LearnerActor answers health checks."""
 
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
-_GRACE_S = 5.0  # after one rank's error, for others to say why: the first to notice is seldom the cause
+_GRACE_S = 5.0  # after one rank's error, to collect the others': the first error is seldom the cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerSpec:
-    """What every rank of the learner is told."""
+    """Arguments of every rank of the learner."""
 
     student: str  # folder or hub name
     trainer: Trainer
@@ -53,23 +53,22 @@ class LearnerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferSpec:
-    """How the learner reaches the student engines."""
+    """How the learner sends weights to the student engines."""
 
     students: Sequence[ActorHandle]
     backend: SyncBackend
     workers_per_engine: int  # tensor-parallel ranks
     engine_dtype: str
     timeout_s: float
-    probe_tolerance: float | None  # nats, of the rms; None for what ``probe_noise`` says
+    probe_tolerance: float | None  # nats, for the rms; None to derive it from ``probe_noise``
     probe_noise: ProbeNoise | None  # None until it has been measured
 
 
 def allocator_settings(spec: LearnerSpec) -> dict[str, str]:
-    """Environment of a learner's process. Segments that grow, because steps of other lengths each leave holes in fixed
-    ones.
+    """Environment of a learner's process: expandable segments, since steps of different lengths fragment fixed ones.
 
-    Not for ``ipc``: such segments are shared by taking over file descriptors, which containers forbid
-    (pytorch#165685). What the user has set stays.
+    Not for ``ipc``, because expandable segments are shared by passing file descriptors, which containers forbid
+    (pytorch#165685). The user's own setting takes precedence.
     """
     if spec.device == "cpu" or spec.sync_backend == "ipc" or _ALLOCATOR_VARIABLES & os.environ.keys():
         return {}
@@ -77,13 +76,13 @@ def allocator_settings(spec: LearnerSpec) -> dict[str, str]:
 
 
 class LearnerRankDied(RuntimeError):
-    """A rank of the learner is gone, and with it its part of model and optimizer. Stops the run."""
+    """A rank of the learner died, and its part of model and optimizer is lost. Stops the run."""
 
 
 class LearnerActor:
-    """One rank of the learner in a process of its own. ``start`` comes first; ``connect`` before the first ``sync``.
+    """One rank of the learner in a process of its own. Call ``start`` first, and ``connect`` before ``sync``.
 
-    All ranks get the same calls in the same order, but for ``meeting_point``, which is rank 0's.
+    All ranks get the same calls in the same order, except ``meeting_point``, which only rank 0 gets.
     """
 
     def __init__(self, rank: int, spec: LearnerSpec) -> None:
@@ -94,21 +93,21 @@ class LearnerActor:
         self._sender: WeightSender | None = None
 
     def health(self) -> Health:
-        """To be asked in a concurrency group of its own (``HEALTH_GROUP``): a step must not keep it from answering."""
+        """Called in a concurrency group of its own (``HEALTH_GROUP``), so that it answers during a step."""
         return Health(pid=os.getpid(), is_ready=hasattr(self, "_learner"))
 
     def sees(self, path: Path) -> bool:
-        """Whether a file is there for this rank's machine."""
+        """Whether a path exists on this rank's machine."""
         return path.exists()
 
     def meeting_point(self) -> str:
-        """``host:port`` where rank 0 will wait for the others."""
+        """``host:port`` at which rank 0 will wait for the other ranks."""
         with socket.socket() as free:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def start(self, meeting_point: str) -> None:
-        """Meet the other ranks and load the model, or this rank's part of it."""
+        """Join the other ranks and load the model, or this rank's shard of it."""
         spec = self._spec
         os.environ.update(allocator_settings(spec))  # torch reads it when it first allocates on a GPU
 
@@ -129,7 +128,7 @@ class LearnerActor:
         self._probe = SyncProbe(self._learner.model, self._learner.whole_copy)
 
     def connect(self, spec: TransferSpec) -> None:
-        """Open the weight transfer to all student engines; again, once others are behind the same handles."""
+        """Open the weight transfer to all student engines. Called again when engines were replaced."""
         import torch
 
         from trainer.weight_sender import LearnerWeights, OneCallClient, Rendezvous, build_sender, replica_init_info
@@ -159,7 +158,7 @@ class LearnerActor:
         self._probe.engine_dtype = getattr(torch, spec.engine_dtype)
 
     def step(self, references: "Sequence[tuple[ray.ObjectRef[list[MixedSequence]], int]]") -> "StepReport":
-        """``references``: each sequence as its place among those that came together."""
+        """``references``: for each sequence, the batch in which it arrived and its index there."""
         batches = list(dict.fromkeys(batch for batch, _ in references))
         fetched = dict(zip(batches, ray.get(batches, timeout=self._timeout_s), strict=True))
         return self._learner.step([fetched[batch][place] for batch, place in references])
@@ -168,16 +167,16 @@ class LearnerActor:
         self._connected().send(version)
 
     def measure_probe_noise(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeNoise:
-        """While the engines hold what this rank holds."""
+        """Measure the probe's noise while the engines hold the same weights as this rank."""
         self._probe_noise = self._probe.measure_noise(texts, rows_of_engines, self._probe_limits())
         return self._probe_noise
 
     def read_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
-        """Before a step."""
+        """Score the probe texts before a step."""
         self._probe.read_before(texts, rows_of_engines)
 
     def check_probe(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> ProbeReport:
-        """After its sync."""
+        """Compare with the engines after the step's sync."""
         return self._probe.check(texts, rows_of_engines, self._probe_limits(), self._connected().previous_weights)
 
     def _probe_limits(self) -> "ProbeLimits":
@@ -197,16 +196,16 @@ class LearnerActor:
         self._learner.load_state(folder)
 
     def shutdown(self) -> None:
-        """Give back the shared memory."""
+        """Free the shared memory."""
         self._connected().shutdown()
 
     def _connected(self) -> "WeightSender":
-        assert self._sender is not None, f"learner rank {self._rank}: connect comes first"
+        assert self._sender is not None, f"learner rank {self._rank}: connect must be called first"
         return self._sender
 
 
 class RemoteLearner:
-    """The driver's side of all LearnerActors: one learner, whose ranks are called together."""
+    """The driver's client for all LearnerActors. Its calls go to all ranks together."""
 
     def __init__(self, ranks: Sequence[ActorHandle], *, step_timeout_s: float, sync_timeout_s: float) -> None:
         self._ranks = ranks
@@ -249,10 +248,11 @@ class RemoteLearner:
 
 
 async def every_rank(calls: Sequence[Awaitable[T]], what: str, *, timeout_s: float) -> T:
-    """Rank 0's answer once every rank has given one; ``calls`` are in the order of the ranks.
+    """Rank 0's result once every rank has finished. ``calls`` are in the order of the ranks.
 
-    When one fails the others are not waited for: they may be waiting for it. Raises LearnerRankDied if a rank's process
-    is gone, else the lowest rank's error; WaitedTooLong naming the ranks that did not answer.
+    If one rank fails, the others are not waited for, because they may be waiting for it. Raises LearnerRankDied if a
+    rank's process is gone, else the error of the lowest failed rank, or WaitedTooLong with the ranks that did not
+    answer.
     """
     answers = [asyncio.ensure_future(call) for call in calls]
     try:
@@ -261,7 +261,8 @@ async def every_rank(calls: Sequence[Awaitable[T]], what: str, *, timeout_s: flo
             await asyncio.wait(answers, timeout=_GRACE_S)
         errors = {rank: a.exception() for rank, a in enumerate(answers) if a.done() and a.exception()}
         for rank, error in errors.items():
-            if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):  # it, and not one it called
+            # With RayTaskError the rank is alive, and an actor that it called died.
+            if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
                 raise LearnerRankDied(f"learner rank {rank} of {len(answers)} died during {what}: {error}") from error
         for error in errors.values():
             assert error is not None

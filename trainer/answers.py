@@ -1,10 +1,10 @@
-"""A row's given answer -> the tokens a model would write for it, its end included.
+"""A row's dataset answer -> the tokens that a model would generate for it, with the end token.
 
-Owns how an answer continues its prompt and what is refused. Knows nothing of files, models or training.
+Owns how an answer continues its prompt, and which answers are refused. Does not depend on files, models or training.
 
-An answer is a finished text, so it ends with the token that ends a text. It is tokenised apart from its prompt, as
-whatever a model writes is. One that is too long is refused like a prompt that is too long: cut, it would teach to stop
-in the middle, and leaving it out without a word would change the data.
+An answer is a complete text, so it ends with an end token. It is tokenized separately from its prompt, like the tokens
+that a model generates. An answer that is too long is refused, like a prompt that is too long: if it were truncated, the
+student would learn to stop in the middle, and if it were silently skipped, the data would change.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from common.errors import UserError, one_line
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerReader:
-    """``Dataset.map`` hashes its fields: whoever calls it from there is cached by them."""
+    """Reads dataset answers. ``Dataset.map`` hashes its fields for the cache key."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
-    max_tokens: int  # the end included
+    max_tokens: int  # including the end token
     key: str = "data.answer_field"
 
     def __call__(
         self, prompts: Sequence[str | list[dict[str, Any]]], answers: Sequence[object], row_numbers: Sequence[int]
     ) -> list[list[int]]:
-        """Token ids of each row's answer. A prompt of messages makes the answer a message of the assistant.
+        """Token ids of each row's answer. If the prompt is chat messages, the answer is an assistant message.
 
         Raises UserError naming the field and the row.
         """
@@ -49,10 +49,10 @@ class AnswerReader:
         return str(answer)
 
     def _continuation(self, prompt: str | list[dict[str, Any]], answer: str, row: int) -> str:
-        """What follows the prompt's text: the answer, or what the chat template makes of it."""
+        """The text after the prompt: the answer, or the answer as the chat template renders it."""
         if isinstance(prompt, str):
             return answer
-        # Arrow gives every message the keys of all messages; the template must not see those that were not there.
+        # Arrow adds the keys of all messages to every message. The template must not see the added ones.
         messages = [{name: value for name, value in message.items() if value is not None} for message in prompt]
         answered = [*messages, {"role": "assistant", "content": answer}]
         try:
@@ -63,32 +63,32 @@ class AnswerReader:
             raise UserError(f"{self.key}: row {row} is refused by the chat template: {reason}") from error
         if not whole.startswith(before):
             raise UserError(
-                f"{self.key}: row {row}: the chat template does not render the answer as what follows the prompt; "
-                "expected a template without a generation prompt of its own kind, or plain text"
+                f"{self.key}: row {row}: the chat template does not render the answer as a continuation of the "
+                "prompt; expected a template whose assistant messages start with its generation prompt, or plain text"
             )
         return whole.removeprefix(before)
 
     def _ended(self, token_ids: list[int], row: int, *, is_chat: bool) -> list[int]:
-        """Up to the one token that ends the text; it is added where there is none.
+        """The tokens up to the end token, which is added if there is none.
 
-        A chat template may put something after it, a line break say, which no model is asked to write.
+        A chat template may add text after it, such as a line break, which no model should generate.
         """
         ends = [place for place, token_id in enumerate(token_ids) if token_id in self._end_token_ids]
         if len(ends) > 1 or (ends and not is_chat and ends[0] < len(token_ids) - 1):
-            raise UserError(f"{self.key}: row {row} holds a token that ends a text before its end")
+            raise UserError(f"{self.key}: row {row} holds an end token before its end")
         ended = token_ids[: ends[0] + 1] if ends else [*token_ids, self._end_token_ids[0]]
         if len(ended) > self.max_tokens:
             raise UserError(
-                f"{self.key}: row {row} has {len(ended)} tokens, its end included, expected at most {self.max_tokens}; "
-                "shorten it or raise sampling.max_new_tokens"
+                f"{self.key}: row {row} has {len(ended)} tokens with its end token, expected at most "
+                f"{self.max_tokens}; shorten it or raise sampling.max_new_tokens"
             )
         return ended
 
     @property
     def _end_token_ids(self) -> tuple[int, ...]:
-        """The one that is added first."""
+        """All end tokens. The first one is the one that is added."""
         of_tokenizer = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
         ends = (*of_tokenizer, *self.stop_token_ids)
         if not ends:
-            raise UserError("models.student: neither tokenizer nor model names a token that ends a text")
+            raise UserError("models.student: neither the tokenizer nor the model has an end token")
         return ends

@@ -1,8 +1,8 @@
-"""Mixed sequences -> micro-batches of every rank under a budget of tokens. Pure functions of their arguments.
+"""Mixed sequences -> micro-batches of every rank with a limited number of tokens. Pure functions of their arguments.
 
-B = rows of a micro-batch, S = its longest row, N = its new tokens, all sequences in a row, k = the teacher's list.
-P = prompt tokens and T = new tokens of one sequence. A row is one sequence, padded on the right; or, packed, there is
-one row with all sequences one behind the other.
+B = rows of a micro-batch, S = its longest row, N = its new tokens over all sequences, k = the teacher's listed ids, P =
+prompt tokens and T = new tokens of one sequence. A row is one sequence, padded on the right. A packed micro-batch has
+one row, in which all sequences are concatenated.
 """
 
 import heapq
@@ -17,13 +17,13 @@ from common.sequence import MixedSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """Sequences that pass through the model at once, and what is known of their new tokens. May hold no sequence."""
+    """The sequences of one forward pass, and the sources and targets of their new tokens. May contain no sequence."""
 
     sequence_ids: tuple[str, ...]
     num_new_tokens: tuple[int, ...]  # T of each sequence
-    input_ids: Tensor  # [B, S] int64, 0 where padded
-    attention_mask: Tensor | None  # [B, S] int64, 1 where a token is; None where packed
-    position_ids: Tensor | None  # [B, S] int64, 0 where a sequence begins; None where padded
+    input_ids: Tensor  # [B, S] int64, 0 at padding
+    attention_mask: Tensor | None  # [B, S] int64, 1 at tokens, 0 at padding; None if packed
+    position_ids: Tensor | None  # [B, S] int64, 0 at the start of a sequence; None if not packed
     hidden_rows: Tensor  # [N] int64. Row of the flat [B * S] hidden states that predicts the token
     token_ids: Tensor  # [N] int64
     sources: Tensor  # [N] uint8 TokenSource
@@ -44,7 +44,7 @@ class MicroBatch:
         return int(self.hidden_rows.numel())
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on a device."""
+        """A copy of the micro-batch on a device."""
         names = (
             "input_ids",
             "attention_mask",
@@ -59,26 +59,26 @@ class MicroBatch:
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None})
 
     def sequence_id_of(self, token: int) -> str:
-        """Whose token it is, of the N."""
+        """The id of the sequence that contains this one of the N tokens."""
         return self.sequence_ids[int(np.searchsorted(np.cumsum(self.num_new_tokens), token, side="right"))]
 
 
 def divide(
     sequences: list[MixedSequence], num_ranks: int, tokens_per_micro_batch: int, *, packed: bool
 ) -> list[list[list[MixedSequence]]]:
-    """Of each rank, what each of its micro-batches holds. Every rank has as many, some of them empty if need be: ranks
-    compute together, micro-batch by micro-batch.
+    """The sequences of each micro-batch of each rank. All ranks have the same number of micro-batches, some of them
+    empty if necessary, because ranks compute each micro-batch together.
 
-    The longest sequence left goes to the rank with the fewest tokens. Depends on the set of sequences and not on the
-    order in which they came back, so that every rank finds the same division.
+    The longest remaining sequence goes to the rank with the fewest tokens. The result depends on the set of sequences
+    and not on their order, so that every rank computes the same division.
     """
     loads = [(0, rank) for rank in range(num_ranks)]  # (tokens, rank), a heap
-    of_ranks: list[list[MixedSequence]] = [[] for _ in range(num_ranks)]
+    sequences_by_rank: list[list[MixedSequence]] = [[] for _ in range(num_ranks)]
     for sequence in _longest_first(sequences):
         num_tokens, rank = loads[0]
-        of_ranks[rank].append(sequence)
+        sequences_by_rank[rank].append(sequence)
         heapq.heapreplace(loads, (num_tokens + _total_length(sequence), rank))
-    divided = [_groups(of_rank, tokens_per_micro_batch, packed=packed) for of_rank in of_ranks]
+    divided = [_groups(rank_sequences, tokens_per_micro_batch, packed=packed) for rank_sequences in sequences_by_rank]
     num_micro_batches = max(map(len, divided))
     return [groups + [[] for _ in range(num_micro_batches - len(groups))] for groups in divided]
 
@@ -88,14 +88,14 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Every sequence in exactly one micro-batch of at most that many tokens, prompts and padding included.
 
-    A sequence longer than the budget gets a micro-batch of its own. The longest come first: neighbours are alike, so
-    little is padding, and running out of memory shows at once.
+    A sequence that is longer than the limit gets a micro-batch of its own. The longest sequences come first. Neighbors
+    then have similar lengths, so there is little padding, and running out of memory shows in the first micro-batch.
     """
     return [collate(group, packed=packed) for group in _groups(sequences, tokens_per_micro_batch, packed=packed)]
 
 
 def _groups(sequences: list[MixedSequence], tokens_per_micro_batch: int, *, packed: bool) -> list[list[MixedSequence]]:
-    """What goes together. A sequence that is longer than the budget is alone."""
+    """The sequences of each micro-batch. A sequence that is longer than the limit is alone."""
     assert tokens_per_micro_batch >= 1, tokens_per_micro_batch
     group_of = _packed_into if packed else _padded_with
     groups: list[list[MixedSequence]] = []
@@ -109,23 +109,23 @@ def _groups(sequences: list[MixedSequence], tokens_per_micro_batch: int, *, pack
 
 
 def _padded_with(groups: list[list[MixedSequence]], length: int, budget: int) -> list[MixedSequence] | None:
-    """The last group, whose sequences are the next longer ones: all are padded to its first."""
+    """The last group if the sequence fits. Its sequences are all padded to its first one, which is the longest."""
     fits = bool(groups) and (len(groups[-1]) + 1) * _total_length(groups[-1][0]) <= budget
     return groups[-1] if fits else None
 
 
 def _packed_into(groups: list[list[MixedSequence]], length: int, budget: int) -> list[MixedSequence] | None:
-    """The first group with room."""
+    """The first group in which the sequence fits."""
     return next((group for group in groups if sum(map(_total_length, group)) + length <= budget), None)
 
 
 def collate(sequences: list[MixedSequence], *, packed: bool = False) -> MicroBatch:
     """One micro-batch of these sequences, in this order.
 
-    Token t of a sequence is the input at P + t and is predicted by the hidden state one before, at P + t - 1.
+    Token t of a sequence is the input at P + t, and is predicted by the hidden state before it, at P + t - 1.
     """
     ks = sorted({sequence.teacher_top.k for sequence in sequences})
-    assert len(ks) == 1, f"all sequences must list as many of the teacher's log-probs, got k = {ks}"
+    assert len(ks) == 1, f"all sequences must have the same number of the teacher's log-probs, got k = {ks}"
     lengths = [_total_length(sequence) for sequence in sequences]
     shape = (1, sum(lengths)) if packed else (len(sequences), max(lengths))
     starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * shape[1]
@@ -153,7 +153,7 @@ def collate(sequences: list[MixedSequence], *, packed: bool = False) -> MicroBat
 
 
 def empty_micro_batch(k: int) -> MicroBatch:
-    """No sequence, and one token for the model to compute on: the part of a rank that has no more of its own."""
+    """A micro-batch without a sequence and with one input token, for a rank that has fewer than others."""
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
         sequence_ids=(),

@@ -1,10 +1,10 @@
-"""Checkpoints: folders ``step-000020`` that are whole or skipped. What the run is taken up again from.
+"""Checkpoints: folders ``step-000020`` from which a run resumes. Incomplete or damaged ones are skipped.
 
-Owns the folder's names, its manifest, which one is the last good one and which are kept. Knows nothing of Ray.
+Owns the folder's names, its manifest, which checkpoint is the last good one and which are kept. Does not depend on Ray.
 
-The manifest is compared before anything is read: that finds damage, not malice, for who can write the folder can write
-its manifest too. So nothing that is read can run code (``checkpoint_reading``), but weights can be anybody's: take up
-only runs whose folder you trust.
+The manifest is checked before anything is read. That detects damage but not tampering, because whoever can write the
+folder can write its manifest too. Reading never runs code from a file (``checkpoint_reading``), but the weights could
+be anyone's, so resume only runs whose folder you trust.
 """
 
 import hashlib
@@ -33,29 +33,29 @@ from trainer.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 LEARNER, STUDENT, AHEAD = "learner", "student", "ahead.npz"
-"""What a checkpoint holds besides its state and its manifest: the learner's state, the student as it can be served, and
-the next step's sequences where they have been collected."""
+"""Parts of a checkpoint besides its state and its manifest: the learner's state, the student for serving, and the next
+step's sequences if they were collected."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not those that were written."""
+    """The files of a checkpoint differ from those that were written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Where the run stood when the checkpoint was taken."""
+    """State of the run when the checkpoint was taken."""
 
     step: int
     weight_version: int
     cursor: PromptCursor
     seconds: float  # of the run so far
-    accuracy: float | None = None  # held out, of these weights; None where they were not evaluated
-    ahead_seconds: float | None = None  # it took to collect the next step's sequences; None where none are here
+    accuracy: float | None = None  # held-out accuracy of these weights; None if they were not evaluated
+    ahead_seconds: float | None = None  # time to collect the next step's sequences; None if there are none
 
     @property
     def last_collected_step(self) -> int:
-        """The last step whose sequences are trained, or are in the checkpoint."""
+        """The last step whose sequences are trained or are in the checkpoint."""
         return self.step if self.ahead_seconds is None else self.step + 1
 
     def write(self, path: Path) -> None:
@@ -70,10 +70,11 @@ class RunState:
 async def write_checkpoint(
     folder: Path, state: RunState, save_learner: Callable[[Path], Awaitable[None]]
 ) -> Path | None:
-    """Write ``folder/step-NNNNNN``: what ``save_learner`` puts into the folder it is given, state.json, the manifest.
+    """Write ``folder/step-NNNNNN``: the files that ``save_learner`` writes to its argument, state.json, the
+    manifest.
 
-    Returns its path; None where the disk failed or is full, which is logged, leaves nothing and stops no run. Raises
-    UserError where the learner's state is not there: its machine has another folder of this name.
+    Returns its path. If the disk failed or is full, logs a warning, leaves no files and returns None; the run
+    continues. Raises UserError if the learner's state is missing: its machine has another folder of this name.
     """
     path = folder / f"step-{state.step:06d}"
     unfinished = folder / f".{path.name}.unfinished"
@@ -84,26 +85,26 @@ async def write_checkpoint(
         if not (unfinished / LEARNER).is_dir():
             shutil.rmtree(unfinished)
             raise UserError(
-                f"run_dir: the learner has saved its state, but not in {unfinished} as this machine sees it; expected "
-                "a folder that all machines of the run share"
+                f"run_dir: the learner has saved its state, but this machine does not find it in {unfinished}; "
+                "expected a folder that all machines of the run share"
             )
         state.write(unfinished / "state.json")
         (unfinished / "manifest.json").write_text(json.dumps(_manifest(unfinished), indent=2) + "\n")
         for written in (*unfinished.rglob("*"), unfinished):
             fsync(written)
-        if path.exists():  # a damaged one, or the run would have gone on from it
+        if path.exists():  # it is damaged, or the run would have resumed from it
             shutil.rmtree(path)
         unfinished.rename(path)
         fsync(folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        logger.warning("no checkpoint after step %d, the run goes on: %s", state.step, error)
+        logger.warning("no checkpoint after step %d, the run continues: %s", state.step, error)
         return None
     return path
 
 
 def find_last_good(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written. Others are left where they are, with a warning."""
+    """The newest checkpoint whose files are intact. Others stay where they are, with a warning."""
     for path in reversed(_checkpoints(folder)):
         try:
             check(path)
@@ -115,7 +116,7 @@ def find_last_good(folder: Path) -> Path | None:
 
 
 def is_last(path: Path) -> bool:
-    """Whether a checkpoint is there still, and none after it, be it damaged. Reads no file."""
+    """Whether a checkpoint exists and no later one does, damaged or not. Reads no file."""
     return _checkpoints(path.parent)[-1:] == [path]
 
 
@@ -127,15 +128,15 @@ def check(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"checkpoint {path}: {error}") from error
     if not isinstance(expected, dict):
-        raise DamagedCheckpoint(f"checkpoint {path}: manifest.json holds no files")
+        raise DamagedCheckpoint(f"checkpoint {path}: manifest.json does not list files")
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise DamagedCheckpoint(f"checkpoint {path}: {name} is {found.get(name)}, expected {expected.get(name)}")
 
 
 def clear_after(folder: Path, step: int) -> None:
-    """Make room for a run that goes on from ``step``: what was being written is removed, and later checkpoints, which
-    are damaged or the run would go on from one, are named ``damaged-step-NNNNNN``, to count no more.
+    """Prepare for a run that resumes from ``step``: remove unfinished checkpoints, and rename later ones to
+    ``damaged-step-NNNNNN``, so that they are ignored. They must be damaged, or the run would resume from one of them.
     """
     for unfinished in folder.glob(".step-*.unfinished"):
         shutil.rmtree(unfinished)
@@ -147,9 +148,10 @@ def clear_after(folder: Path, step: int) -> None:
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
-    """Remove all but the last ``keep_last`` and, with ``keep_best``, the one of the highest held-out accuracy.
+    """Remove all but the last ``keep_last`` and, with ``keep_best``, the checkpoint with the highest held-out
+    accuracy.
 
-    To be called after a checkpoint has been written, never before.
+    Call it only after a checkpoint has been written.
     """
     assert keep_last >= 1, keep_last
     paths = _checkpoints(folder)
@@ -167,26 +169,25 @@ def prune(folder: Path, *, keep_last: int, keep_best: bool) -> None:
 def save_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object], ranks: Ranks
 ) -> None:
-    """Model, optimizer, scheduler and torch's random state on the CPU: no other is drawn from. Every rank writes its
-    part into the same folder, at once.
+    """Save model, optimizer, scheduler and torch's CPU random state, which is the only one in use. Every rank writes
+    its part into the same folder at the same time.
 
-    Raises OSError, on every rank, if one can't.
+    Raises OSError on every rank if one rank can't write.
     """
     try:
         save(_tensors(model, optimizer, scheduler), checkpoint_id=folder, no_dist=ranks.mesh is None)
-    except CheckpointException as error:  # a BaseException, which would pass by those who handle a full disk
+    except CheckpointException as error:  # a BaseException, which handlers of a full disk don't catch
         raise OSError(f"can't write {folder}: {error}") from error
 
 
 def load_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict[str, object], ranks: Ranks
 ) -> dict[str, object]:
-    """Put back what ``save_tensors`` wrote, in place, on every rank and on whatever device the model is. Returns the
-    scheduler's state.
+    """Restore what ``save_tensors`` wrote, in place, on every rank and any device. Returns the scheduler's state.
 
-    Raises OSError if it can't.
+    Raises OSError if the files can't be read.
     """
-    kernels = [group["fused"] for group in optimizer.param_groups]  # which ones is for this device to say
+    kernels = [group["fused"] for group in optimizer.param_groups]  # depends on this device, not on the checkpoint
     tensors = _tensors(model, optimizer, scheduler)
     try:
         load(tensors, storage_reader=CheckpointReader(folder), planner=CheckpointPlanner(), no_dist=ranks.mesh is None)
@@ -206,7 +207,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: dict
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Finished ones, from old to new."""
+    """Finished checkpoints, from old to new."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
@@ -222,14 +223,14 @@ def _best(paths: list[Path]) -> list[Path]:
         try:
             accuracy = RunState.read(path / "state.json").accuracy
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged one is no best one
+            continue  # damaged
         if accuracy is not None:
             accuracies[path] = accuracy
     return [max(accuracies, key=accuracies.__getitem__)] if accuracies else []
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and SHA-256 of every file but the manifest."""
+    """Size and SHA-256 of every file except the manifest."""
     manifest: dict[str, dict[str, int | str]] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -1,8 +1,8 @@
-"""Reading what ``torch.distributed.checkpoint`` wrote without running what a file says.
+"""Reads files of ``torch.distributed.checkpoint`` without running code from them.
 
-torch keeps its index, ``.metadata``, and every value that is no tensor as pickles, and reads them as such, so that a
-folder somebody else could write to could run code. Here the index is built from the classes named below and from no
-others, and values are read by torch's own weights-only reader. Tensors torch reads so by itself.
+torch pickles its index, ``.metadata``, and every value that is not a tensor, and unpickles them without restrictions,
+so a folder that somebody else can write to could run code. Here the index may only use the classes named below, and
+other values are read by torch's weights-only reader. torch already reads tensors that way.
 """
 
 import io
@@ -33,19 +33,19 @@ _INDEX_CLASSES = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-"""All that an index of torch 2.13 is made of, by module: sizes, data types, layouts and where each tensor lies."""
+"""All classes in an index of torch 2.13, by module: sizes, data types, layouts and where each tensor is stored."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, name: str) -> Any:
         is_dtype = module_name == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _INDEX_CLASSES.get(module_name, ()):
-            raise pickle.UnpicklingError(f"its index holds {module_name}.{name}, which no checkpoint of ours does")
+            raise pickle.UnpicklingError(f"its index contains {module_name}.{name}, which our checkpoints don't use")
         return super().find_class(module_name, name)
 
 
 class CheckpointReader(FileSystemReader):
-    """A folder's tensors and their index. Raises UnpicklingError where the index holds anything else."""
+    """Reads a folder's tensors and their index. Raises UnpicklingError if the index contains anything else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with Path(self._get_metadata_path(kwargs.get("rank"))).open("rb") as file:
@@ -56,7 +56,7 @@ class CheckpointReader(FileSystemReader):
 
 
 class CheckpointPlanner(DefaultLoadPlanner):
-    """Values beside the tensors: numbers, text, lists and dicts. Raises UnpicklingError for anything else."""
+    """Reads values other than tensors: numbers, text, lists and dicts. Raises UnpicklingError for anything else."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         place = self.mappings[read_item.dest_index.fqn]

@@ -1,6 +1,6 @@
-"""Held-out accuracy and divergence of a student, from the sequences it wrote greedily. Pure functions.
+"""Held-out accuracy and divergence of a student, from sequences with greedy decoding. Pure functions.
 
-Knows no engine and no tokenizer: how the sequences came about and how ids become text is the caller's.
+Does not depend on an engine or a tokenizer: the caller provides the sequences and turns ids into text.
 """
 
 import re
@@ -15,37 +15,37 @@ from common.sequence import Ids, MixedSequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
-    """One evaluation. None where there is nothing to average."""
+    """Results of one evaluation. None if there is nothing to average."""
 
     num_prompts: int
-    num_answers: int  # prompts whose answer is known
-    accuracy: float | None  # share of those that were answered right
-    mean_divergence: float | None  # nats per token the student proposed
+    num_answers: int  # prompts with a dataset answer
+    accuracy: float | None  # fraction of these that were answered correctly
+    mean_divergence: float | None  # nats per token that the student proposed
     mean_length: float  # new tokens per sequence
 
 
 def evaluate(
     sequences: list[MixedSequence], answer_pattern: re.Pattern[str], decode: Callable[[Ids], str]
 ) -> EvaluationReport:
-    """Summarise sequences the student wrote alone, greedily. ``decode`` must leave special tokens out."""
+    """Evaluate sequences that the student generated alone with greedy decoding. ``decode`` must omit special tokens."""
     assert sequences, "an evaluation needs at least one sequence"
     answered = [sequence for sequence in sequences if sequence.prompt.answer is not None]
     num_right = sum(is_right(sequence, answer_pattern, decode) for sequence in answered)
     divergences = np.concatenate([sequence.divergences for sequence in sequences]).astype(np.float64)
-    judged = divergences[~np.isnan(divergences)]
+    known = divergences[~np.isnan(divergences)]
     return EvaluationReport(
         num_prompts=len(sequences),
         num_answers=len(answered),
         accuracy=num_right / len(answered) if answered else None,
-        mean_divergence=float(judged.mean()) if judged.size else None,
+        mean_divergence=float(known.mean()) if known.size else None,
         mean_length=sum(map(len, sequences)) / len(sequences),
     )
 
 
 def is_right(sequence: MixedSequence, answer_pattern: re.Pattern[str], decode: Callable[[Ids], str]) -> bool:
-    """Whether the completion's answer is the prompt's, but for white space around it.
+    """Whether the completion's answer equals the dataset answer, ignoring white space around it.
 
-    A prompt's answer may be a whole worked solution: where the pattern is found in it, what it finds is compared.
+    The dataset answer may be a whole worked solution. If the pattern matches in it, the match is compared.
     """
     answer = sequence.prompt.answer
     assert answer is not None, f"prompt {sequence.prompt.prompt_id} has no answer"
@@ -54,9 +54,9 @@ def is_right(sequence: MixedSequence, answer_pattern: re.Pattern[str], decode: C
 
 
 def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:
-    """The last match's last group that took part, stripped; the whole match where the pattern has no group.
+    """The last group of the last match that took part in it, stripped; the whole match if the pattern has no group.
 
-    None when the pattern is not found.
+    None if the pattern does not match.
     """
     answer = None
     for match in pattern.finditer(text):
@@ -66,7 +66,7 @@ def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:
 
 
 def compile_answer_pattern(pattern: str, key: str = "evaluation.answer_pattern") -> re.Pattern[str]:
-    """Raises UserError naming the key when it is no regular expression; call it before a run starts."""
+    """The compiled pattern. Raises UserError naming the key for an invalid one. Call it before a run starts."""
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -1,13 +1,13 @@
-"""Learner: the student as it is trained. Mixed sequences in, a step's report out; saved in Hugging Face format.
+"""The learner trains the student: it takes mixed sequences, makes an optimizer step and returns a report.
 
-Owns the model, its optimizer and its learning rate. Knows nothing of prompts, engines or Ray.
-B, S, N, H, V, k as in batch.py and loss.py.
+Owns the model, its optimizer and its learning rate, and saves them. Does not depend on prompts, engines or Ray.
+B, S, N, H, V, k are as in batch.py and loss.py.
 
-The model stays in evaluation mode throughout: dropout would train another distribution than the one the engine samples
-from and the probe compares.
+The model is always in evaluation mode. Dropout would train another distribution than the one that the engine samples
+from and that the probe compares.
 
-Several ranks are as many learners that hold a part of the model each and call every method together, with the same
-arguments. What they return or raise is the same on each, but for an error of one rank's own machine.
+With several ranks, each rank is a Learner that holds a part of the model. All ranks call every method together, with
+the same arguments. Results and errors are the same on each rank, except errors of one rank's own machine.
 """
 
 import errno
@@ -49,23 +49,22 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimizer step. None where a step has no such tokens."""
+    """Measurements of one optimizer step. None if a step has no such tokens."""
 
-    loss: float  # nats per token, weighted as it was trained on
-    loss_student_tokens: float | None  # nats per token the student wrote
-    loss_teacher_tokens: float | None  # nats per token the teacher wrote
-    loss_dataset_tokens: float | None = None  # nats per token of given answers
-    covered_mass: float  # mean probability on the teacher's listed ids
+    loss: float  # nats per token, with the weights used in training
+    loss_student_tokens: float | None  # nats per student token
+    loss_teacher_tokens: float | None  # nats per teacher token
+    loss_dataset_tokens: float | None = None  # nats per dataset answer token
+    covered_mass: float  # mean probability of the teacher's top k
     grad_norm: float  # before clipping
-    learning_rate: float  # with which the step was made
-    num_tokens: int  # new tokens, prompts not counted
+    learning_rate: float  # of this step
+    num_tokens: int  # new tokens, without prompts
     num_micro_batches: int
     seconds: float
 
 
 class Learner:
-    """The student, in float32 master weights, on one device. Default: the GPU that this process sees first, else the
-    CPU."""
+    """The student with float32 master weights on one device, by default the first visible GPU, else the CPU."""
 
     def __init__(
         self,
@@ -94,10 +93,11 @@ class Learner:
         self.scheduler = self._schedule(num_steps_done=0)
 
     def step(self, sequences: list[MixedSequence]) -> StepReport:
-        """One update on the weighted mean loss over all new tokens of these sequences, however they fall into ranks and
-        micro-batches: sum(weight x loss) / sum(weight), the weights by who wrote the token.
+        """One update on the weighted mean loss, sum(weight x loss) / sum(weight), over all new tokens of these
+        sequences. A token's weight depends on its source. The result does not depend on the division into ranks and
+        micro-batches.
 
-        Raises FloatingPointError, before anything is changed, when the loss or the gradient is not finite.
+        Raises FloatingPointError, before anything is changed, if the loss or the gradient is not finite.
         """
         started_s = time.perf_counter()
         division = divide(sequences, self.ranks.num_ranks, self.config.tokens_per_micro_batch, packed=self.packed)
@@ -106,16 +106,16 @@ class Learner:
             for group in division[self.ranks.rank]
         ]
         sources = torch.from_numpy(np.concatenate([sequence.sources for sequence in sequences]))
-        # Where every token has weight 0 the mean is taken to be 0.
+        # If every token has weight 0, the loss is 0.
         total_weight = float(self._token_weights(sources).sum()) or 1.0
         shares = [self._token_weights(micro_batch.sources) / total_weight for micro_batch in micro_batches]
         self.optimizer.zero_grad(set_to_none=True)
         positions = [
             self._backward(micro_batch, share) for micro_batch, share in zip(micro_batches, shares, strict=True)
         ]
-        # Moved once a step: each move waits for all that the device has been given.
+        # Move the results once per step, because each transfer waits for all work queued on the device.
         positions = [position.to(_CPU) for position in positions]
-        self._refuse_broken(micro_batches, positions, len(sources))
+        self._refuse_non_finite(micro_batches, positions, len(sources))
         sums = self.ranks.sum(_sums(micro_batches, shares, positions)).tolist()
         grad_norm = self._clip(sequences)
         learning_rate = float(self.scheduler.get_last_lr()[0])
@@ -139,7 +139,7 @@ class Learner:
         )
 
     def position_losses(self, micro_batch: MicroBatch, shares: Tensor) -> PositionLosses:
-        """The loss of each new token, and their sum with these shares [N], differentiable."""
+        """The loss of each new token, and their differentiable sum weighted with ``shares`` [N]."""
         micro_batch = micro_batch.to(self.device)
         output_layer = self.model.get_output_embeddings()
         assert isinstance(output_layer, nn.Linear), type(output_layer)
@@ -162,15 +162,15 @@ class Learner:
             )
 
     def whole_copy(self) -> PreTrainedModel | None:
-        """The model with no part of it split, to be looked at; None on ranks above 0."""
+        """The unsharded model for the probe; None on ranks above 0."""
         return whole_copy(self.model, self.ranks)
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer in Hugging Face format: whole under that name, or not there at all. An adapter is
-        merged in, and lies beside it in ``adapter`` as peft has it.
+        """Write model and tokenizer in Hugging Face format, atomically. An adapter is merged into the weights, and also
+        saved in ``adapter`` in peft's format.
 
-        A folder of that name is replaced. Rank 0 writes, and holds all weights for it on the CPU. OSError where the
-        disk fails.
+        An existing folder of that name is replaced. Rank 0 writes, and holds all weights on the CPU for that. Raises
+        OSError if the disk fails.
         """
         weights = whole_weights(self.model, self.ranks)
         if self.ranks.rank != 0:
@@ -181,7 +181,7 @@ class Learner:
             self.model.save_pretrained(unfinished, state_dict=merged_weights(self.model, weights))
             if self.adapter is not None:
                 self.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
-        except SafetensorError as error:  # no OSError, though a full disk is what it says
+        except SafetensorError as error:  # not an OSError, even if the disk is full
             number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
             raise OSError(number, f"can't write: {error}", str(unfinished)) from error
         self.tokenizer.save_pretrained(unfinished)
@@ -193,14 +193,14 @@ class Learner:
         fsync(folder.parent)
 
     def save_state(self, folder: Path) -> None:
-        """Write all that the next step depends on into ``folder``, each rank its part. OSError where the disk fails."""
+        """Write all state that the next step depends on, each rank its part. Raises OSError if the disk fails."""
         save_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict(), self.ranks)
 
     def load_state(self, folder: Path) -> None:
-        """Go on where ``save_state`` left off: the same sequences then give the same weights bit for bit."""
+        """Restore what ``save_state`` wrote. The same sequences then give bitwise the same weights."""
         scheduler = load_tensors(folder, self.model, self.optimizer, self.scheduler.state_dict(), self.ranks)
         self.scheduler.load_state_dict(scheduler)
-        # Anew, for trainer.num_steps may have changed, and the next step's learning rate with it.
+        # Rebuilt, because trainer.num_steps may have changed, which changes the next step's learning rate.
         self.scheduler = self._schedule(num_steps_done=self.scheduler.last_epoch)
 
     def _schedule(self, *, num_steps_done: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -209,7 +209,7 @@ class Learner:
         )
 
     def _load(self, student: str, *, trust_remote_code: bool) -> PreTrainedModel:
-        """The student, whole or this rank's part of it. Only rank 0 reads the weights."""
+        """The student, unsharded or this rank's shard of it. Only rank 0 reads the weights."""
         if self.ranks.rank == 0:
             model = load_pretrained(student, trust_remote_code=trust_remote_code).eval()
         else:
@@ -228,7 +228,7 @@ class Learner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _token_weights(self, sources: Tensor) -> Tensor:
-        """[N] float64. How much each new token counts, by who wrote it."""
+        """[N] float64. Weight of each new token in the loss, by its source."""
         by_source = torch.zeros(len(TokenSource), dtype=torch.float64)
         by_source[TokenSource.STUDENT] = self.config.student_token_weight
         by_source[TokenSource.TEACHER] = self.config.teacher_token_weight
@@ -236,15 +236,17 @@ class Learner:
         return by_source[sources.long()]
 
     def _backward(self, micro_batch: MicroBatch, shares: Tensor) -> PositionLosses:
-        """Add this micro-batch's share of the step's gradient. The losses come back detached."""
+        """Add this micro-batch's part of the step's gradient. The returned losses are detached."""
         positions = self.position_losses(micro_batch, shares)
         positions.total.backward()  # type: ignore[no-untyped-call]
         return positions.detached()
 
-    def _refuse_broken(self, micro_batches: list[MicroBatch], positions: list[PositionLosses], num_tokens: int) -> None:
+    def _refuse_non_finite(
+        self, micro_batches: list[MicroBatch], positions: list[PositionLosses], num_tokens: int
+    ) -> None:
         """Drop the gradient and name the sequences if any rank has a loss that is not finite.
 
-        Once a step, and not as it is seen: a rank that left off alone would leave the others waiting.
+        Checked once per step on all ranks together. If one rank stopped alone, the others would wait for it.
         """
         names = [
             micro_batch.sequence_id_of(token)
@@ -258,7 +260,7 @@ class Learner:
             )
 
     def _clip(self, sequences: list[MixedSequence]) -> float:
-        """Scale the gradient down to max_grad_norm; its norm before, over all ranks' parts."""
+        """Scale the gradient down to max_grad_norm. Returns its norm before scaling, over all ranks."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
         grad_norm = float(norm)
@@ -274,9 +276,7 @@ class Learner:
 
 
 def make_optimizer(model: nn.Module, config: Trainer) -> torch.optim.AdamW:
-    """AdamW, on a GPU in one kernel. Weight decay is for matrices; biases and norms go without, as in the Hugging Face
-    Trainer.
-    """
+    """AdamW, fused on a GPU. Weight decay is for matrices, not for biases and norms, as in the Hugging Face Trainer."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -291,7 +291,7 @@ def make_optimizer(model: nn.Module, config: Trainer) -> torch.optim.AdamW:
 
 
 def learning_rate_factor(step: int, config: Trainer) -> float:
-    """Share of the peak for a step counted from 0: up over warmup_steps, flat, down to 0 over the last decay_fraction.
+    """Learning rate of a step (counted from 0) as a fraction of the peak: linear warm-up, constant, linear decay.
 
     Exactly the first warmup_steps and the last decay_fraction * num_steps steps are below the peak, and none is at 0.
     """
@@ -302,9 +302,9 @@ def learning_rate_factor(step: int, config: Trainer) -> float:
 
 
 def learner_device(wanted: Literal["cpu", "cuda"] | None = None) -> torch.device:
-    """The device that is wanted. Default: the GPU that this process sees first, else the CPU.
+    """The given device. Default: the first GPU that this process sees, else the CPU.
 
-    Raises UserError where a GPU is wanted and torch sees none: a learner would train on the CPU without a word.
+    Raises UserError if a GPU is wanted and torch sees none. Otherwise the learner would silently train on the CPU.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         if torch.version.cuda is None:
@@ -320,14 +320,14 @@ def learner_device(wanted: Literal["cpu", "cuda"] | None = None) -> torch.device
 
 
 def driver_for(cuda_version: str) -> str:
-    """The NVIDIA driver that a version of CUDA needs, in words."""
+    """The NVIDIA driver that a CUDA version needs, as text for an error message."""
     if cuda_version.startswith("13."):
         return f"an NVIDIA driver 580 or newer, for CUDA {cuda_version}"
     return f"an NVIDIA driver that supports CUDA {cuda_version}"
 
 
 def _sums(micro_batches: list[MicroBatch], shares: list[Tensor], positions: list[PositionLosses]) -> Tensor:
-    """[number of sources + 2] float64. Losses by who wrote the token; weighted loss; covered mass."""
+    """[number of sources + 2] float64. Sum of losses for each source, weighted loss, and sum of the covered mass."""
     losses = torch.cat([position.losses for position in positions]).double()
     covered_mass = torch.cat([position.covered_mass for position in positions]).double()
     sources = torch.cat([micro_batch.sources for micro_batch in micro_batches]).long()

@@ -1,10 +1,10 @@
-"""START HERE for training. The whole run on one page: prompts -> collect -> train -> sync -> probe -> evaluate.
+"""START HERE for training. The whole run in one file: prompts -> collect -> train -> sync -> probe -> evaluate.
 
     PromptStream --prompts--> Rollouts --mixed sequences--> Learner --weights--> the student engines behind Rollouts
 
-Owns the order of these steps, and how far rollouts may run ahead of training. It returns measurements; showing and
-storing them, checkpoints included, is the caller's. Knows neither Ray nor vLLM: ``trainer/actors.py`` and the rollout
-server's actors stand behind the two protocols.
+Owns the order of these steps, and how far rollouts may run ahead of training. It returns measurements; the caller
+shows and stores them, and writes checkpoints. Does not depend on Ray or vLLM: ``trainer/actors.py`` and the rollout
+server's actors implement the two protocols.
 """
 
 import re
@@ -24,15 +24,13 @@ from trainer.evaluate import evaluate
 from trainer.learner import StepReport
 from trainer.probe_statistics import ProbeReport
 from trainer.prompts import PromptStream
-from trainer.reports import Batch, Collected, Evaluated, StepDone, SyncReport, Trained, staleness, summarise
+from trainer.reports import Batch, Collected, Evaluated, StepDone, SyncReport, Trained, staleness, summarize
 
-_MAX_PROBE_TOKENS = 256  # of a text: the learner reads it in float32, and a few hundred positions tell enough
+_MAX_PROBE_TOKENS = 256  # per text; the learner scores it in float32, and a few hundred positions are enough
 
 
 class Rollouts(Protocol):
-    """The rollout server, as the loop sees it. ``kept`` are sequences of the step that are already there, for its
-    trace.
-    """
+    """The rollout server, as the loop uses it. ``kept`` sequences of the step were collected before, for its trace."""
 
     def collect(
         self, prompts: Sequence[Prompt], step: int, kept: Sequence[MixedSequence] = ()
@@ -42,7 +40,7 @@ class Rollouts(Protocol):
 
 
 class Learner(Protocol):
-    """The learner, as the loop sees it."""
+    """The learner, as the loop uses it."""
 
     async def step(self, references: Sequence[Any]) -> StepReport: ...
     async def sync(self, version: WeightVersion) -> None: ...
@@ -53,12 +51,12 @@ class Learner(Protocol):
 
 
 class StaleSequences(RuntimeError):
-    """Sequences came back too old a second time: an engine does not hold the weights it was sent. Stops the run."""
+    """Sequences were too old a second time: an engine does not hold the weights that it was sent. Ends the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """What evaluation needs."""
+    """Prompts and settings of the evaluation."""
 
     prompts: Sequence[Prompt]
     every_steps: int
@@ -68,10 +66,12 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Where the run begins. Past step 0 the learner holds that step's weights and the engines do not yet."""
+    """The step at which the run begins. Unless it is 0, the learner already holds its weights, but the engines do
+    not.
+    """
 
     step: int = 0
-    ahead: Batch | None = None  # the next step's sequences, where they had been collected already
+    ahead: Batch | None = None  # the next step's sequences, if they were collected already
 
 
 BEGINNING = Start()
@@ -87,19 +87,19 @@ async def distill(
     num_probe_prompts: int,
     start: Start = BEGINNING,
 ) -> AsyncGenerator[Trained | Evaluated | StepDone, None]:
-    """Train up to step ``config.num_steps``, yielding each step's and each evaluation's measurements as they are made.
+    """Train up to step ``config.num_steps``. Yields each step's and each evaluation's measurements as they are made.
 
-    The weights after step n are weight version n. With ``max_staleness`` 0 a step's sequences are written by the
-    weights of the step before. With 1 the next step's are written while this one trains, and are whole before the
-    new weights go out: no sequence is torn between two versions, rollouts are never more than one step ahead, and
-    nothing is under way whenever this yields. A step without sequences trains nothing.
+    The weights after step n are weight version n. With ``max_staleness`` 0, the weights of the previous step generate
+    a step's sequences. With 1, the next step's sequences are generated while this one trains, and are complete before
+    the new weights are sent. So no sequence mixes two versions, rollouts are at most one step ahead, and nothing is
+    running when this yields. A step without sequences trains nothing.
 
-    Raises what the rollouts, the learner or the probe raise, and StaleSequences; closing the iterator ends what is
-    being written.
+    Raises the errors of the rollouts, the learner and the probe, and StaleSequences. Closing the iterator stops the
+    sequences that are being generated.
     """
     if start.step > 0:
         probe_texts = probe_texts_of(prompts.peek(num_probe_prompts))
-        await _synchronise(rollouts, learner, version=start.step, probe_texts=probe_texts)
+        await _synchronize(rollouts, learner, version=start.step, probe_texts=probe_texts)
     elif held_out is not None:
         yield await _evaluate(rollouts, held_out, step=0)
     batch = start.ahead
@@ -109,11 +109,11 @@ async def distill(
         batch = await _refuse_stale(batch, rollouts, step=step, max_staleness=config.max_staleness)
 
         ahead: Batch | None = None
-        if not batch.items:  # every prompt of it is set aside: the weights stay as they are
+        if not batch.items:  # all its prompts are quarantined, so the weights stay the same
             await learner.sync(step)
         else:
             probe_texts = [_probe_text(sequence) for sequence in batch.sequences[:num_probe_prompts]]
-            reading_s = await _read_before_step(rollouts, learner, probe_texts)
+            scoring_s = await _score_before_step(rollouts, learner, probe_texts)
             references = [item.reference for item in batch.items]
             if config.max_staleness > 0 and step < config.num_steps:
                 next_prompts = prompts.take(config.prompts_per_step)
@@ -121,8 +121,8 @@ async def distill(
             else:
                 training = await learner.step(references)
 
-            sync = await _synchronise(rollouts, learner, version=step, probe_texts=probe_texts, reading_s=reading_s)
-            yield Trained(step=step, rollout=summarise(batch, version=step - 1), training=training, sync=sync)
+            sync = await _synchronize(rollouts, learner, version=step, probe_texts=probe_texts, scoring_s=scoring_s)
+            yield Trained(step=step, rollout=summarize(batch, version=step - 1), training=training, sync=sync)
 
         if held_out is not None and (step % held_out.every_steps == 0 or step == config.num_steps):
             yield await _evaluate(rollouts, held_out, step=step)
@@ -133,7 +133,7 @@ async def distill(
 async def _collect(
     rollouts: Rollouts, prompts: Sequence[Prompt], *, step: int, kept: Sequence[MixedSequence] = ()
 ) -> Batch:
-    """The prompts' sequences, in the order of the prompts and not of arrival: the same sequences give the same step."""
+    """The prompts' sequences, sorted by prompt and not by arrival, so that the same sequences give the same step."""
     started_s = time.perf_counter()
     collected: list[Collected] = []
     async with aclosing(rollouts.collect(prompts, step, kept)) as sequences:
@@ -143,7 +143,7 @@ async def _collect(
 
 
 async def _refuse_stale(batch: Batch, rollouts: Rollouts, *, step: int, max_staleness: int) -> Batch:
-    """The batch, with the sequences that are too old to be trained in this step collected again, once."""
+    """The batch, after sequences that are too old for this step were collected again, once."""
 
     def is_stale(item: Collected) -> bool:
         return (staleness(item.sequence, step - 1) or 0) > max_staleness
@@ -166,26 +166,26 @@ async def _refuse_stale(batch: Batch, rollouts: Rollouts, *, step: int, max_stal
     )
 
 
-async def _read_before_step(rollouts: Rollouts, learner: Learner, probe_texts: Sequence[Ids]) -> float:
-    """Have both sides read the probe texts with the old weights, for the check after the sync. The seconds it took."""
+async def _score_before_step(rollouts: Rollouts, learner: Learner, probe_texts: Sequence[Ids]) -> float:
+    """Score the probe texts on both sides with the old weights, for the check after the sync. Returns the seconds."""
     started_s = time.perf_counter()
     await learner.read_probe(probe_texts, await rollouts.probe(probe_texts))
     return time.perf_counter() - started_s
 
 
-async def _synchronise(
+async def _synchronize(
     rollouts: Rollouts,
     learner: Learner,
     *,
     version: WeightVersion,
     probe_texts: Sequence[Ids],
-    reading_s: float = 0.0,
+    scoring_s: float = 0.0,
 ) -> SyncReport:
-    """Bring the learner's weights to the student engines and check that they hold them."""
+    """Send the learner's weights to the student engines and check that they hold them."""
     started_s = time.perf_counter()
     await learner.sync(version)
     probe = await learner.check_probe(probe_texts, await rollouts.probe(probe_texts))
-    return SyncReport(version=version, seconds=reading_s + time.perf_counter() - started_s, probe=probe)
+    return SyncReport(version=version, seconds=scoring_s + time.perf_counter() - started_s, probe=probe)
 
 
 async def _evaluate(rollouts: Rollouts, held_out: HeldOut, *, step: int) -> Evaluated:
@@ -199,13 +199,13 @@ def _sequence_id(item: Collected) -> str:
 
 
 def _probe_text(sequence: MixedSequence) -> Ids:
-    """[P + T - 1] Prompt and new tokens but the last: reading a text predicts one more token, for which a sequence that
-    fills the context leaves no room.
+    """[P + T - 1] Prompt and new tokens without the last. Scoring a text predicts one more token, and a sequence that
+    fills the context has no room for it.
     """
     text: Ids = np.concatenate([sequence.prompt.token_ids, sequence.token_ids[:-1]])[:_MAX_PROBE_TOKENS]
     return text
 
 
 def probe_texts_of(prompts: Sequence[Prompt]) -> list[Ids]:
-    """Each prompt once, however many samples of it are wanted."""
+    """The tokens of each prompt, once even if it has several samples."""
     return [prompt.token_ids[:_MAX_PROBE_TOKENS] for prompt in prompts if prompt.sample_index == 0]

@@ -1,9 +1,9 @@
-"""Low-rank additions to the student's linear layers (LoRA, arXiv 2106.09685), by peft, and what others see of them.
+"""Low-rank adapters on the student's linear layers (LoRA, arXiv 2106.09685), with peft, and how they are merged.
 
-A layer's weight is then frozen + scale * B @ A, and only A and B are trained. Engines and saved students get that sum
-under the weight's own name, computed one weight at a time; neither ever sees an adapter. Knows nothing of either.
+A layer's weight is frozen + scale * B @ A, and only A and B are trained. Engines and saved students get this sum under
+the weight's own name, computed one weight at a time; neither ever gets an adapter. Does not depend on either.
 
-An adapted layer is told by its ``lora_A``: a run without adapters never imports peft.
+An adapted layer is recognized by its ``lora_A``, so a run without adapters never imports peft.
 """
 
 from collections.abc import Mapping
@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 from common.config import LoRA
 from common.errors import UserError
 
-ADAPTER = "default"  # peft's name for the one adapter there is
+ADAPTER = "default"  # peft's name of the only adapter
 KEY = "trainer.lora.target_modules"
 
 
 def add_adapter(model: PreTrainedModel, config: LoRA) -> Any:
-    """Put an adapter that changes nothing yet into the model, in place, and freeze the rest. peft's view of the model.
+    """Add an adapter to the model, in place, and freeze the other weights. Returns peft's wrapper of the model.
 
-    Raises UserError for target modules that are not there or can't be adapted. B starts at 0, A random.
+    The adapter changes nothing at first: B starts at 0, A is random. Raises UserError for target modules that don't
+    exist or can't have an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -38,7 +39,7 @@ def add_adapter(model: PreTrainedModel, config: LoRA) -> Any:
 
 
 def _target_names(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list[str]:
-    """Full names of the linear layers that are meant. The output layer is none: the loss differentiates it itself."""
+    """Full names of the target layers. The output layer can't be one, because the loss differentiates it itself."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     inner = [name for name in linears if name != head]
@@ -50,28 +51,30 @@ def _target_names(model: PreTrainedModel, wanted: str | tuple[str, ...]) -> list
     for target in wanted:
         matching = [name for name in linears if name == target or name.endswith(f".{target}")]
         if head in matching:
-            raise UserError(f"{KEY}: got {target!r}, the output layer, which the loss reads itself; leave it out")
+            raise UserError(f"{KEY}: got {target!r}, the output layer, which the loss computes itself; leave it out")
         if not matching:
             known = sorted({name.rpartition(".")[2] for name in inner})
-            raise UserError(f"{KEY}: {target!r} is no linear layer of {type(model).__name__}, expected some of {known}")
+            raise UserError(
+                f"{KEY}: {target!r} is not a linear layer of {type(model).__name__}, expected some of {known}"
+            )
         chosen.update(matching)
     return [name for name in inner if name in chosen]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The layer behind each adapted weight, by the weight's name in a checkpoint. Empty without an adapter."""
+    """The layer of each adapted weight, by the weight's name in a checkpoint. Empty without an adapter."""
     return {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
-    """[out, in] The frozen weight + scale * B @ A, a new tensor."""
+    """[out, in] The frozen weight + scale * B @ A, as a new tensor."""
     merged: Tensor = layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
     return merged
 
 
 def checkpoint_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict's tensors under a checkpoint's names: no adapter, and adapted weights as they are frozen."""
+    """A state dict's tensors under a checkpoint's names, without adapters. Adapted weights have their frozen values."""
     modules = {name.removesuffix(".weight") for name in adapted_layers(model)}
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -84,7 +87,7 @@ def checkpoint_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
 
 
 def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as a checkpoint has it, adapters merged in. Only adapted weights take room, on the CPU."""
+    """A state dict with a checkpoint's names and merged adapters. Only adapted weights are copied, to the CPU."""
     layers = adapted_layers(model)
     return {
         name: merged_weight(layers[name]).cpu() if name in layers else tensor
@@ -94,9 +97,9 @@ def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
 
 @torch.no_grad()
 def parameters_for(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other way: values for the model's own parameters under which it behaves as a checkpoint's merged weights do.
+    """The inverse: values for the model's own parameters that give the same model as a checkpoint's merged weights.
 
-    The adapter stays as it is; what it adds is taken off the frozen weight.
+    The adapter is not changed; the product that it adds is subtracted from the frozen weight.
     """
     values: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     layers = adapted_layers(model)

@@ -1,17 +1,17 @@
-"""The distillation loss on the teacher's k ids and one bucket for the rest, a chunk of positions at a time.
+"""The distillation loss on the teacher's top k and one bucket for the rest, one chunk of positions at a time.
 
-N = positions, C = positions of one chunk, H = hidden size, V = the student's (padded) vocabulary,
-k = the teacher's list, M = k + 1 buckets: the listed ids and the tail. Losses are in nats, but for TVD: a probability.
+N = positions, C = positions of one chunk, H = hidden size, V = the student's (padded) vocabulary size, k = the
+teacher's listed ids, M = k + 1 buckets: the listed ids and the tail. Losses are in nats; TVD is a probability.
 
-The student's full logits are at hand, so its tail is exact and so is the divergence on these k + 1 buckets. It is a
-lower bound of the full-vocabulary one, and equal to it when k is the vocabulary (there is no tail then).
+The student's full logits are available, so its tail and the divergence on these k + 1 buckets are exact. The divergence
+is a lower bound of the full-vocabulary one, and equal to it if k is the vocabulary size, where there is no tail.
 
-With x the logits, s those of the listed ids and r the logsumexp of all others, the student's log-probs on the buckets
-are log_softmax([s, r]): every digit of a small tail is kept, and one pass over the vocabulary finds r. By the chain
-rule d loss / d x_v is d loss / d s for a listed id, and d loss / d r times exp(x_v - r) for any other. So a chunk's
-gradient is known as soon as its loss is, and is carried on to the hidden states and the output layer at once, as in
-Liger's fused linear cross-entropy (arXiv 2410.10989): logits are computed once, exist for one chunk only and are
-overwritten by their gradient.
+Let x be the logits, s the logits of the listed ids, and r the logsumexp of all others. The student's log-probs on the
+buckets are log_softmax([s, r]). This keeps full precision for a small tail, and computing r takes one pass over the
+vocabulary. By the chain rule d loss / d x_v is d loss / d s for a listed id, and d loss / d r times exp(x_v - r) for
+any other. So the gradient of a chunk is computed together with its loss and propagated to the hidden states and the
+output layer at once, as in Liger's fused linear cross-entropy (arXiv 2410.10989). Logits are computed once, are in
+memory for one chunk only, and are overwritten by their gradient.
 """
 
 from dataclasses import dataclass, replace
@@ -26,18 +26,18 @@ from common.divergence import divergence
 from trainer.sharding import whole
 
 SMALLEST_TAIL = 1e-7
-"""The teacher's tail is never taken to be less: below, 1 - sum(p) is float32 noise, and log 0 would make the reverse KL
-infinite wherever the list happens to add up to 1."""
+"""Lower limit of the teacher's tail. Below it, 1 - sum(p) is float32 rounding noise, and log 0 would make the reverse
+KL infinite wherever the list sums to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Targets:
-    """What the student is trained towards at each position. No gradient flows into it."""
+    """The targets of the student at each position. They get no gradient."""
 
-    token_ids: Tensor  # [N] int64. The token as it was written
+    token_ids: Tensor  # [N] int64. The token in the sequence
     teacher_ids: Tensor  # [N, k] int64
     teacher_logprobs: Tensor  # [N, k] nats
-    weights: Tensor  # [N] of each position's loss in the sum
+    weights: Tensor  # [N] weight of each position's loss in the sum
 
     def __post_init__(self) -> None:
         assert self.teacher_ids.shape == self.teacher_logprobs.shape, self.teacher_ids.shape
@@ -47,21 +47,21 @@ class Targets:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PositionLosses:
-    """What the loss knows of each position, and the sum that is to be differentiated."""
+    """The losses of all positions, and their weighted sum, which is differentiable."""
 
     total: Tensor  # [] sum of weight x loss, differentiable once
     losses: Tensor  # [N] nats, not weighted, no gradient
-    covered_mass: Tensor  # [N] probability of the teacher on the listed ids that the student has, at most 1
+    covered_mass: Tensor  # [N] teacher's probability of the listed ids in the student's vocabulary, at most 1
 
     def __post_init__(self) -> None:
         assert self.losses.shape == self.covered_mass.shape, (self.losses.shape, self.covered_mass.shape)
 
     def detached(self) -> "PositionLosses":
-        """The same, without the way back."""
+        """A copy whose ``total`` is detached from the graph."""
         return replace(self, total=self.total.detach())
 
     def to(self, device: torch.device) -> "PositionLosses":
-        """The same on a device."""
+        """A copy on a device."""
         return PositionLosses(
             total=self.total.to(device), losses=self.losses.to(device), covered_mass=self.covered_mass.to(device)
         )
@@ -70,12 +70,12 @@ class PositionLosses:
 def distillation_losses(
     hidden_NH: Tensor, output_layer: nn.Linear, targets: Targets, kind: Loss, positions_per_chunk: int
 ) -> PositionLosses:
-    """Loss of the student at each position, and their weighted sum.
+    """Loss of the student at each position, and the weighted sum of the losses.
 
-    The gradient is made here, on the way forward, for weights that are therefore fixed: ``total`` may be scaled
-    afterwards, its parts may not, and the gradient can't be differentiated again. Under autocast the matrix products
-    are in its dtype; the softmax is in float32 or better, the sum over chunks in the parameter's own dtype. An output
-    layer that is split over the learner's ranks is gathered here: then this is a collective.
+    The gradient is computed in the forward pass, so the weights are fixed there: ``total`` may be scaled afterwards,
+    its parts may not, and the gradient can't be differentiated again. Under autocast the matrix products use its dtype.
+    The softmax is in float32 or better, and the sum over chunks in the parameter's own dtype. An output layer that is
+    sharded over the learner's ranks is gathered here, so this is a collective then.
     """
     assert positions_per_chunk >= 1, positions_per_chunk
     device = hidden_NH.device.type
@@ -87,7 +87,7 @@ def distillation_losses(
     covered_mass_N = log_p_NM[:, :-1].exp().sum(dim=-1).clamp(max=1.0)
     ids_Nk, divergence_kind = targets.teacher_ids, kind
     if isinstance(kind, CrossEntropy):
-        # The forward KL from a distribution that has all its mass on the token.
+        # Cross-entropy is the forward KL from a distribution with all its mass on the token.
         ids_Nk, divergence_kind = targets.token_ids[:, None], ForwardKL()
         log_p_NM = torch.zeros_like(log_p_NM[:, :2])
         log_p_NM[:, 1] = -torch.inf
@@ -108,8 +108,9 @@ def distillation_losses(
 def teacher_buckets(teacher_ids_Nk: Tensor, teacher_logprobs_Nk: Tensor, vocabulary_size: int) -> Tensor:
     """[N, M] log-probs of the listed ids and of the tail.
 
-    An id past the student's vocabulary (the teacher's padding is longer) is an empty bucket; its mass joins the tail.
-    Where the list holds the student's whole vocabulary the tail is empty: what is missing to 1 is rounding.
+    An id beyond the student's vocabulary (the teacher's padding is longer) becomes an empty bucket, and its mass is
+    added to the tail. If the list contains the student's whole vocabulary, the tail is empty: the difference to 1 is
+    rounding.
     """
     known_Nk = teacher_ids_Nk < vocabulary_size
     has_tail_N1 = known_Nk.sum(dim=-1, keepdim=True) < vocabulary_size
@@ -119,12 +120,12 @@ def teacher_buckets(teacher_ids_Nk: Tensor, teacher_logprobs_Nk: Tensor, vocabul
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Half-precision logits as float32: a softmax over a large vocabulary needs it. Float64 stays."""
+    """Half-precision logits as float32, which a softmax over a large vocabulary needs. Float64 stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """(hidden states, output layer) -> (sum of weight x divergence, divergences [N]), gradients made going forward."""
+    """(hidden states, output layer) -> (sum of weight x divergence, divergences [N]), with gradients from forward."""
 
     @staticmethod
     def forward(
@@ -139,7 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
         positions_per_chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = hidden_NH.dtype
-        compute_weight_VH = weight_VH.to(dtype)  # once, not once a chunk
+        compute_weight_VH = weight_VH.to(dtype)  # once, not per chunk
         compute_bias_V = None if bias_V is None else bias_V.to(dtype)
         grads = [
             torch.zeros_like(tensor) if tensor is not None and needs_grad else None
@@ -163,7 +164,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_hidden_NH[rows] = grad_logits_CV @ compute_weight_VH
             if grad_weight_VH is not None:
                 _add_product(grad_weight_VH, grad_logits_CV.T, hidden_NH[rows])
-            del grad_logits_CV  # or it would be there beside the next chunk's logits
+            del grad_logits_CV  # frees it before the next chunk's logits are allocated
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(losses_N)
         return (weights_N * losses_N).sum(), losses_N
@@ -171,7 +172,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # The usual factor is 1, and the output layer's gradient is too large to copy for nothing.
+        # The factor is usually 1. The output layer's gradient is large, so an unneeded copy is avoided.
         is_one = bool(grad_total == 1.0)
         grads = [grad if grad is None or is_one else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
         return *grads, None, None, None, None, None
@@ -180,10 +181,10 @@ class _ChunkedLoss(torch.autograd.Function):
 def _losses_and_gradient(
     logits_CV: Tensor, ids_Ck: Tensor, log_p_CM: Tensor, weights_C: Tensor, kind: Divergence
 ) -> tuple[Tensor, Tensor]:
-    """[C] losses, and [C, V] the gradient of their weighted sum, which takes the place of the logits."""
+    """[C] losses, and [C, V] gradient of their weighted sum, which overwrites the logits."""
     known_Ck = ids_Ck < logits_CV.shape[-1]
-    # Ids the student lacks point at one it has, listed first by the teacher, so that gather and scatter stay in range.
-    # A row that has none may point anywhere: all its mass is the tail's, and loss and gradient are 0.
+    # Ids that the student lacks are replaced by the row's first id that it has, to keep gather and scatter in range.
+    # A row without such an id may use any id: all its mass is in the tail, and its loss and gradient are 0.
     first_known_C1 = ids_Ck.gather(1, known_Ck.to(torch.uint8).argmax(dim=-1, keepdim=True))
     ids_Ck = ids_Ck.where(known_Ck, first_known_C1).clamp(max=logits_CV.shape[-1] - 1)
     listed_Ck = logits_CV.gather(1, ids_Ck).where(known_Ck, -torch.inf)
@@ -206,7 +207,7 @@ def _losses_and_gradient(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in place; the sum in total's own dtype."""
+    """total += left @ right, in place. The sum is in total's own dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

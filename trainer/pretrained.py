@@ -1,4 +1,4 @@
-"""Models and tokenizers in Hugging Face format: loaded, or refused with the key that names them. No training here."""
+"""Loads models and tokenizers in Hugging Face format, and refuses unsupported ones with the key that names them."""
 
 from pathlib import Path
 from typing import Literal
@@ -12,13 +12,14 @@ from transformers.utils import is_flash_attn_2_available
 
 from common.errors import UserError, one_line
 
-# Names under which Hugging Face configs keep a tanh on the logits. Small logits pass it almost unchanged, so that the
-# self-check alone would miss it on a model that has not learned much.
+# Names of a tanh on the logits in Hugging Face configs. It changes small logits very little, so the self-check alone
+# would miss it on a model with little training.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 _LEAK = 0.25
-"""A neighbor that is seen moves the states by 0.8 to 1.4 of their own spread, root mean square, and bfloat16 by 0.01 to
-0.06 (docs/decisions/2026-11-27-bfloat16.md). The largest state says nothing: bfloat16 moves it by 2."""
+"""A visible neighbor changes the states by 0.8 to 1.4 of their own spread, root mean square; bfloat16 changes them
+by 0.01 to 0.06 (docs/decisions/2026-11-27-bfloat16.md). The largest state is no measure, because bfloat16 changes it
+by 2."""
 
 
 def load_tokenizer(
@@ -33,7 +34,7 @@ def load_tokenizer(
 
 
 def load_pretrained(name: str, *, key: str = "models.student", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder or hub name, in float32, from safetensors alone. Raises UserError naming the key, also when
+    """The model of a folder or hub name, in float32, only from safetensors. Raises UserError naming the key, also if
     weights are missing.
     """
     _refuse_missing_folder(name, key)
@@ -54,7 +55,7 @@ def load_pretrained(name: str, *, key: str = "models.student", trust_remote_code
 
 
 def _refuse_missing_folder(name: str, key: str) -> None:
-    """Report a path that is not there at once; only what can be a hub name is looked up there."""
+    """Refuse a missing path at once, so that only possible hub names are looked up on the hub."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -69,22 +70,22 @@ def _unloadable(name: str, key: str, what: str, error: Exception) -> UserError:
 
 
 def load_outline(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The same model with no weights (parameters on ``meta``, buffers as they are), to be filled by another rank.
+    """The same model without weights (parameters on ``meta``, buffers with their values), for another rank to fill.
 
-    Only called where another process loads the same name, and reports what is wrong with it.
+    Only called if another process loads the same name and reports its errors.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    model.tie_weights()  # moving to ``meta`` took them apart
+    model.tie_weights()  # moving to ``meta`` untied them
     return model
 
 
 def use_packing(model: PreTrainedModel, wanted: Literal["auto"] | bool, dtype: str) -> bool:
-    """Whether sequences share a row, and flash attention switched on where that is how: it computes in half precision,
-    and finds where a sequence ends by the position ids. Other attention gets a mask.
+    """Whether sequences share a row. Switches flash attention on if it is used for that. It computes in half precision
+    and finds the end of a sequence from the position ids; other attention gets a mask.
     """
     flash = dtype == "bfloat16" and is_flash_attn_2_available() and bool(getattr(model, "_supports_flash_attn", False))
     if flash and wanted is not False:
@@ -98,7 +99,7 @@ def hidden_states(
     attention_mask_BS: Tensor | None,
     position_ids_BS: Tensor | None = None,
 ) -> Tensor:
-    """[B, S, H] What the output layer is applied to. Without a mask, a position id of 0 begins another sequence."""
+    """[B, S, H] Inputs of the output layer. Without a mask, a position id of 0 starts a new sequence."""
     positions = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
     states: Tensor = model.base_model(
         input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **positions
@@ -108,8 +109,8 @@ def hidden_states(
 
 @torch.no_grad()
 def refuse_leaking_rows(model: PreTrainedModel, key: str = "trainer.packing") -> None:
-    """Raise UserError unless a sequence that is packed behind another has the states that it has alone: a model that
-    pays no heed to position ids would let it see its neighbour without a word.
+    """Raise UserError unless a packed sequence has the same states as it has alone. A model that ignores position ids
+    would silently let a sequence attend to its neighbor.
     """
     ids_1S = (torch.arange(12, device=model.device) % model.config.get_text_config().vocab_size)[None]
     positions_1S = (torch.arange(12, device=model.device) % 6)[None]
@@ -118,16 +119,16 @@ def refuse_leaking_rows(model: PreTrainedModel, key: str = "trainer.packing") ->
     moved, spread = (packed_SH[6:] - alone_SH).float().square().mean().sqrt(), alone_SH.float().std()
     if float(moved) > _LEAK * float(spread):
         raise UserError(
-            f"{key}: {type(model).__name__} lets packed sequences see each other, expected position ids that keep them "
-            "apart; set it to false"
+            f"{key}: {type(model).__name__} lets packed sequences attend to each other, expected position ids to "
+            "separate them; set it to false"
         )
 
 
 @torch.no_grad()
 def refuse_changed_logits(model: PreTrainedModel, key: str = "models.student") -> None:
-    """Raise UserError unless the model's logits are its output layer applied to its last hidden states, as the loss has
-    it: soft-capped, scaled or cut logits would be trained wrongly without a word. The loss differentiates that layer
-    itself, so it must be a plain ``torch.nn.Linear``.
+    """Raise UserError unless the model's logits are its output layer applied to its last hidden states, as the loss
+    assumes. Logits that are soft-capped, scaled or truncated would silently be trained wrongly. The loss differentiates
+    the output layer itself, so it must be a plain ``torch.nn.Linear``.
     """
     output_layer = model.get_output_embeddings()
     if not isinstance(output_layer, nn.Linear):
@@ -153,6 +154,6 @@ def refuse_changed_logits(model: PreTrainedModel, key: str = "models.student") -
 
 
 def listed(names: list[str], limit: int = 8) -> str:
-    """The first few names, and how many more."""
+    """The first few names, and the number of others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

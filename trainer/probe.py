@@ -1,12 +1,12 @@
-"""The probe around a weight sync: does the student engine hold the weights it was sent? If not, which are old?
+"""The probe at a weight sync: does the student engine hold the weights that it was sent, and if not, which are old?
 
-A sync that goes wrong raises nothing: a head that was left out, a stale prefix cache or a wrong dtype shows only in the
-engine's log-probs. So they are compared with the learner's on a few texts, in two ways:
+A failed sync raises no error. A missing output layer, a stale prefix cache or a wrong dtype shows only in the engine's
+log-probs. So the probe compares them with the learner's on a few texts, in two ways:
 
-- how far they are apart, against what they differed by at the start, where both held the same weights;
-- how they changed, against how the learner's changed: read before the step and again after the sync.
+- the difference between the two, relative to the difference at the start, when both held the same weights;
+- the change of the engine's log-probs over a step, relative to the change of the learner's.
 
-The first catches what is far off, the second an engine that missed one step. Knows neither vLLM nor Ray.
+The first finds large errors, the second an engine that missed one step. Does not depend on vLLM or Ray.
 """
 
 from collections import deque
@@ -34,19 +34,19 @@ from trainer.probe_statistics import (
     together,
 )
 
-FLOAT32_TOLERANCE = 1e-3  # nats, each difference, where the engine computes in float32
-NOISE_FACTOR = 4.0  # how far the differences may grow over those at the start; see docs/decisions/2026-11-27-probe.md
-NUM_POOLED = 32  # syncs that are judged together where one shows too little
-MAX_NOISE = 0.5  # nats, rms, at the start: more than rounding in half precision ever made of one model
+FLOAT32_TOLERANCE = 1e-3  # nats, for each difference, if the engine computes in float32
+NOISE_FACTOR = 4.0  # allowed growth of the differences since the start; see docs/decisions/2026-11-27-probe.md
+NUM_POOLED = 32  # number of syncs that are evaluated together if one is not conclusive
+MAX_NOISE = 0.5  # nats, rms, at the start; rounding one model to half precision never made more
 
 
 class WeightSyncError(RuntimeError):
-    """Learner and student engine don't hold the same weights, or can't be brought to. Stops the run."""
+    """Learner and student engine hold different weights, or the weights can't be sent. Stops the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeLimits:
-    """What engine and learner may differ by. Nats."""
+    """Maximum differences between engine and learner. Nats."""
 
     rms: float = float("inf")
     p99: float = float("inf")
@@ -54,8 +54,8 @@ class ProbeLimits:
 
     @classmethod
     def choose(cls, *, tolerance: float | None, in_float32: bool, noise: ProbeNoise | None) -> "ProbeLimits":
-        """``tolerance`` is the user's, of the rms. The engine computes in float32, as the learner reads in any case, or
-        rounds, by a ``noise`` that is None until it has been measured.
+        """``tolerance`` is the user's limit for the rms. The learner always scores in float32. If the engine does too
+        (``in_float32``), the limit is fixed, else it depends on ``noise``, which is None until it has been measured.
         """
         if tolerance is not None:
             return cls(rms=tolerance)
@@ -79,15 +79,15 @@ class ProbeLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Before:
-    """What one engine and the learner said of the probe texts before the step."""
+    """Log-probs of one engine and the learner on the probe texts, before the step."""
 
     rows: Sequence[TopLogprobs]
-    learner: list[Floats]  # [n, k] nats, of the rows' ids
-    output_rows: OutputRows  # the learner's, of the rows' ids
+    learner: list[Floats]  # [n, k] nats, for the ids in ``rows``
+    output_rows: OutputRows  # the learner's, for the ids in ``rows``
 
     @property
     def noise(self) -> list[TopLogprobs]:
-        """Of the rows' ids, nats: what the engine's rounding makes of the same weights."""
+        """Nats, for the ids in ``rows``: the engine's difference to the learner with the same weights."""
         return [
             TopLogprobs(rows.token_ids, rows.logprobs - learner)
             for rows, learner in zip(self.rows, self.learner, strict=True)
@@ -95,9 +95,9 @@ class _Before:
 
 
 class SyncProbe:
-    """A learner rank's side of the probe. Every rank calls every method, with the same arguments.
+    """The probe on one learner rank. Every rank calls every method, with the same arguments.
 
-    ``rows_of_engines`` are each student engine's rows of all texts.
+    ``rows_of_engines`` holds each student engine's rows of all texts.
     """
 
     def __init__(
@@ -107,21 +107,22 @@ class SyncProbe:
         *,
         engine_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``whole_copy`` gives the model with no part of it split, None on ranks above 0; by default it is whole.
-        ``engine_dtype`` is what the engines round the weights to.
+        """``whole_copy`` returns the unsharded model, None on ranks above 0; by default ``model`` itself.
+        ``engine_dtype`` is the dtype to which the engines round the weights.
         """
         self.engine_dtype = engine_dtype
         self._model = model
         self._whole_copy = whole_copy or (lambda: model)
         self._texts: list[Ids] = []
         self._syncs: dict[int, deque[Followed]] = {}  # by engine
-        self._before: list[_Before] = []  # one an engine, of these texts
+        self._before: list[_Before] = []  # one per engine, for these texts
 
     def measure_noise(
         self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]], limits: ProbeLimits
     ) -> ProbeNoise:
-        """What the engines differ by now, where they are known to hold the learner's weights; that of the one that
-        differs most. Raises WeightSyncError if that is beyond the limits: then they are not the same model.
+        """The difference of the engine that differs most, measured while all engines are known to hold the learner's
+        weights. Raises WeightSyncError if it exceeds the limits, because the engine then does not compute the same
+        model.
         """
         with rounded_to(self._model, self.engine_dtype):
             logprobs, _ = self._read(texts, rows_of_engines)
@@ -129,15 +130,15 @@ class SyncProbe:
         if not limits.allow(worst):
             raise WeightSyncError(
                 f"student engine and learner differ before any training: {worst}, expected {limits}; vLLM and "
-                "transformers read models.student differently, by engines.student or by its architecture; "
-                "sync.probe_tolerance allows more"
+                "transformers compute models.student differently, because of engines.student or its architecture; "
+                "sync.probe_tolerance allows a larger difference"
             )
         return ProbeNoise(rms=worst.rms, p99=worst.p99)
 
     def read_before(self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]]) -> None:
-        """Remember what both sides say before the step whose sync is to be checked."""
+        """Record the log-probs of both sides before a step whose sync will be checked."""
         if self.engine_dtype != torch.float32 and adapted_layers(self._model):
-            return  # engines round the sum of weights and adapters, which the model does not hold
+            return  # engines round the merged weights, which the model does not store
         with rounded_to(self._model, self.engine_dtype):
             logprobs, _ = self._read(texts, rows_of_engines)
             self._before = [
@@ -153,11 +154,11 @@ class SyncProbe:
         limits: ProbeLimits,
         read_previous: Callable[[], Mapping[str, Tensor] | None] = lambda: None,
     ) -> ProbeReport:
-        """The report of the engine that differs most. WeightSyncError for the first one that is beyond the limits or
-        did not follow the learner, naming the parameters.
+        """The report of the engine that differs most. Raises WeightSyncError for the first engine that exceeds the
+        limits or did not follow the learner; the message names the parameters.
 
-        ``read_previous`` gives the weights before this sync, or None where they are not kept. It is called, and the
-        whole copy made, only to name parameters.
+        ``read_previous`` returns the weights before this sync, or None if they are not kept. It is called, and the
+        unsharded copy made, only to name parameters.
         """
         with rounded_to(self._model, self.engine_dtype):
             return self._check(texts, rows_of_engines, limits, read_previous)
@@ -203,7 +204,7 @@ class SyncProbe:
     def _change(
         self, before: _Before, rows: Sequence[TopLogprobs], learner_now: list[Floats], hidden: list[Tensor]
     ) -> Change:
-        """At the ids that the engine listed before."""
+        """The changes over the step, for the ids that the engine listed before it."""
         ids = _ids(before.rows)
         output_layer = OutputRows.copy(self._model, ids).change_since(before.output_rows, hidden, ids)
         return Change(
@@ -214,7 +215,7 @@ class SyncProbe:
         )
 
     def _followed(self, engine: int, change: Change) -> Followed:
-        """What this sync shows, and where that is too little, the last ones together."""
+        """The result of this sync, or of the last syncs together if this one is not conclusive."""
         now = followed(change)
         syncs = self._syncs.setdefault(engine, deque(maxlen=NUM_POOLED))
         syncs.append(now)
@@ -230,7 +231,7 @@ class SyncProbe:
         limits: ProbeLimits,
         read_previous: Callable[[], Mapping[str, Tensor] | None],
     ) -> str:
-        """Which parameters' old values are behind it, as far as can be told."""
+        """The parameters whose old values explain the difference, as far as they can be determined."""
         unsplit, previous = self._whole_copy(), read_previous()
         if unsplit is None or previous is None:
             return explain_by(shares, self._model)
@@ -239,21 +240,21 @@ class SyncProbe:
             old = parameters_for(unsplit, previous)
             return str(diagnose(unsplit, old, texts, rows, learner, noise, allowed_rms=limits.allowed_rms))
         except torch.OutOfMemoryError:
-            return "there is no memory to try which parameters are old"
+            return "there is not enough memory to find out which parameters are old"
 
 
 def _refusal(report: ProbeReport, limits: ProbeLimits, shares: Followed | None) -> str | None:
-    """What is wrong with an engine; None where nothing is."""
+    """What is wrong with an engine; None if nothing is."""
     if not limits.allow(report):
         return f"and learner differ: {report}, expected {limits}"
     if shares is None:
         return None
-    parts = {"": shares.everything, " by its output layer": shares.output_layer, " by its other layers": shares.rest}
+    parts = {"": shares.everything, " in the output layer": shares.output_layer, " in the other layers": shares.rest}
     for part, share in parts.items():
         if share is not None and share.is_stale:
             return (
-                f"did not follow the learner: of what the step changed{part} it made {share.value:.2f} "
-                f"+- {share.standard_error:.2g}, expected 1"
+                f"did not follow the learner: its log-probs show {share.value:.2f} "
+                f"+- {share.standard_error:.2g} of the step's change{part}, expected 1"
             )
     return None
 
@@ -263,5 +264,5 @@ def _ids(rows: Sequence[TopLogprobs]) -> list[Ids]:
 
 
 def _value(share: Share | None) -> float | None:
-    """Of a share that tells anything."""
+    """The share's value, if it is conclusive."""
     return share.value if share is not None and share.is_known else None

@@ -1,4 +1,4 @@
-"""Which parameters an engine has not taken: by what their old values would make it say.
+"""Finds the parameters that an engine has not loaded, by comparing the engine with the effect of their old values.
 
 n = tokens of a text, k = length of the engine's list, N = all positions of all texts.
 """
@@ -21,8 +21,8 @@ class Diagnosis:
     """The parameter group whose previous values explain the engine best."""
 
     group: str  # "lm_head.weight", "model.layers.3", EVERY_PARAMETER
-    rms: float  # nats that remain between engine and learner with this group put back
-    is_cause: bool  # the engine differs by what this group's previous values make, and by hardly anything else
+    rms: float  # nats of difference that remain with the group's previous values
+    is_cause: bool  # the group's previous values explain the difference almost completely
 
     def __str__(self) -> str:
         if self.is_cause:
@@ -43,11 +43,11 @@ def diagnose(
     *,
     allowed_rms: float,
 ) -> Diagnosis:
-    """Which group, put back to its ``previous`` values (all names, tied ones included), explains the engine best.
+    """The group whose ``previous`` values (under all names, including tied ones) explain the engine best.
 
-    Tries each group alone and all together: one forward pass over the texts for each. ``learner`` [n, k] is what the
-    model says of the rows' ids now, ``noise`` [n, k] what the engine's rounding adds, NaN where that is not known, and
-    ``allowed_rms`` what may be left of a difference that is explained.
+    Tries each group alone and all together, with one forward pass over the texts for each. ``learner`` [n, k] is the
+    learner's log-probs of the ids in ``rows``. ``noise`` [n, k] is the effect of the engine's rounding, NaN where it is
+    unknown. ``allowed_rms`` is how much of a difference may remain if a group explains it.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[str, list[str]] = {EVERY_PARAMETER: list(parameters)}
@@ -63,25 +63,25 @@ def diagnose(
         effect = together(read_with(model, old, texts, ids)) - together(learner)
         share = share_of(differences, effect)
         left = rms_of(differences - effect)
-        is_nearly_all = left <= 0.1 * rms_of(differences)
+        is_mostly_explained = left <= 0.1 * rms_of(differences)
         if share is None:  # too few positions for a standard error
-            is_cause = is_nearly_all
+            is_cause = is_mostly_explained
         else:
             is_alike = abs(share.value - 1.0) <= max(0.25, STANDARD_ERRORS * share.standard_error)
-            is_cause = is_alike and (is_nearly_all or left <= allowed_rms)
+            is_cause = is_alike and (is_mostly_explained or left <= allowed_rms)
         diagnoses.append(Diagnosis(group=group, rms=left, is_cause=is_cause))
     return min(diagnoses, key=lambda diagnosis: diagnosis.rms)
 
 
 def parameter_group(name: str) -> str:
-    """The group to look at: the layer for a parameter of a layer, else the parameter itself."""
+    """The group of a parameter: its layer if it is in one, else the parameter itself."""
     segments = name.split(".")
     layer = next((i for i, segment in enumerate(segments) if segment.isdigit()), None)
     return name if layer is None else ".".join(segments[: layer + 1])
 
 
 def explain_by(shares: Followed | None, model: PreTrainedModel) -> str:
-    """Where no previous weights are kept: by what the engine followed."""
+    """An explanation without the previous weights, from the shares that the engine followed."""
     nothing = "the previous weights are not kept, so no parameter group can be named"
     if shares is None or shares.everything is None:
         return nothing

@@ -1,10 +1,10 @@
-"""What the learner itself says of the probe texts: in float32, whatever it trains in. Knows no engine.
+"""The learner's own log-probs on the probe texts, always in float32. Does not depend on an engine.
 
-n = tokens of a text, m = ids asked for at each position, H = hidden size, V = vocabulary. Row j of a text belongs to
-position j + 1: the distribution of that token given tokens 0..j. The last row is the token to come.
+n = tokens of a text, m = requested ids per position, H = hidden size, V = vocabulary size. Row j of a text belongs to
+position j + 1: it is the distribution of that token given tokens 0..j. The last row is for the token after the text.
 
-Read under the learner's own autocast, its rounding would come on top of the engine's, and a small step's change would
-drown in both.
+Under the learner's own autocast, its rounding would be added to the engine's, and together they would hide the change
+from a small step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,20 +22,22 @@ from common.sequence import Floats, Ids
 from trainer.pretrained import hidden_states
 from trainer.sharding import whole
 
-_POSITIONS_PER_CHUNK = 256  # whose vocabulary-wide logits exist at once
+_POSITIONS_PER_CHUNK = 256  # positions whose full-vocabulary logits are in memory at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """One array per text."""
+    """Results of scoring, one array per text."""
 
     logprobs: list[Floats]  # [n, m] nats
-    hidden: list[Tensor]  # [n, H] what the output layer was applied to
+    hidden: list[Tensor]  # [n, H] inputs of the output layer
 
 
 @contextmanager
 def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Compute as exactly as float32 weights allow: flash attention knows half precision alone, and TF32 has 10 bits."""
+    """Compute as exactly as float32 weights allow. Flash attention supports only half precision, and TF32 has only 10
+    mantissa bits.
+    """
     attention = model.config._attn_implementation
     precision = torch.get_float32_matmul_precision()
     exact = attention in ("sdpa", "eager")
@@ -55,10 +57,10 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def rounded_to(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """The model with its weights rounded as an engine holds them, and put back to the last bit afterwards.
+    """Round the model's weights as an engine does, and restore them bitwise afterwards.
 
-    Weights that were loaded from bfloat16 lie on its grid, and a small step moves few of them to the next point: the
-    engine then changes by far less than the float32 weights do. Takes the memory of the weights, as gradients do.
+    Weights that were loaded from bfloat16 are on its grid, and a small step moves few of them to the next point. The
+    engine then changes far less than the float32 weights do. Needs as much memory as the weights, like the gradients.
     """
     if dtype == torch.float32:
         yield
@@ -76,7 +78,7 @@ def rounded_to(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, texts: Sequence[Ids], token_ids: Sequence[Ids]) -> Reading:
-    """The model's log-probs of these ids, [n, m] per text. A collective where the model is split over ranks."""
+    """The model's log-probs of these ids, [n, m] per text. A collective if the model is sharded over ranks."""
     head = model.get_output_embeddings()
     with in_float32(model):
         hidden = [hidden_states(model, text[None], torch.ones_like(text)[None])[0] for text in _on_device(model, texts)]
@@ -85,14 +87,14 @@ def read(model: PreTrainedModel, texts: Sequence[Ids], token_ids: Sequence[Ids])
 
 @torch.no_grad()
 def apply_output_layer(head: Any, hidden: Sequence[Tensor], token_ids: Sequence[Ids]) -> list[Floats]:
-    """[n, m] nats per text: what an output layer (linear, with a bias or none) makes of hidden states."""
+    """[n, m] nats per text: log-probs from an output layer (linear, with or without a bias) and hidden states."""
     weight_VH, bias_V = whole(head.weight), None if head.bias is None else whole(head.bias)
     return [_logprobs(h, weight_VH, bias_V, ids) for h, ids in zip(hidden, token_ids, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputRows:
-    """Rows of an output layer, in float32, off the accelerator. m = their number."""
+    """Rows of an output layer in float32 on the CPU. m = number of rows."""
 
     token_ids: Ids  # [m] sorted
     weight: Tensor  # [m, H]
@@ -101,7 +103,7 @@ class OutputRows:
     @classmethod
     @torch.no_grad()
     def copy(cls, model: PreTrainedModel, token_ids: Sequence[Ids]) -> "OutputRows":
-        """Those of these ids; -1, an unknown one, stands for the first."""
+        """Copy the rows of these ids. The id -1 (unknown) is replaced by 0."""
         head = model.get_output_embeddings()
         unique = np.unique(np.concatenate([ids.ravel() for ids in token_ids]).clip(min=0))
         index = torch.from_numpy(unique).long().to(model.device)
@@ -110,7 +112,7 @@ class OutputRows:
 
     @torch.no_grad()
     def change_since(self, old: "OutputRows", hidden: Sequence[Tensor], token_ids: Sequence[Ids]) -> list[Floats]:
-        """[n, k] per text: by how much the change from ``old`` rows moves these ids' logits."""
+        """[n, k] per text: the change of these ids' logits caused by the change from the ``old`` rows."""
         weight_mH = self.weight - old.weight
         bias_m = None if self.bias is None or old.bias is None else self.bias - old.bias
         changes = []
@@ -124,8 +126,8 @@ class OutputRows:
 def read_with(
     model: PreTrainedModel, previous: Mapping[str, Tensor], texts: Sequence[Ids], token_ids: Sequence[Ids]
 ) -> list[Floats]:
-    """[n, m] nats per text, as if these parameters had these values, one by one: a tied head and its embedding are
-    apart here, as they are in an engine. No part of the model may be split over ranks. It is left as it is.
+    """[n, m] nats per text, as if these parameters had the previous values. Names are independent: a tied output layer
+    and its embedding are separate here, as they are in an engine. The model must not be sharded, and is not changed.
     """
     logprobs = []
     with in_float32(model):
@@ -152,9 +154,9 @@ def _logprobs(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token
 
 def _gathered(logits_nV: Tensor, token_ids_nm: Ids) -> Floats:
     assert len(logits_nV) == len(token_ids_nm), (
-        f"expected a row a position, got {len(token_ids_nm)} of {len(logits_nV)}"
+        f"expected one row per position, got {len(token_ids_nm)} of {len(logits_nV)}"
     )
-    ids_nm = torch.from_numpy(token_ids_nm).long().clamp(min=0).to(logits_nV.device)  # -1 in unknown rows
+    ids_nm = torch.from_numpy(token_ids_nm).long().clamp(min=0).to(logits_nV.device)  # unknown rows hold -1
     logits_nV = logits_nV.float()
     logprobs: Floats = (logits_nV.gather(1, ids_nm) - logits_nV.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
     return logprobs

@@ -1,15 +1,16 @@
-"""How far an engine's log-probs are from the learner's, and whether they moved as the learner's did. Pure, no torch.
+"""The difference between an engine's and the learner's log-probs, and whether both changed alike. No torch.
 
 n = positions of a text, k = length of an engine's list, N = all positions of all texts.
 
-An engine in half precision is never at the learner's log-probs: rounding moves every one of them, by 0.1 nats and more
-in a large vocabulary, which may be far more than a step of training does. But it moves them alike before and after a
-sync. So the probe texts are read on both sides of one, and the engine's change is held against the learner's,
+The log-probs of an engine in half precision are never equal to the learner's. Rounding changes each of them, by 0.1
+nats and more in a large vocabulary, which may be far more than the change from a training step. But rounding changes
+them in the same way before and after a sync. So the probe texts are scored before and after it, and the engine's change
+is compared with the learner's,
 
     change of the engine = share * change of the learner + noise
 
-by least squares over all log-probs. The share is 1 for an engine that took the weights and 0 for one that did not,
-however small the step, and its standard error says whether that can be told from the noise.
+by least squares over all log-probs. The share is 1 for an engine that loaded the weights and 0 for one that did not,
+however small the step. Its standard error shows whether it can be distinguished from the noise.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,19 +24,19 @@ from common.sequence import Floats, Ids, TopLogprobs
 Doubles = npt.NDArray[np.float64]
 
 MIDDLE = 0.5
-"""An engine whose share is below is nearer to the old weights than to the new ones."""
+"""An engine with a smaller share is closer to the old weights than to the new ones."""
 STANDARD_ERRORS = 4.0
-"""By which a share must be on one side of the middle to count as there."""
+"""Number of standard errors between a share and the middle from which on the share is conclusive."""
 MIN_POSITIONS = 16
-"""Of fewer positions a standard error says nothing."""
+"""With fewer positions, a standard error is meaningless."""
 _EXACT = 1e-6
-"""The least standard error that is told apart from none."""
-_MAX_CONDITION = 1e8  # of the normal equations, beyond which two causes are one
+"""Smaller standard errors are treated as this one."""
+_MAX_CONDITION = 1e8  # of the normal equations; above it, two causes can't be separated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeNoise:
-    """What an engine and the learner differ by where both are known to hold the same weights."""
+    """Difference between an engine and the learner when both are known to hold the same weights."""
 
     rms: float  # nats
     p99: float  # nats, absolute; 99% of the differences are below
@@ -43,19 +44,19 @@ class ProbeNoise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReport:
-    """Differences between engine and learner, and where they are largest."""
+    """Differences between engine and learner, and where the largest one is."""
 
     rms: float  # nats
     p99: float  # nats, absolute; 99% of the differences are below
-    max_difference: float  # nats, absolute; inf where the engine's row is not known
+    max_difference: float  # nats, absolute; inf if the engine's row is unknown
     text_index: int
-    position: int  # of the token in its text
+    position: int  # position of the token in its text
     token_id: int
     engine_logprob: float  # nats
     learner_logprob: float  # nats
-    num_compared: int  # log-probs in all texts
-    followed: float | None = None  # share of the learner's change that the engine made; None where it can't be told
-    followed_output_layer: float | None = None  # the same of what the output layer alone changed
+    num_compared: int  # number of log-probs in all texts
+    followed: float | None = None  # share of the learner's change that the engine shows; None if it is unknown
+    followed_output_layer: float | None = None  # the same for the change from the output layer alone
 
     def __str__(self) -> str:
         return (
@@ -66,19 +67,21 @@ class ProbeReport:
 
     @property
     def noise(self) -> ProbeNoise:
-        """As of an engine that is known to hold the learner's weights."""
+        """The noise, if the engine is known to hold the learner's weights."""
         return ProbeNoise(rms=self.rms, p99=self.p99)
 
 
 def compare_probe(engine_rows: Sequence[TopLogprobs], learner_logprobs: Sequence[Floats]) -> ProbeReport:
-    """The differences over all texts. Both hold one [n, k] array per text, for the engine's ids."""
+    """The differences over all texts. Both arguments hold one [n, k] array per text, for the engine's ids."""
     assert engine_rows, "a probe needs at least one text"
     for rows, logprobs in zip(engine_rows, learner_logprobs, strict=True):
         assert rows.logprobs.shape == logprobs.shape, (rows.logprobs.shape, logprobs.shape)
     differences = [
         np.abs(rows.logprobs - logprobs) for rows, logprobs in zip(engine_rows, learner_logprobs, strict=True)
     ]
-    differences = [np.where(np.isnan(each), np.inf, each) for each in differences]  # unknown is not equal
+    differences = [
+        np.where(np.isnan(each), np.inf, each) for each in differences
+    ]  # an unknown value counts as different
     together = np.concatenate([each.ravel() for each in differences]).astype(np.float64)
     text_index = int(np.argmax([each.max() for each in differences]))
     rows, worst = engine_rows[text_index], differences[text_index]
@@ -97,11 +100,11 @@ def compare_probe(engine_rows: Sequence[TopLogprobs], learner_logprobs: Sequence
 
 
 def logprobs_of(rows: TopLogprobs, token_ids_nk: Ids) -> Floats:
-    """[n, k] nats: what each row says of these ids; NaN where it does not list one."""
+    """[n, k] nats: the log-prob of these ids in each row; NaN for an id that the row does not list."""
     order = np.argsort(rows.token_ids, axis=1)
     sorted_ids = np.take_along_axis(rows.token_ids, order, axis=1).astype(np.int64)
     sorted_logprobs = np.take_along_axis(rows.logprobs, order, axis=1)
-    # Row by row in one search: each row's ids are moved into a range of their own.
+    # One search for all rows: an offset moves each row's ids into a range of their own.
     apart = (np.arange(len(rows), dtype=np.int64) << 32)[:, None]
     places = np.searchsorted((sorted_ids + apart).ravel(), (token_ids_nk + apart).ravel())
     places = places.clip(max=max(sorted_ids.size - 1, 0)).reshape(token_ids_nk.shape)
@@ -114,16 +117,16 @@ def logprobs_of(rows: TopLogprobs, token_ids_nk: Ids) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What a sync changed at the same positions and ids, [N, k] nats each. NaN where the engine did not list an id."""
+    """Changes at a sync for the same positions and ids, [N, k] nats each. NaN for ids that the engine did not list."""
 
     engine: Doubles
     learner: Doubles
-    output_layer: Doubles  # of the learner's change, what its output layer made; up to a constant a position
-    noise: Doubles  # of one reading of the engine
+    output_layer: Doubles  # the output layer's part of the learner's change, up to a constant per position
+    noise: Doubles  # of one scoring pass of the engine
 
     def contrasts(self) -> "Change":
-        """Less each position's mean. What moves a whole position, such as the rounding of its normalizer, is gone, and
-        log-probs are as good as logits.
+        """The changes minus each position's mean. This removes what moves a whole position, such as the rounding of its
+        normalizer, so that log-probs and logits give the same contrasts.
         """
         known_Nk = ~np.isnan(self.engine)
         num_known_N1 = known_Nk.sum(axis=1, keepdims=True).clip(min=1)
@@ -142,14 +145,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """How much of a change the engine followed."""
+    """The part of a change that the engine followed."""
 
     value: float
     standard_error: float
 
     @property
     def is_known(self) -> bool:
-        """Whether it is clearly on one side of the middle."""
+        """Whether the share is clearly on one side of the middle."""
         return abs(self.value - MIDDLE) > STANDARD_ERRORS * self.standard_error
 
     @property
@@ -158,7 +161,7 @@ class Share:
 
     @staticmethod
     def pooled(shares: Sequence["Share | None"]) -> "Share | None":
-        """Of independent estimates, each by the inverse of its variance; None where there is none."""
+        """The mean of independent estimates, each weighted by the inverse of its variance; None if there are none."""
         known = [share for share in shares if share is not None]
         if not known:
             return None
@@ -169,14 +172,14 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Followed:
-    """How an engine followed the learner. None where there is too little to tell it from."""
+    """How an engine followed the learner. A share is None if there are too few data to estimate it."""
 
     everything: Share | None
     output_layer: Share | None
-    rest: Share | None  # all but the output layer
+    rest: Share | None  # all layers except the output layer
 
     def or_where_unknown(self, other: "Followed") -> "Followed":
-        """Each share of this, or of the other where this one tells nothing."""
+        """Each share of this object, or the other's if this one is not conclusive."""
         return Followed(
             everything=_first_known(self.everything, other.everything),
             output_layer=_first_known(self.output_layer, other.output_layer),
@@ -185,8 +188,8 @@ class Followed:
 
     @staticmethod
     def pooled(syncs: Sequence["Followed"]) -> "Followed":
-        """What several syncs show together: a part that is left out is left out of each, and a step may change it by
-        too little to show in one.
+        """The shares over several syncs. A part that is not sent is missing in each of them, and a single step may
+        change it too little to be conclusive.
         """
         return Followed(
             everything=Share.pooled([it.everything for it in syncs]),
@@ -200,7 +203,7 @@ def _first_known(share: Share | None, other: Share | None) -> Share | None:
 
 
 def followed(change: Change) -> Followed:
-    """The engine's shares of the learner's change: of all of it, and of its two parts told apart."""
+    """The engine's shares of the learner's change: of the whole change, and of its two parts separately."""
     everything = _least_squares(change, [change.learner])
     contrasts = change.contrasts()
     parts = _least_squares(contrasts, [contrasts.output_layer, contrasts.learner - contrasts.output_layer])
@@ -212,18 +215,18 @@ def followed(change: Change) -> Followed:
 
 
 def share_of(engine: Doubles, effect: Doubles) -> Share | None:
-    """[N, k] nats each: how much of one effect is in what the engine says; NaN where that is not known."""
+    """[N, k] nats each: the share of one effect in the engine's values; NaN where these are unknown."""
     change = Change(engine=engine, learner=effect, output_layer=effect, noise=np.zeros_like(effect))
     shares = _least_squares(change, [effect])
     return None if shares is None else shares[0]
 
 
 def _least_squares(change: Change, causes: list[Doubles]) -> list[Share] | None:
-    """The share of each cause; None where they can't be told apart, or not from nothing.
+    """The share of each cause. None if the causes can't be separated from each other or from 0.
 
-    Differences within a position depend on each other, those of two positions hardly: the standard errors are those of
-    clustered data, a position a cluster (Liang and Zeger, 1986). They are never taken to be smaller than the noise
-    of two readings of the engine makes them: an engine that did not move at all would have none.
+    Differences at the same position are correlated, those at two positions hardly. So the standard errors are those of
+    clustered data, with one cluster per position (Liang and Zeger, 1986). Their lower limit is the noise of two scoring
+    passes of the engine; an engine that did not change at all would otherwise have a standard error of 0.
     """
     known_Nk = ~np.isnan(change.engine)
     num_positions = int(known_Nk.any(axis=1).sum())
@@ -247,11 +250,11 @@ def _least_squares(change: Change, causes: list[Doubles]) -> list[Share] | None:
 
 
 def together(of_texts: Iterable[Floats]) -> Doubles:
-    """[N, k] All texts' positions."""
+    """[N, k] The positions of all texts."""
     return np.concatenate(list(of_texts)).astype(np.float64)
 
 
 def rms_of(values: Doubles) -> float:
-    """Of those that are known; 0 where none is."""
+    """Root mean square of the known values; 0 if there are none."""
     known = values[~np.isnan(values)]
     return float(np.sqrt(np.mean(known**2))) if known.size else 0.0

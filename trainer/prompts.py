@@ -1,10 +1,10 @@
-"""PromptStream: a file or a hub data set -> prompts, in a seeded order that can be taken up again anywhere.
+"""PromptStream: reads prompts from files or a hub dataset, in a seeded order that can be resumed at any point.
 
-Owns loading, checking, tokenising, ids, seeds and the order. Knows nothing of models, engines or training.
+Owns loading, checking, tokenizing, ids, seeds and the order. Does not depend on models, engines or training.
 
-Every row is checked and tokenised once, when the stream is made, so that a bad row stops a run before its first engine
-has started and not hours later. The token ids lie memory-mapped in an Arrow file in the cache of ``datasets``: a
-million rows cost disk and no memory, and a run that starts again with the same rows, tokenizer and settings finds them.
+Every row is checked and tokenized once, when the stream is made, so that a bad row stops a run before its first engine
+starts and not hours later. The token ids are memory-mapped from an Arrow file in the cache of ``datasets``: a million
+rows use disk and no memory, and a new run with the same rows, tokenizer and settings reuses the file.
 """
 
 import glob
@@ -29,7 +29,7 @@ from common.sequence import Prompt
 from trainer.answers import AnswerReader
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-EXPECTED_PATH = "expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub data set"
+EXPECTED_PATH = "expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub dataset"
 MAX_PROMPT_ID_LENGTH = 128
 FEATURES = Features(
     {
@@ -43,7 +43,7 @@ FEATURES = Features(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptCursor:
-    """How far a stream has come: every row of the epochs before, and ``position`` rows of this epoch's order."""
+    """Position of a stream: all rows of earlier epochs and ``position`` rows of this epoch's order were taken."""
 
     epoch: int = 0
     position: int = 0
@@ -54,11 +54,11 @@ class PromptCursor:
 
 
 class PromptStream:
-    """Prompts without end, epoch after epoch. Mutable in its cursor, and in what is left out.
+    """An endless stream of prompts, epoch after epoch. Its cursor and its skipped samples change.
 
-    ``key`` is the place of ``config`` in the tree and heads every error. ``max_prompt_tokens`` is what the context
-    leaves for a prompt; ``answers`` is there where answers are trained on. Raises UserError for anything in the rows
-    that can't become a prompt, or an answer.
+    ``key`` is the path of ``config`` in the configuration and starts every error message. ``max_prompt_tokens`` is the
+    context length left for a prompt. ``answers`` is given if dataset answers are trained on. Raises UserError for rows
+    that can't become a prompt or an answer.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class PromptStream:
         reader = _RowReader(
             config=config, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, answers=answers, key=key
         )
-        self._rows = _tokenised_rows(config, reader, key)
+        self._rows = _tokenized_rows(config, reader, key)
         self._seed = seed
         self._shuffle = config.shuffle
         self._samples_per_prompt = samples_per_prompt
         self._cursor = cursor or PromptCursor()
-        self._left_out: set[tuple[str, int]] = set()  # prompt id, sample index
+        self._skipped: set[tuple[str, int]] = set()  # prompt id, sample index
         if self._cursor.position >= len(self):
             raise UserError(
                 f"{key}.path: {config.path!r} has {len(self)} rows, expected more than the {self._cursor.position} "
-                "rows of this epoch that the run has already used; go on with the same rows"
+                "rows of this epoch that the run has already used; resume with the same rows"
             )
 
     def __len__(self) -> int:
@@ -94,30 +94,30 @@ class PromptStream:
 
     @property
     def cursor(self) -> PromptCursor:
-        """Where the next ``take`` begins. A stream made with it goes on with exactly the prompts this one would."""
+        """Where the next ``take`` begins. A new stream with this cursor gives the same prompts as this one."""
         return self._cursor
 
     def go_to(self, cursor: PromptCursor) -> None:
-        """Take from there next, for a run that goes on from a checkpoint."""
+        """Continue from this cursor, for a run that resumes from a checkpoint."""
         self._cursor = cursor
 
     def leave_out(self, prompt_id: str, sample_index: int) -> None:
-        """Give out this sample no more, in any epoch. Its row keeps its place, and all others theirs."""
-        self._left_out.add((prompt_id, sample_index))
+        """Skip this sample in all epochs. The positions of all rows stay the same."""
+        self._skipped.add((prompt_id, sample_index))
 
     def take(self, num_rows: int) -> list[Prompt]:
-        """The next rows' prompts, samples_per_prompt for each row but for those left out, on into the next epoch where
-        this one ends.
+        """Prompts of the next rows, samples_per_prompt for each row except skipped ones. Continues into the next epoch
+        at the end of this one.
         """
         taken, self._cursor = self._from_cursor(num_rows)
         return taken
 
     def peek(self, num_rows: int) -> list[Prompt]:
-        """What ``take`` would give. The cursor stays."""
+        """The prompts that ``take`` would return, without moving the cursor."""
         return self._from_cursor(num_rows)[0]
 
     def _from_cursor(self, num_rows: int) -> tuple[list[Prompt], PromptCursor]:
-        """The next rows' prompts, and the cursor behind them."""
+        """Prompts of the next rows, and the cursor after them."""
         prompts: list[Prompt] = []
         epoch, position = self._cursor.epoch, self._cursor.position
         while num_rows > 0:
@@ -130,11 +130,11 @@ class PromptStream:
         return prompts, PromptCursor(epoch=epoch, position=position)
 
     def all(self) -> list[Prompt]:
-        """Every prompt of epoch 0 in the order of the rows, whatever the cursor and ``shuffle``. For evaluation."""
+        """Every prompt of epoch 0 in the order of the rows, for evaluation. Ignores the cursor and ``shuffle``."""
         return self._prompts(np.arange(len(self)), epoch=0)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """[rows] A function of (run seed, epoch, number of rows) alone."""
+        """[rows] The order of an epoch. Depends only on run seed, epoch and number of rows."""
         if not self._shuffle:
             return np.arange(len(self))
         return np.random.default_rng(derive_seed("order", self._seed, epoch)).permutation(len(self))
@@ -155,51 +155,51 @@ class PromptStream:
                 *(columns[name] for name in FEATURES), strict=True
             )
             for sample_index in range(self._samples_per_prompt)
-            if (prompt_id, sample_index) not in self._left_out
+            if (prompt_id, sample_index) not in self._skipped
         ]
 
 
 def prompt_seed(run_seed: int, epoch: int, prompt_id: str, sample_index: int) -> int:
-    """The sample's seed. The order of the rows, the size of a step and the number of engines have no part in it."""
+    """The sample's seed. It does not depend on the order of the rows, the size of a step or the number of engines."""
     return derive_seed("sample", run_seed, epoch, prompt_id, sample_index)
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def _tokenised_rows(config: Data, reader: "_RowReader", key: str) -> Dataset:
-    """The data set reduced to FEATURES, every row checked."""
+def _tokenized_rows(config: Data, reader: "_RowReader", key: str) -> Dataset:
+    """The dataset with the columns FEATURES, all rows checked."""
     rows = _load(config, key)
     fields = {"prompt_field": config.prompt_field, "answer_field": config.answer_field, "id_field": config.id_field}
-    for knob, column in fields.items():
+    for setting, column in fields.items():
         if column is not None and column not in rows.column_names:
             raise UserError(
-                f"{key}.{knob}: no column {column!r} in {config.path!r}, expected one of {sorted(rows.column_names)}"
+                f"{key}.{setting}: no column {column!r} in {config.path!r}, expected one of {sorted(rows.column_names)}"
             )
     if config.max_prompts is not None:
         rows = rows.select(range(min(config.max_prompts, len(rows))))
-    tokenised = rows.map(
+    tokenized = rows.map(
         reader,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
         features=FEATURES,
-        desc=f"Tokenising {key}",
+        desc=f"Tokenizing {key}",
     )
     if config.id_field is not None:
-        _refuse_repeated_ids(tokenised["prompt_id"], f"{key}.id_field")
-    return tokenised
+        _refuse_repeated_ids(tokenized["prompt_id"], f"{key}.id_field")
+    return tokenized
 
 
 def _load(config: Data, key: str) -> Dataset:
-    """The rows as they are stored, from local files or from the hub."""
+    """The rows in their original columns, from local files or from the hub."""
     files = _local_files(config.path, f"{key}.path")
     try:
         if files:
             rows = load_dataset(FORMATS[files[0].suffix], data_files=list(map(str, files)), split=config.split)
         else:
             rows = load_dataset(os.path.expanduser(config.path), config.name, split=config.split)
-    # What `datasets` raises here spans its own errors, Arrow's and the hub's; StopIteration is a file without rows.
+    # `datasets` raises its own errors, Arrow's and the hub's here, and StopIteration for a file without rows.
     except (DatasetsError, OSError, ValueError, StopIteration) as error:
         where = "" if files or os.path.isdir(config.path) else " from the Hugging Face hub"
         reason = one_line(error.__cause__ or error or "no rows")
@@ -210,9 +210,9 @@ def _load(config: Data, key: str) -> Dataset:
 
 
 def _local_files(path: str, key: str) -> list[Path]:
-    """The files a path names, sorted; none for a hub name or a folder, which ``datasets`` finds itself.
+    """The files of a path, sorted; none for a hub name or a folder, which ``datasets`` resolves itself.
 
-    What looks like a path and is none is refused at once, not looked up on the hub.
+    A name that looks like a path but matches no file is refused at once and not looked up on the hub.
     """
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
@@ -244,7 +244,7 @@ def _refuse_repeated_ids(prompt_ids: Iterable[str], key: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _RowReader:
-    """A batch of rows -> their prompt ids, token ids and answers. ``Dataset.map`` calls it, and hashes its fields."""
+    """A batch of rows -> their prompt ids, token ids and answers. ``Dataset.map`` calls it and hashes its fields."""
 
     config: Data
     tokenizer: PreTrainedTokenizerBase
@@ -268,11 +268,11 @@ class _RowReader:
         }
 
     def _token_ids(self, prompts: list[Any], row_numbers: list[int]) -> list[list[int]]:
-        # One call for all texts: the tokenizer's own threads make it several times faster than one call a row.
+        # One call for all texts uses the tokenizer's threads and is several times faster than one call per row.
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        of_texts = iter(self.tokenizer(texts).input_ids if texts else ())
+        text_ids = iter(self.tokenizer(texts).input_ids if texts else ())
         token_ids = [
-            next(of_texts) if isinstance(prompt, str) else self._chat_token_ids(prompt, row)
+            next(text_ids) if isinstance(prompt, str) else self._chat_token_ids(prompt, row)
             for prompt, row in zip(prompts, row_numbers, strict=True)
         ]
         for ids, row in zip(token_ids, row_numbers, strict=True):
@@ -302,16 +302,16 @@ class _RowReader:
                 f"{place} holds chat messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
                 "expected plain text or a model with one"
             )
-        # Arrow gives every message the keys of all messages; the template must not see those that were not there.
-        given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        # Arrow adds the keys of all messages to every message. The template must not see the added ones.
+        original = [{name: value for name, value in message.items() if value is not None} for message in messages]
         try:
-            encoding = self.tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)
+            encoding = self.tokenizer.apply_chat_template(original, add_generation_prompt=True, return_dict=True)
         except (TemplateError, ValueError) as error:
             raise UserError(f"{place} is refused by the chat template: {one_line(error)}") from error
         return list(encoding["input_ids"])
 
     def _prompt_id(self, value: object, row: int) -> str:
-        """The id as text that is safe in a file name and in a URL: other characters as ~ and two hex digits a byte."""
+        """The id as text that is safe in file names and URLs. Other characters become ~ and two hex digits per byte."""
         if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
             raise UserError(f"{self.key}.id_field: row {row} holds {value!r}, expected text or a whole number")
         prompt_id = quote(str(value), safe="").replace("~", "%7E").replace("%", "~")

@@ -1,7 +1,6 @@
-"""The learner's ranks: how they find each other, and what each needs to know of all. Knows neither Ray nor the model.
+"""The learner's ranks: how they form a group, and what they exchange. Does not depend on Ray or the model.
 
-With one rank there is no group, and every method gives back what it was given. gloo between processors, NCCL between
-GPUs.
+With one rank there is no group, and every method returns its argument. CPUs use gloo, GPUs use NCCL.
 """
 
 import ipaddress
@@ -21,25 +20,25 @@ from common.waiting import WaitedTooLong
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """One rank's place among all. Every rank calls every method, in the same order."""
+    """One rank of a group. Every rank calls every method, in the same order."""
 
     rank: int = 0
     num_ranks: int = 1
-    mesh: DeviceMesh | None = None  # None where there is one rank
+    mesh: DeviceMesh | None = None  # None with one rank
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.num_ranks, (self.rank, self.num_ranks)
         assert (self.mesh is None) == (self.num_ranks == 1), (self.mesh, self.num_ranks)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of all ranks' values, on the CPU, the same to the last digit on every rank."""
+        """The sum of all ranks' values, on the CPU, bitwise the same on every rank."""
         values = values.detach().cpu().clone()
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
 
     def gather(self, names: list[str]) -> list[str]:
-        """All ranks' names, rank by rank."""
+        """The names of all ranks, in the order of the ranks."""
         if self.mesh is None:
             return names
         of_each: list[list[str]] = [[] for _ in range(self.num_ranks)]
@@ -51,13 +50,13 @@ ALONE = Ranks()
 
 
 def join(rank: int, num_ranks: int, address: str, device: torch.device, *, timeout_s: float) -> Ranks:
-    """Meet the other ranks at ``host:port``, where rank 0 listens. No collective may take longer than the time-out.
+    """Join the other ranks at ``host:port``, where rank 0 listens. The time-out also applies to each collective.
 
-    Raises WaitedTooLong when not all ranks come.
+    Raises WaitedTooLong if not all ranks join in time.
     """
     if num_ranks == 1:
         return ALONE
-    # Objects and sums travel on the CPU, gradients and weights where they are.
+    # Objects and sums are exchanged on the CPU, gradients and weights on their own device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -71,10 +70,9 @@ def join(rank: int, num_ranks: int, address: str, device: torch.device, *, timeo
 
 
 def _meet(rank: int, num_ranks: int, address: str, timeout: timedelta) -> Any:  # torch does not export its type
-    """The ranks' common store. Rank 0 listens at the address alone; torch's own socket would take every interface.
+    """The store that the ranks share. Rank 0 listens only at this address; torch's own socket uses every interface.
 
-    Where the address is loopback, gloo is kept there too.
-    """
+    If the address is loopback, gloo is restricted to it too."""
     host, _, port = address.rpartition(":")
     if ipaddress.ip_address(host).is_loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

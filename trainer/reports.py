@@ -1,4 +1,4 @@
-"""What the loop hands out after each of its steps, and how a step's sequences are summed up. Pure."""
+"""The loop's reports of its steps, and the summary of a step's sequences. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from trainer.prompts import PromptCursor
 
 
 class Collected(Protocol):
-    """A sequence to look at, and a reference to pass on without copying it."""
+    """A sequence to read, and a reference to pass on without a copy."""
 
     @property
     def sequence(self) -> MixedSequence: ...
@@ -25,10 +25,10 @@ class Collected(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A step's sequences, collected and not yet trained, in the order of their prompts."""
+    """A step's sequences, collected and not trained yet, in the order of their prompts."""
 
     items: Sequence[Collected]
-    seconds: float  # it took to collect them
+    seconds: float  # time to collect them
     num_refused: int = 0  # sequences that were too old and were collected again
 
     @property
@@ -38,11 +38,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutReport:
-    """One step's sequences. None where no sequence switched, none was judged, or the student wrote in none."""
+    """Summary of one step's sequences. None if no sequence switched, none was scored, or the student generated none."""
 
     num_sequences: int
     num_tokens: int
-    switch_rate: float  # share of the sequences with a switch
+    switch_rate: float  # fraction of the sequences that have a switch
     teacher_token_share: float
     mean_switch_position: float | None  # of each sequence's first switch
     mean_divergence: float | None  # nats, over the positions where the student proposed
@@ -54,7 +54,7 @@ class RolloutReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """One weight sync: send and load, and the probe around it; that of the replica that differs most."""
+    """One weight sync: send, load and probe. The probe's report is the one of the replica that differs most."""
 
     version: WeightVersion
     seconds: float
@@ -63,7 +63,7 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """One step of the loop."""
+    """The measurements of one step of the loop."""
 
     step: int
     rollout: RolloutReport
@@ -73,7 +73,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """The weights after ``step`` steps, 0 for those the run began with."""
+    """Evaluation of the weights after ``step`` steps; 0 for the weights at the beginning of the run."""
 
     step: int
     report: EvaluationReport
@@ -82,29 +82,29 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """All of ``step`` has been told and nothing is under way: where a checkpoint can be taken.
+    """All of ``step`` has been reported and nothing is running, so that a checkpoint can be taken.
 
-    With the learner's state this is all that the run needs to go on as if it had not stopped.
+    Together with the learner's state, this is all that the run needs to resume as if it had not stopped.
     """
 
     step: int
-    cursor: PromptCursor  # the prompts up to here have been trained, or are in ``ahead``
-    ahead: Batch | None  # the next step's sequences, where they have been collected already
+    cursor: PromptCursor  # prompts before it have been trained, or are in ``ahead``
+    ahead: Batch | None  # the next step's sequences, if they were collected already
 
 
 def staleness(sequence: MixedSequence, version: WeightVersion) -> int | None:
-    """How many weight versions older than ``version`` its oldest proposal is. None where the student proposed none."""
+    """Weight versions between the sequence's oldest proposal and ``version``. None if the student proposed none."""
     versions = sequence.weight_versions[sequence.weight_versions >= 0]
     return version - int(versions.min()) if versions.size else None
 
 
-def summarise(batch: Batch, *, version: WeightVersion) -> RolloutReport:
-    """What a step's sequences look like together, to the weights ``version`` that are trained with them."""
+def summarize(batch: Batch, *, version: WeightVersion) -> RolloutReport:
+    """Summary of a step's sequences, which are trained with the weights ``version``."""
     sequences = batch.sequences
     num_tokens = sum(map(len, sequences))
     switches = [sequence.first_switch for sequence in sequences if sequence.first_switch is not None]
     divergences = np.concatenate([sequence.divergences for sequence in sequences]).astype(np.float64)
-    judged = divergences[~np.isnan(divergences)]
+    known = divergences[~np.isnan(divergences)]
     ages = [age for sequence in sequences if (age := staleness(sequence, version)) is not None]
     return RolloutReport(
         num_sequences=len(sequences),
@@ -112,7 +112,7 @@ def summarise(batch: Batch, *, version: WeightVersion) -> RolloutReport:
         switch_rate=len(switches) / len(sequences),
         teacher_token_share=sum(sequence.num_teacher_tokens for sequence in sequences) / num_tokens,
         mean_switch_position=float(np.mean(switches)) if switches else None,
-        mean_divergence=float(judged.mean()) if judged.size else None,
+        mean_divergence=float(known.mean()) if known.size else None,
         num_wasted_tokens=sum(sequence.num_wasted_tokens for sequence in sequences),
         num_refused=batch.num_refused,
         mean_staleness=float(np.mean(ages)) if ages else None,

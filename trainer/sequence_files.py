@@ -1,6 +1,7 @@
-"""Mixed sequences as a file, whole: those that a checkpoint holds because they are collected and not yet trained.
+"""Mixed sequences as one file, for sequences in a checkpoint that are collected and not trained yet.
 
-A NumPy archive without pickles: an entry for every array of every sequence, and one of JSON for all the rest.
+The file is a NumPy archive without pickles. It has one entry for every array of every sequence, and one with all other
+values as JSON.
 """
 
 import json
@@ -18,7 +19,7 @@ _SCALARS = "scalars"
 
 
 def write_sequences(path: Path, sequences: Sequence[MixedSequence]) -> None:
-    """Write them to a new file."""
+    """Write the sequences to a new file."""
     arrays: dict[str, Any] = {}
     scalars: list[dict[str, object]] = []
     for number, sequence in enumerate(sequences):
@@ -30,14 +31,14 @@ def write_sequences(path: Path, sequences: Sequence[MixedSequence]) -> None:
 
 
 def read_sequences(path: Path) -> list[MixedSequence]:
-    """What ``write_sequences`` wrote, in its order."""
+    """The sequences that ``write_sequences`` wrote, in the same order."""
     with np.load(path, allow_pickle=False) as archive:
-        leaves_of: list[dict[str, object]] = json.loads(str(archive[_SCALARS]))
+        leaves_by_sequence: list[dict[str, object]] = json.loads(str(archive[_SCALARS]))
         for entry in archive.files:
             number, _, name = entry.partition(".")
             if entry != _SCALARS:
-                leaves_of[int(number)][name] = archive[entry]
-    sequences: list[MixedSequence] = [_built(MixedSequence, leaves) for leaves in leaves_of]
+                leaves_by_sequence[int(number)][name] = archive[entry]
+    sequences: list[MixedSequence] = [_built(MixedSequence, leaves) for leaves in leaves_by_sequence]
     return sequences
 
 

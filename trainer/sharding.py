@@ -1,8 +1,8 @@
-"""How a model lies on the learner's ranks: split layer by layer (FSDP2), gathered whole again, activations recomputed.
+"""Shards a model over the learner's ranks (FSDP2), gathers it again, and recomputes activations.
 
-The decoder is split by ``fully_shard``, which gathers a layer for as long as it computes. The output layer is read by
-the loss and not by a forward pass of its own, so it is a plain sharded tensor that the loss gathers with ``whole``.
-Either way a gradient is the sum over the ranks, each having differentiated its own tokens' share of the loss.
+``fully_shard`` shards the decoder and gathers each layer while it computes. The loss reads the output layer without a
+forward pass of its own, so the output layer is a plain sharded tensor that the loss gathers with ``whole``. In both
+cases a gradient is the sum over the ranks, each of which differentiates its own tokens' part of the loss.
 """
 
 from functools import partial
@@ -20,12 +20,12 @@ from trainer.ranks import Ranks
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be split; then a collective, and its gradient is the sum of all ranks'."""
+    """The whole tensor. If it is sharded, this is a collective, and its gradient is the sum over all ranks."""
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 
 def decoder_layers(model: PreTrainedModel, key: str) -> nn.ModuleList:
-    """The decoder's layers: the first module list on the way in. Raises UserError naming the key that needs them."""
+    """The decoder's layers: its first module list. Raises UserError naming the key that needs them."""
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList):
             return module
@@ -33,31 +33,31 @@ def decoder_layers(model: PreTrainedModel, key: str) -> nn.ModuleList:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep each layer's input only, and compute the rest again on the way back.
+    """Keep only each layer's input and recompute the rest in the backward pass.
 
-    transformers' own switch works in training mode alone, and that would turn dropout on.
+    transformers' own option works only in training mode, which would turn dropout on.
     """
     for layer in decoder_layers(model, "trainer.activation_checkpointing"):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def shard(model: PreTrainedModel, ranks: Ranks, device: torch.device) -> None:
-    """Split the model over the ranks, in place. Rank 0 brings the values; other ranks' parameters may be on ``meta``.
+    """Shard the model over the ranks, in place. Rank 0 has the values; other ranks' parameters may be on ``meta``.
 
-    A rank holds its part of everything and, while it is scattered, one parameter whole; rank 0 the whole model on the
-    CPU until then.
+    A rank holds its shards and, while a parameter is scattered, that parameter whole. Rank 0 also holds the whole model
+    on the CPU until the end.
     """
     assert ranks.mesh is not None
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
-    # Detached: fully_shard moves the parameters themselves to the device.
+    # Detached, because fully_shard moves the parameters themselves to the device.
     values = {name: parameter.detach() for name, parameter in model.named_parameters()} if ranks.rank == 0 else {}
     decoder = model.base_model
     for module in (*decoder_layers(model, "trainer.num_ranks"), decoder):
-        # Gathered for as long as it computes, so that between steps all that can be read is the parts.
+        # Gathered only while it computes. Between steps a rank can read only its shards.
         fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the loss is normalised over all ranks
-        module.set_force_sum_reduction_for_comms(True)  # and a plain one: gloo knows no other
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the loss is normalized over all ranks
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     decoder_prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
     parts = {
         name: _scattered(parameter, values.pop(decoder_prefix + name, None), ranks.mesh, device)
@@ -79,16 +79,16 @@ def shard(model: PreTrainedModel, ranks: Ranks, device: torch.device) -> None:
 
 
 def _scattered(parameter: Tensor, value: Tensor | None, mesh: DeviceMesh, device: torch.device) -> nn.Parameter:
-    """This rank's part of rank 0's value."""
+    """This rank's shard of rank 0's value."""
     placements = parameter.placements if isinstance(parameter, DTensor) else [Shard(0)]
-    if value is None:  # rank 0's is sent; here only shape and dtype are read
+    if value is None:  # rank 0 sends its value; only shape and dtype matter here
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     return nn.Parameter(distribute_tensor(value.to(device), mesh, placements), requires_grad=parameter.requires_grad)
 
 
 def whole_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor]:
-    """A checkpoint's tensors under their names, tied ones the same tensor under each: gathered one by one, kept on
-    rank 0, on the CPU; empty on other ranks. With one rank they are the model's own.
+    """A checkpoint's tensors by name; names of tied tensors map to the same tensor. They are gathered one by one and
+    kept on rank 0's CPU; empty on other ranks. With one rank they are the model's own.
     """
     if ranks.mesh is None:
         return dict(model.state_dict())
@@ -103,9 +103,7 @@ def whole_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def whole_copy(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel | None:
-    """The model with no part of it split, to be looked at: itself with one rank, else a copy on rank 0's CPU, None on
-    other ranks.
-    """
+    """The unsharded model: the model itself with one rank, else a copy on rank 0's CPU, None on other ranks."""
     if ranks.mesh is None:
         return model
     weights = whole_weights(model, ranks)

@@ -1,6 +1,6 @@
-"""Weights as files in shared memory: a folder that does not outlive its process, and safetensors written one by one.
+"""Weights as files in shared memory: a folder that is removed with its process, and a safetensors writer.
 
-Knows neither engines nor vLLM.
+Does not depend on engines or vLLM.
 """
 
 import errno
@@ -22,7 +22,7 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 
 class Meta(Protocol):
-    """One tensor as it is announced."""
+    """Name, dtype and shape of one tensor."""
 
     @property
     def name(self) -> str: ...
@@ -33,16 +33,16 @@ class Meta(Protocol):
 
 
 class Source(Protocol):
-    """Tensors, announced and then yielded in that order; vLLM's ``WeightSource`` is one."""
+    """Tensors, with their metadata first and then yielded in that order, such as vLLM's ``WeightSource``."""
 
     def metadata(self) -> Sequence[Meta]: ...
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class WeightFolder:
-    """A new folder in shared memory, gone at ``remove`` or at this process's orderly end.
+    """A new folder in shared memory. It is removed by ``remove`` or when this process exits normally.
 
-    Its lock is held as long as this process lives, so that a later one finds, and removes, what a killed one left.
+    Its lock is held while this process lives, so that a later process can find and remove the folder of a killed one.
     """
 
     PREFIX = "adaswitch-weights-"
@@ -52,7 +52,7 @@ class WeightFolder:
         self.path = Path(tempfile.mkdtemp(prefix=self.PREFIX, dir=parent))
         lock_fd = os.open(self.path / "lock.new", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(lock_fd, fcntl.LOCK_EX)
-        (self.path / "lock.new").rename(self.path / "lock")  # never to be seen unlocked while this process lives
+        (self.path / "lock.new").rename(self.path / "lock")  # after locking, so that others never see it unlocked
         self.remove = weakref.finalize(self, self._remove, self.path, lock_fd)
 
     @staticmethod
@@ -63,7 +63,7 @@ class WeightFolder:
     @classmethod
     def _remove_left_behind(cls, parent: Path) -> None:
         for lock in parent.glob(f"{cls.PREFIX}*/lock"):
-            with suppress(OSError):  # alive, somebody else's, or just gone
+            with suppress(OSError):  # still in use, another user's, or just removed
                 lock_fd = os.open(lock, os.O_RDWR)
                 try:
                     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,10 +73,10 @@ class WeightFolder:
 
 
 def write_safetensors(path: Path, source: Source) -> None:
-    """Write all of a source, one tensor at a time; the file appears whole or not at all.
+    """Write all tensors of a source, one at a time. The file appears atomically.
 
-    safetensors' own writer wants every tensor in memory at once and refuses tied ones; this needs room for one.
-    OSError if the folder's file system has no room for the file.
+    safetensors' own writer needs all tensors in memory at once and refuses tied ones; this needs memory for one tensor.
+    Raises OSError if the folder's file system has no space for the file.
     """
     metadata = source.metadata()
     header_json = _safetensors_header(metadata)
@@ -107,7 +107,7 @@ def _num_bytes(tensor: Meta) -> int:
 
 
 def _safetensors_header(metadata: Sequence[Meta]) -> bytes:
-    """https://github.com/huggingface/safetensors#format: names, dtypes, shapes and places, padded to 8 bytes."""
+    """https://github.com/huggingface/safetensors#format: names, dtypes, shapes and offsets, padded to 8 bytes."""
     header: dict[str, object] = {}
     end = 0
     for tensor in metadata:

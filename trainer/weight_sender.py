@@ -1,8 +1,7 @@
-"""The learner's half of the weight transfer: what is sent, through which backend, and what an engine gets to see.
+"""The learner's half of the weight transfer: tensors to send, backends, and the client that calls the engines.
 
-Everything goes through vLLM's own trainer-side interface: ``nccl`` and ``ipc`` are vLLM's code; ``host_memory``, which
-needs no GPU, is the one backend written here. Knows nothing of Ray: whoever builds the client says how engines are
-reached.
+Everything goes through vLLM's own trainer-side interface. ``nccl`` and ``ipc`` are vLLM's code; ``host_memory``, which
+needs no GPU, is implemented here. Does not depend on Ray: whoever builds the client decides how to call engines.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,25 +35,24 @@ HOST_MEMORY = "host_memory"
 SHARED_MEMORY = Path("/dev/shm")
 
 
-# ------------------------------------------------------------------------------------------------------ what is sent
+# ------------------------------------------------------------------------------------------------ the tensors to send
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every floating-point tensor of a checkpoint, under its Hugging Face name, tied ones once per name.
+    """Every floating-point tensor of a checkpoint under its Hugging Face name; tied tensors once under each name.
 
-    An engine keeps a tied output head apart while it loads (and on processors packs it apart for good), so
-    ``lm_head.weight`` must be sent beside ``model.embed_tokens.weight``; ``named_parameters()`` leaves it out.
-    Models that transformers holds under other names than their checkpoints (fused experts) are not covered.
+    An engine keeps a tied output head separate while it loads (and packs it separately for good on CPUs), so
+    ``lm_head.weight`` must be sent as well as ``model.embed_tokens.weight``; ``named_parameters()`` leaves it out.
+    Models whose parameter names in transformers differ from the checkpoint (fused experts) are not supported.
     """
     weights = checkpoint_names(model, model.state_dict())
     return {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
 
 
 class LearnerWeights(WeightSource):  # type: ignore[misc]
-    """The model's weights as they are when iterated: whole tensors in the engine's dtype, adapters merged in.
+    """The model's weights at the time of iteration: unsharded tensors in the engine's dtype, adapters merged in.
 
-    Under FSDP iterating is a collective, so every rank does it, in the same order.
-    """
+    Under FSDP iterating is a collective, so every rank does it, in the same order."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype) -> None:
         if dtype not in SAFETENSORS_DTYPES:
@@ -64,7 +62,7 @@ class LearnerWeights(WeightSource):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self._model.parameters()).device
 
     def metadata(self) -> list[ParamMeta]:
@@ -79,30 +77,30 @@ class LearnerWeights(WeightSource):  # type: ignore[misc]
             yield name, materialize_full_tensor(tensor.detach().to(self._dtype))
 
 
-# ------------------------------------------------------------------------------------------ what an engine gets to see
+# ----------------------------------------------------------------------------------------------- calls to the engines
 
 
 class OneCallClient:
-    """vLLM's client protocol (``VLLMWeightSyncClient``), with all of one update in one call.
+    """vLLM's client protocol (``VLLMWeightSyncClient``), with a whole update in one call to the engine.
 
-    vLLM's protocol starts, updates and finishes in three calls; between them an engine is paused and its parameters
-    are gone, and a learner that dies there leaves it so for ever. Here the engine gets one ``WeightUpdate`` and does
-    pause, load and resume on its own, so it comes back whatever happens to the learner.
+    In vLLM's protocol, an update is three calls (start, update, finish). Between them an engine is paused and without
+    parameters, and stays so if the learner dies. Here the engine gets one ``WeightUpdate`` and pauses, loads and
+    resumes by itself, so it resumes whatever happens to the learner.
 
-    ``init(transfer_info)`` and ``load(update)`` reach every engine and return when all are done, or raise.
+    ``init(transfer_info)`` and ``load(update)`` call every engine and return when all are done, or raise.
     """
 
     def __init__(self, *, init: Callable[[Mapping[str, object]], None], load: Callable[[WeightUpdate], None]) -> None:
         self._init = init
         self._load = load
-        self.version: WeightVersion = 0  # of the update under way; vLLM's protocol has no place for it
-        self.last_update: WeightUpdate | None = None  # the last one that every engine took
+        self.version: WeightVersion = 0  # of the update in progress; vLLM's protocol does not pass it
+        self.last_update: WeightUpdate | None = None  # the last one that every engine loaded
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._init(init_info)
 
     def start_weight_update(self) -> None:
-        """The engine starts it when it gets the update."""
+        """Nothing to do: the engine starts the update when it gets it."""
 
     def update_weights(self, update_info: Any) -> None:
         update = WeightUpdate(version=self.version, transfer_info=plain_handles(update_info))
@@ -110,13 +108,13 @@ class OneCallClient:
         self.last_update = update
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """The engine has finished it before ``update_weights`` returned, under the version in the update."""
+        """Nothing to do: the engine finished before ``update_weights`` returned, with the update's version."""
 
 
 def replica_init_info(init_info: Mapping[str, object], *, replica: int, workers_per_replica: int) -> dict[str, object]:
-    """The same init info as one of several engines needs it: in an NCCL group each worker has a rank of its own.
+    """The init info for one of several engines: each worker has a rank of its own in an NCCL group.
 
-    vLLM numbers the workers of one engine only, so ``init`` must pass this to replica 0, 1, ...
+    vLLM numbers only the workers of one engine, so ``init`` must pass this to replica 0, 1, ...
     """
     shifted = dict(init_info)
     if isinstance(rank_offset := shifted.get("rank_offset"), int):
@@ -129,48 +127,48 @@ def replica_init_info(init_info: Mapping[str, object], *, replica: int, workers_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """Where the NCCL group of the learner's first rank and all engine workers meets."""
+    """The address at which the learner's first rank and all engine workers form the NCCL group."""
 
-    master_address: str  # of the learner's first rank, as the engines' machines see it
+    master_address: str  # of the learner's first rank, reachable from the engines' machines
     master_port: int
     world_size: int  # 1 + engine workers, all replicas together
 
     @classmethod
     def on_this_machine(cls, *, num_workers: int) -> Self:
-        """At a free port of the machine this learner rank runs on, for so many engine workers."""
+        """A free port of this learner rank's machine, for this number of engine workers."""
         return cls(master_address=get_ip(), master_port=get_open_port(), world_size=1 + num_workers)
 
 
 class WeightSender:
-    """What a learner rank holds. Every rank calls every method; only rank 0 talks to engines."""
+    """The weight transfer of one learner rank. Every rank calls every method; only rank 0 calls the engines."""
 
     def __init__(
         self,
         engine: TrainerWeightTransferEngine,
         client: OneCallClient,
         *,
-        synchronise: Callable[[], None] = lambda: None,
+        synchronize: Callable[[], None] = lambda: None,
     ) -> None:
-        """``synchronise`` returns when the device has done all that it was given."""
+        """``synchronize`` returns when the device has finished all queued work."""
         self._engine = engine
         self._client = client
-        self._synchronise = synchronise
+        self._synchronize = synchronize
 
     def send(self, version: WeightVersion) -> None:
-        """Returns when every engine holds the source's present weights under this version."""
+        """Send the source's present weights as this version. Returns when every engine holds them."""
         self._client.version = version
-        # vLLM's senders read the weights on streams of their own, which don't wait for the optimizer's.
-        self._synchronise()
+        # vLLM's senders read the weights on their own streams, which don't wait for the optimizer's.
+        self._synchronize()
         self._engine.send_weights()
 
     def previous_weights(self) -> dict[str, Tensor] | None:
-        """What engines held before the last send, for the diagnosis. None where no copy is kept (ipc, nccl, ranks
-        above 0).
+        """The engines' weights before the last send, for the diagnosis. None without a copy (ipc, nccl, ranks above
+        0).
         """
         return self._engine.previous_weights() if isinstance(self._engine, HostMemoryTrainerEngine) else None
 
     def current_update(self) -> WeightUpdate | None:
-        """The last update, for an engine that starts late. None before the first, and where it can't be sent again."""
+        """The last update, for an engine that starts late. None before the first, or if it can't be sent again."""
         return self._client.last_update if isinstance(self._engine, HostMemoryTrainerEngine) else None
 
     def shutdown(self) -> None:
@@ -185,18 +183,20 @@ def build_sender(
     rank: int = 0,
     rendezvous: Rendezvous | None = None,
 ) -> WeightSender:
-    """Open the transfer, on every learner rank and after the engines are up; blocks until the engines have joined.
+    """Open the transfer. Called on every learner rank once the engines are up; blocks until the engines have joined.
 
-    ``source`` must still hold what the engines loaded at start. ``ipc`` and ``nccl`` are vLLM's own backends and need a
-    GPU on both sides: for ``ipc`` the same one, for ``nccl`` another one each, and a rendezvous.
+    ``source`` must still hold the weights that the engines loaded at start. ``ipc`` and ``nccl`` are vLLM's own
+    backends and need GPUs on both sides: ``ipc`` the same GPU, ``nccl`` different GPUs and a rendezvous.
     """
     init_info = _init_info(backend, rank, rendezvous, source.device)
     engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)
-    return WeightSender(engine, client, synchronise=partial(wait_for_device, source.device))
+    return WeightSender(engine, client, synchronize=partial(wait_for_device, source.device))
 
 
 def _init_info(backend: SyncBackend, rank: int, rendezvous: Rendezvous | None, device: torch.device) -> TrainerInitInfo:
-    """What opens vLLM's half. Raises UserError where it needs a GPU that the learner is not on."""
+    """The init info for vLLM's trainer side. Raises UserError if a backend needs a GPU and the learner is on the
+    CPU.
+    """
     if backend != "host_memory" and rank == 0 and device.type == "cpu":
         raise UserError(f"sync.backend is {backend}, which needs the learner on a GPU, but it is on the CPU")
     match backend:
@@ -205,7 +205,7 @@ def _init_info(backend: SyncBackend, rank: int, rendezvous: Rendezvous | None, d
         case "ipc":
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-            # Packed, it would take one buffer again and again, in a call each, and an update is one call here.
+            # Packed transfers reuse one buffer in many calls, but here an update is one call.
             return IPCTrainerInitInfo(rank=rank, packed=False)
         case "nccl":
             if rendezvous is None:
@@ -223,7 +223,7 @@ def _init_info(backend: SyncBackend, rank: int, rendezvous: Rendezvous | None, d
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Return when every stream of the device has done all that it was given."""
+    """Return when every stream of the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -236,11 +236,12 @@ class HostMemoryTrainerInitInfo(TrainerInitInfo):  # type: ignore[misc]
     backend: ClassVar[str] = HOST_MEMORY
 
     parent: Path = SHARED_MEMORY
-    """Where the folder is made: memory that all processes of this machine share."""
+    """Where the folder is made: in memory that all processes of this machine share."""
 
 
 class HostMemoryTrainerEngine(TrainerWeightTransferEngine[HostMemoryTrainerInitInfo]):  # type: ignore[misc]
-    """One safetensors file per send, in a folder of its own; the last two are kept, the first one from the start."""
+    """Writes one safetensors file per send into its own folder and keeps the last two; writes the first at the
+    start."""
 
     init_info_cls = HostMemoryTrainerInitInfo
 
@@ -275,7 +276,7 @@ class HostMemoryTrainerEngine(TrainerWeightTransferEngine[HostMemoryTrainerInitI
 
     def send_weights(self) -> None:
         if self._previous is not None:
-            self._previous.unlink()  # before writing, so that never more than two lie in memory
+            self._previous.unlink()  # before writing, so that at most two files are in memory
             self._previous = None
         new = self._write()
         if new is not None:
@@ -292,7 +293,7 @@ class HostMemoryTrainerEngine(TrainerWeightTransferEngine[HostMemoryTrainerInitI
             self._folder.remove()
 
     def _write(self) -> Path | None:
-        """A new file, on the sender. Other ranks only take part in gathering."""
+        """Write a new file on the sender. Other ranks only take part in gathering."""
         if self._folder is None:
             for _ in self.source:
                 pass
@@ -303,5 +304,5 @@ class HostMemoryTrainerEngine(TrainerWeightTransferEngine[HostMemoryTrainerInitI
         return path
 
 
-with suppress(ValueError):  # what vLLM raises when the name is taken: this module has been loaded before
+with suppress(ValueError):  # raised if the name is registered: this module was loaded before
     WeightTransferTrainerFactory.register_engine(HOST_MEMORY, __name__, "HostMemoryTrainerEngine")

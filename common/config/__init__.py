@@ -1,8 +1,8 @@
-"""RunConfig: every knob of a run, its default and its owner. Knows no one.
+"""RunConfig: every setting of a run and its default. Imports nothing from outside ``common``.
 
-Each part is passed on its own to the code that owns it; nothing reads the whole tree but ``deploy/``. Frozen, unknown
-keys refused, choices as unions on ``type``, so that a setting which means nothing for the chosen type can't be written.
-Reading YAML and ``--set`` is ``common/config/source.py``.
+Each part of the tree is passed on its own to the code that uses it; only ``deploy/`` reads the whole tree. Parts are
+frozen and refuse unknown keys. Choices are unions on ``type``, so a setting that has no meaning for the chosen type
+can't be written. ``common/config/source.py`` reads YAML and ``--set``.
 """
 
 from common.config.data import (

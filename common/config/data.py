@@ -6,7 +6,7 @@ from common.config.part import Part, Positive
 class Data(Part):
     """Prompts: a JSON, JSONL or Parquet file (or a glob of them), or a hub dataset's name.
 
-    A row holds either plain text or chat messages; messages go through the tokenizer's chat template.
+    A row holds either plain text or chat messages. The tokenizer's chat template is applied to messages.
     """
 
     path: str
@@ -17,23 +17,23 @@ class Data(Part):
     prompt_field: str = "prompt"
     """Column with the text, or with a list of {role, content} messages."""
     as_chat: bool = False
-    """Send plain text through the tokenizer's chat template too, as one user message."""
+    """Apply the tokenizer's chat template to plain text too, as one user message."""
     answer_field: str | None = None
-    """Column with the expected answer, for evaluation; what is trained on where the policy takes given answers."""
+    """Column with the dataset answer, for evaluation and for policies that train on dataset answers."""
     id_field: str | None = None
     """Column with a unique id. Default: the row's number."""
     max_prompts: Positive | None = None
     """Use only the first n rows."""
     shuffle: bool = True
-    """Visit the rows in an order drawn from the run's seed, anew each epoch."""
+    """Shuffle the rows differently in each epoch. The order depends on the run's seed."""
 
 
 class Evaluation(Part):
-    """Held-out accuracy and divergence, through the student engine, greedily."""
+    """Held-out accuracy and divergence, with greedy decoding on the student engine."""
 
     data: Data
     every_steps: Positive = 20
-    """Steps between evaluations; the first and the last weights are always evaluated."""
+    """Number of steps between evaluations. The first and the last weights are always evaluated."""
     answer_pattern: str = r"(.+)$"
-    """Regular expression searched in the completion; its last match's last group is compared with the answer, or with
-    what the same expression finds in the answer."""
+    """Regular expression searched in the completion. The last group of its last match is compared with the dataset
+    answer, or with what the same expression finds in the dataset answer."""

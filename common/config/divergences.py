@@ -1,4 +1,4 @@
-"""Divergences between teacher and student: what may decide a switch, and what may be trained on."""
+"""Divergences between teacher and student, for the switch policies and for the loss."""
 
 from typing import Annotated, Literal
 
@@ -16,17 +16,18 @@ class ForwardKL(Part):
 class ReverseKL(Part):
     """KL(student || teacher), nats.
 
-    As a loss it is known to be unstable where the list covers little of the teacher: what the student puts outside the
-    list is judged as one bucket. ``train/covered_mass`` tells how much the list covers.
+    As a loss it is known to be unstable when the top-k list covers little of the teacher's probability, because all of
+    the student's probability outside the list is compared as one bucket. ``train/covered_mass`` shows how much the list
+    covers.
     """
 
     type: Literal["reverse_kl"] = "reverse_kl"
 
 
 class JSD(Part):
-    """Generalised Jensen-Shannon divergence, nats (GKD, arXiv 2306.13649, eq. 2).
+    """Generalized Jensen-Shannon divergence, nats (GKD, arXiv 2306.13649, eq. 2).
 
-    As a loss it holds a reverse KL, and with it the same weakness where the list covers little.
+    As a loss it contains a reverse KL and has the same instability when the list covers little.
     """
 
     type: Literal["jsd"] = "jsd"
@@ -37,7 +38,7 @@ class JSD(Part):
 class SkewedKL(Part):
     """KL(teacher || alpha teacher + (1 - alpha) student), nats (DistiLLM, arXiv 2402.03898).
 
-    At most log(1 / alpha), whatever the student does: no single token can rule the gradient.
+    At most log(1 / alpha) for any student, so no single token can dominate the gradient.
     """
 
     type: Literal["skewed_kl"] = "skewed_kl"
@@ -48,23 +49,23 @@ class SkewedKL(Part):
 class TVD(Part):
     """Total variation distance, half the sum of |teacher - student| (f-distill, arXiv 2307.15190).
 
-    Not nats but a probability, 0 to 1. Where it is chosen, thresholds and reported values are probabilities too.
+    A probability from 0 to 1, not nats. With this divergence, thresholds and reported values are probabilities too.
     """
 
     type: Literal["tvd"] = "tvd"
 
 
 class CrossEntropy(Part):
-    """-log student(token), nats, on the sequence as it was written; the teacher's distribution is not looked at.
+    """-log student(token), nats, on the tokens of the sequence. The teacher's distribution is not used.
 
-    A loss and no switch divergence. With the teacher writing everything it is sequence-level KD (arXiv 1606.07947).
+    Only a loss, not a switch divergence. With policy.type off_policy it is sequence-level KD (arXiv 1606.07947).
     """
 
     type: Literal["cross_entropy"] = "cross_entropy"
 
 
 Divergence = Annotated[ForwardKL | ReverseKL | JSD | SkewedKL | TVD, Field(discriminator="type")]
-"""What may decide a switch."""
+"""Divergences that a switch policy can use."""
 
 Loss = Annotated[ForwardKL | ReverseKL | JSD | SkewedKL | TVD | CrossEntropy, Field(discriminator="type")]
-"""What may be trained on."""
+"""Losses that the student can be trained on."""

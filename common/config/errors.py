@@ -1,4 +1,4 @@
-"""pydantic's refusals in our words: one line each, with key, what was got, what is expected and where it came from."""
+"""pydantic's validation errors, one line each: the key, the value, what is expected, and where the value came from."""
 
 import difflib
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ _EXPECTED = {
 }
 _LONGEST_SHOWN = 80
 _REPLACED = {"placement.learner": "placement.layout (spread for own_gpu, shared_student for student_gpu)"}
-"""Keys of earlier versions, and what says the same now."""
+"""Keys of earlier versions, and the setting that replaces each."""
 
 
 def one_line_each(error: ValidationError, values: Mapping[str, object], origins: Mapping[str, str]) -> str:
-    """One line per problem. Unknown keys come first: a misspelt key is often why another one is missing.
+    """One line per problem. Unknown keys come first: a misspelled key is often the reason that another one is missing.
 
-    ``values`` is the tree that was refused, ``origins`` tells for each of its leaves where it came from.
+    ``values`` is the refused tree. ``origins`` has the origin of each of its leaves.
     """
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     return "\n".join(_line(problem, values, origins) for problem in problems)
@@ -49,7 +49,7 @@ def _line(problem: ErrorDetails, values: Mapping[str, object], origins: Mapping[
         case "union_tag_invalid" | "union_tag_not_found":
             return _unknown_type(location, problem["input"], origins)
         case "value_error":
-            # A part's own validator names its keys from the part on, the run's names them whole.
+            # A part's validator names keys relative to the part; RunConfig's validators name them in full.
             message = f"{key}.{context['error']}" if key else str(context["error"])
             return message + _from(message.split()[0], origins)
         case "missing" if not key.endswith("]"):
@@ -57,7 +57,7 @@ def _line(problem: ErrorDetails, values: Mapping[str, object], origins: Mapping[
         case "missing":
             key, expected = key[: key.rindex("[")], "must have more entries"
         case _:
-            expected = _EXPECTED.get(kind, "is refused: {problem}").format(problem=problem["msg"], **context)
+            expected = _EXPECTED.get(kind, "is invalid: {problem}").format(problem=problem["msg"], **context)
     got = _shown(problem["input"])
     return f"{key} {expected}, got {got}{_from(key, origins)}{_hint(kind, location, problem['input'])}".lstrip()
 
@@ -69,7 +69,7 @@ def _unknown_key(location: tuple[int | str, ...], values: Mapping[str, object], 
     name, prefix = str(location[-1]), f"{parent}." if parent else ""
     refusal = f"{key} is not a setting{_from(key, origins)}"
     if replacement := _REPLACED.get(key):
-        return f"{refusal}; it is {replacement} now"
+        return f"{refusal}; use {replacement} instead"
     if similar := difflib.get_close_matches(name, part.model_fields, n=1):
         return f"{refusal}; did you mean {prefix}{similar[0]}?"
     if others := _types_that_have(name, location):
@@ -80,7 +80,7 @@ def _unknown_key(location: tuple[int | str, ...], values: Mapping[str, object], 
 
 
 def _types_that_have(name: str, location: tuple[int | str, ...]) -> list[str]:
-    """The other types of the same choice that know this key. A location ends in (choice, chosen type, key) there."""
+    """The other types of the same choice that have this key. Such a location ends in (choice, chosen type, key)."""
     _, outer = dotted_key(RunConfig, location[:-3])
     field = outer.model_fields.get(str(location[-3])) if outer is not None and len(location) >= 3 else None
     if field is None or not is_choice(field):
@@ -100,7 +100,7 @@ def _unknown_type(location: tuple[int | str, ...], given: object, origins: Mappi
 
 
 def _types_at(location: tuple[int | str, ...]) -> list[str]:
-    """The types a choice knows; none where there is no choice."""
+    """The types of the choice at this location; empty if it is not a choice."""
     if not location:
         return []
     _, outer = dotted_key(RunConfig, location[:-1])
@@ -117,7 +117,7 @@ def _hint(kind: str, location: tuple[int | str, ...], given: object) -> str:
 
 
 def _from(key: str, origins: Mapping[str, str]) -> str:
-    """Where a key, or the outer key it stands in, or anything it holds, came from."""
+    """The origin of a key, else of the nearest outer key, else of any key inside it."""
     outer = key.partition("[")[0]
     while outer not in origins and "." in outer:
         outer = outer.rpartition(".")[0]
@@ -126,7 +126,7 @@ def _from(key: str, origins: Mapping[str, str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """As it would be typed, except that text is always in quotes."""
+    """The value as YAML, except that text is always quoted."""
     if value is None:
         return "nothing"
     text = repr(value) if isinstance(value, str) else dump_scalar(value)

@@ -1,4 +1,4 @@
-"""What every part of the configuration is made of."""
+"""Base class and constrained number types of the configuration."""
 
 from typing import Annotated
 
@@ -12,6 +12,6 @@ Seconds = Annotated[float, Field(gt=0.0)]
 
 
 class Part(BaseModel):
-    """A frozen piece of the tree."""
+    """Base class of every part of the configuration tree. Frozen; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -1,4 +1,4 @@
-"""The whole tree, and where Ray puts what it describes."""
+"""The whole configuration, and the placement of a run's actors."""
 
 from typing import Literal, Self
 
@@ -13,33 +13,32 @@ from common.config.supervision import Supervision
 from common.config.training import Sync, Trainer
 
 Layout = Literal["one_gpu", "shared_student", "spread"]
-"""How a run lies on GPUs."""
+"""How a run's actors are placed on GPUs."""
 LAYOUTS: tuple[Layout, ...] = ("spread", "shared_student", "one_gpu")
-"""All of them, the one with the most GPUs first."""
+"""All layouts, the one with the most GPUs first."""
 
 
 class Placement(Part):
-    """Where Ray puts the actors: bundles of GPUs, and who shares one."""
+    """Where Ray places the actors, and which of them share a GPU."""
 
     address: str | None = None
-    """A running cluster. Default: the one RAY_ADDRESS names or a job runs in, else one is started on this machine."""
+    """A running cluster. Default: the cluster of RAY_ADDRESS or of the current job, else a new one on this machine."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     use_gpus: Literal["auto", True, False] = "auto"
-    """auto: where the cluster has any, and the installed torch and vLLM are CUDA builds."""
+    """auto: use GPUs if the cluster has any and the installed torch and vLLM are CUDA builds."""
     layout: Literal["auto", "one_gpu", "shared_student", "spread"] = "auto"
-    """one_gpu: teacher, student and learner share one GPU. shared_student: student and learner share one, each teacher
-    engine has its own. spread: each engine and each rank of the learner has its own. auto: the first of spread,
-    shared_student and one_gpu for which the cluster has the GPUs and their memory suffices; the log says which."""
+    """one_gpu: teacher, student and learner share one GPU. shared_student: student and learner share one GPU, each
+    teacher engine has its own. spread: each engine and each rank of the learner has its own. auto: the first of spread,
+    shared_student and one_gpu for which the cluster has enough GPUs with enough memory; the log names it."""
     timeout_s: Seconds = 300.0
-    """How long to wait for the resources; also for others in place of a lost node's."""
+    """How long to wait for the resources, also for replacements when a node is lost."""
 
 
 class RunConfig(Part):
-    """A whole run."""
+    """The configuration of a run."""
 
     run_dir: str
-    """Folder for the trace, the weights, the checkpoints and the summary. Where it holds a run already, -2, -3, ... is
-    added."""
+    """Folder for the trace, the weights, the checkpoints and the summary. -2, -3, ... is appended if it holds a run."""
     seed: int = 0
     models: Models
     engines: Engines = Engines()
@@ -63,9 +62,9 @@ class RunConfig(Part):
         return self
 
     def layout_conflict(self, layout: Layout) -> str | None:
-        """The first setting that this layout can't be had with; None where there is none."""
+        """The error for the first setting that is incompatible with this layout; None if there is none."""
         if layout == "spread":
-            shared = "sync.backend must not be ipc where placement.layout is spread, which shares no GPU, got ipc"
+            shared = "sync.backend must not be ipc if placement.layout is spread, which shares no GPU, got ipc"
             return shared if self.sync.backend == "ipc" else None
         alone = {"trainer.num_ranks": self.trainer.num_ranks}
         for role in ("student", "teacher") if layout == "one_gpu" else ("student",):
@@ -74,9 +73,9 @@ class RunConfig(Part):
                 alone[f"engines.{role}.{name}"] = getattr(settings, name)
         for key, number in alone.items():
             if number > 1:
-                return f"{key} must be 1 where placement.layout is {layout}, got {number}"
+                return f"{key} must be 1 if placement.layout is {layout}, got {number}"
         if self.sync.backend == "nccl":
-            return f"sync.backend must not be nccl where placement.layout is {layout}, which shares a GPU, got nccl"
+            return f"sync.backend must not be nccl if placement.layout is {layout}, which shares a GPU, got nccl"
         return None
 
     @model_validator(mode="after")
@@ -85,25 +84,25 @@ class RunConfig(Part):
         num_gpus = student.num_replicas * student.tensor_parallel_size * student.pipeline_parallel_size
         if self.sync.backend == "ipc" and (num_gpus > 1 or self.trainer.num_ranks > 1):
             raise ValueError(
-                "sync.backend must not be ipc unless one student engine on one GPU and one rank of the learner share "
-                f"that GPU, got {num_gpus} GPUs of engines.student and trainer.num_ranks {self.trainer.num_ranks}"
+                "sync.backend must not be ipc unless one student engine and one rank of the learner share one GPU, "
+                f"got {num_gpus} GPUs of engines.student and trainer.num_ranks {self.trainer.num_ranks}"
             )
         return self
 
     @property
     def takes_given_answers(self) -> bool:
-        """Whether answers of the data are trained on."""
+        """Whether dataset answers are trained on."""
         return isinstance(self.policy, Dataset) or (isinstance(self.policy, Mixture) and self.policy.rest == "dataset")
 
     @model_validator(mode="after")
-    def _given_answers_are_given(self) -> Self:
+    def _dataset_answers_have_a_column(self) -> Self:
         if self.takes_given_answers and self.data.answer_field is None:
             raise ValueError(
                 f"data.answer_field must name the column with the answers that policy.type {self.policy.type} trains "
                 "on, got null"
             )
         if isinstance(self.policy, Dataset) and self.trainer.dataset_token_weight == 0.0:
-            raise ValueError("trainer.dataset_token_weight must be > 0 where policy.type is dataset, got 0")
+            raise ValueError("trainer.dataset_token_weight must be > 0 if policy.type is dataset, got 0")
         return self
 
     @model_validator(mode="after")

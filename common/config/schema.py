@@ -1,6 +1,6 @@
-"""What RunConfig's classes say about a key: which parts may stand there, and which one is meant.
+"""Looks up keys in RunConfig's classes: which parts a field may hold, and which of them is chosen.
 
-A *choice* is a field that may hold one of several parts, told apart by ``type``.
+A *choice* is a field that may hold one of several parts, which differ in ``type``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from common.config import Part
 
 
 def parts_of(field: FieldInfo) -> list[type[Part]]:
-    """The parts a field may hold; none for a leaf."""
+    """The parts that a field may hold; empty for a leaf."""
     return list(_parts_in(field.annotation))
 
 
@@ -21,14 +21,14 @@ def is_choice(field: FieldInfo) -> bool:
 
 
 def type_name(part: type[Part]) -> str:
-    """What ``type`` must be for this member of a choice."""
+    """The value of ``type`` for this member of a choice."""
     return str(part.model_fields["type"].default)
 
 
 def choose_part(field: FieldInfo, given_type: object) -> type[Part] | None:
-    """The part that is meant: the only one, the one of the given type, or without one the default's.
+    """The part that is chosen: the only one, the one of the given type, or without a type the default's.
 
-    None for a leaf, for an unknown type and where there is no default.
+    None for a leaf, for an unknown type, and if there is no default.
     """
     parts = parts_of(field)
     if len(parts) <= 1:
@@ -39,10 +39,10 @@ def choose_part(field: FieldInfo, given_type: object) -> type[Part] | None:
 
 
 def dotted_key(root: type[Part], location: tuple[int | str, ...]) -> tuple[str, type[Part] | None]:
-    """A pydantic location as its dotted key, and the part that stands there, if one does.
+    """A pydantic location as a dotted key, and the part at that key, if there is one.
 
-    pydantic puts the chosen ``type`` into the location, after the name of the choice; it is left out. Places in a list
-    are written as ``betas[1]``.
+    pydantic puts the chosen ``type`` into the location, after the name of the choice; the key leaves it out. List
+    indices are written as ``betas[1]``.
     """
     key = ""
     part: type[Part] | None = root
@@ -61,7 +61,7 @@ def dotted_key(root: type[Part], location: tuple[int | str, ...]) -> tuple[str, 
 
 
 def valid_keys(part: type[Part], values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all leaves that exist, given the types that were chosen in ``values``."""
+    """Dotted keys of all leaves that exist with the types chosen in ``values``."""
     for name, field in part.model_fields.items():
         given = values.get(name)
         inner = given if isinstance(given, Mapping) else {}

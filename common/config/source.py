@@ -1,7 +1,7 @@
-"""A YAML file and ``--set`` arguments -> RunConfig, with the origin of every value; and back to YAML.
+"""YAML file and ``--set`` arguments -> RunConfig, with the origin of every value; and back to YAML.
 
-Owns how settings are written down. What they mean is ``common/config/``, how a refusal reads
-``common/config/errors.py``. While it is read, the tree holds ``Given`` leaves: a value and where it came from.
+Owns the text format. ``common/config/`` defines the settings and ``common/config/errors.py`` the error messages. While
+the tree is read, its leaves are ``Given``: a value and its origin.
 """
 
 import json
@@ -25,14 +25,14 @@ _WIDEST_ALIGNED_LINE = 72
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
-    """A whole configuration, and for each leaf's dotted key where its value came from."""
+    """A complete configuration, and the origin of each leaf's value by dotted key."""
 
     config: RunConfig
     origins: Mapping[str, Origin]
 
 
 class Given(NamedTuple):
-    """A leaf of the tree as somebody wrote it."""
+    """A leaf of the tree as the user wrote it, and its origin."""
 
     value: object
     origin: Origin
@@ -42,17 +42,18 @@ Tree = dict[str, "Given | Tree"]
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConfig:
-    """Read a YAML file, apply the overrides (``a.b=value``, as given to ``--set``), check the whole.
+    """Read a YAML file, apply the overrides (``a.b=value``, as given to ``--set``), and check the result.
 
-    Values must have the type they need: ``"5"`` and ``true`` are not whole numbers. A part with a choice of types that
-    names none is of its default's type.
+    Values must have the right type: ``"5"`` and ``true`` are not whole numbers. If a part with a choice of types does
+    not name one, it has the default's type.
 
-    Overrides of outer keys are applied before those of inner ones and a ``type`` before its neighbours, whatever the
-    order of the arguments; of two for the same key the last wins. Changing the ``type`` of a part replaces the part:
-    what the file says about the old type is dropped, for it means nothing for the new one. Naming the type the part
-    already has keeps the rest. A mapping as a value (``policy={type: skd}``) replaces the part too.
+    Overrides of outer keys are applied before those of inner ones, and a ``type`` before the other keys of its part,
+    whatever the order of the arguments. If a key is given twice, the last value wins. Changing the ``type`` of a part
+    replaces the part: the file's settings for the old type are dropped, because they have no meaning for the new one.
+    Setting the type that the part already has keeps the other settings. A mapping as a value (``policy={type: skd}``)
+    replaces the part too.
 
-    Raises UserError with one line per problem, the most telling first.
+    Raises UserError with one line per problem, the most informative first.
     """
     tree = _completed(_read_file(Path(path)), RunConfig)
     for keys, value in sorted(map(_parse_override, overrides), key=_outer_first_then_type):
@@ -61,7 +62,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConf
     values = _values(tree)
     origins = {key: given.origin for key, given in _leaves(tree)}
     try:
-        # By way of JSON, whose strict mode takes lists for tuples and nothing else for anything else.
+        # As JSON: its strict mode accepts lists for tuples and converts nothing else.
         config = RunConfig.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UserError(one_line_each(error, values, origins)) from error
@@ -72,7 +73,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConf
 
 
 def dump_config(resolved: ResolvedConfig) -> str:
-    """The whole tree as YAML that ``read_config`` reads back equal, with each leaf's origin in a comment beside it."""
+    """The whole tree as YAML that ``read_config`` reads back unchanged, with each leaf's origin in a comment."""
     lines = list(_dump_lines(resolved.config, ""))
     width = min(max(len(line) for line, key in lines if key), _WIDEST_ALIGNED_LINE)
     return "".join(f"{line:<{width}}  # {resolved.origins[key]}\n" if key else f"{line}\n" for line, key in lines)
@@ -96,12 +97,12 @@ def _read_file(path: Path) -> Tree:
     for key in content:
         if "." in key:
             outer, _, inner = key.partition(".")
-            raise UserError(f"{path}: {key} must be nested in a file: {inner} goes into {outer}")
+            raise UserError(f"{path}: {key} must be nested in a file: put {inner} under {outer}")
     return _given_mapping(content, "file")
 
 
 def _parse_override(argument: str) -> tuple[list[str], object]:
-    """(["a", "b"], value) of ``a.b=value``."""
+    """``a.b=value`` as (["a", "b"], value)."""
     key, equals, text = argument.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(name.isidentifier() for name in keys):
@@ -118,7 +119,7 @@ def _outer_first_then_type(override: tuple[list[str], object]) -> tuple[int, boo
 
 
 def _given(value: object, origin: Origin) -> "Given | Tree":
-    """An empty mapping may be a leaf's value, and then has an origin."""
+    """A value from the user as a tree. An empty mapping stays a leaf, because some leaves are mappings."""
     return _given_mapping(value, origin) if isinstance(value, dict) and value else Given(value, origin)
 
 
@@ -127,7 +128,7 @@ def _given_mapping(mapping: dict[str, object], origin: Origin) -> Tree:
 
 
 def _with_value(tree: Tree, keys: list[str], value: "Given | Tree") -> Tree:
-    """A copy of the tree with one value changed. Another type empties the part it belongs to."""
+    """A copy of the tree with one value changed. If a ``type`` changes, the other keys of its part are dropped."""
     name, *rest = keys
     if not rest:
         return {**tree, name: value}
@@ -139,9 +140,9 @@ def _with_value(tree: Tree, keys: list[str], value: "Given | Tree") -> Tree:
 
 
 def _completed(tree: Tree, part: type[Part]) -> Tree:
-    """A copy in which a part that names no type has its default's, and a required part that is missing is empty.
+    """A copy in which a part without ``type`` has its default's type, and a missing required part is an empty mapping.
 
-    The first makes ``--set policy.window=5`` work alone; the second makes pydantic name the keys that are missing.
+    The first makes ``--set policy.window=5`` work alone; the second makes pydantic name the missing keys.
     """
     completed = dict(tree)
     for name, field in part.model_fields.items():
@@ -175,7 +176,7 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Given]]:
 
 
 def _origin_of(key: str, origins: Mapping[str, Origin]) -> Origin:
-    """Where a leaf came from. One that is a mapping may come from several places: the last of them."""
+    """The origin of a leaf. If the leaf is a mapping with several origins, ``--set`` comes before ``file``."""
     given = {origin for name, origin in origins.items() if name == key or name.startswith(f"{key}.")}
     return "--set" if "--set" in given else "file" if "file" in given else "default"
 

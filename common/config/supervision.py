@@ -11,7 +11,7 @@ class Supervision(Part):
     """Health checks, and how often failed workers are restarted before the run ends."""
 
     health_every_s: Seconds = 5.0
-    """Pause between two health checks of the workers whose work is awaited."""
+    """Pause between two health checks of the workers that the run is waiting for."""
     health_timeout_s: Seconds = 30.0
     """A process that does not answer for this long counts as hung."""
     hang_timeout_s: Seconds = 120.0
@@ -23,7 +23,7 @@ class Supervision(Part):
     backoff_first_s: Seconds = 1.0
     """Pause before the second restart in a row; doubled for each one after it."""
     backoff_last_s: Seconds = 60.0
-    """The longest such pause."""
+    """Maximum of that pause."""
     max_prompt_failures: Positive = 2
     """A prompt that fails this often on its own is quarantined, and the run continues without it."""
 

@@ -1,7 +1,7 @@
-"""vLLM's arguments that a configuration can't set by ``engines.*.vllm``, each with the reason.
+"""vLLM arguments that a configuration can't set with ``engines.*.vllm``, each with the reason.
 
-Either they have a setting of their own, or an engine's answers would no longer mean what the rollouts take them for.
-That the others exist, and have the right type, is for vLLM to say: ``rollout_server/engines/vllm_args.py`` asks it.
+They either have a setting of their own, or would change what an engine's output means to the rollouts. vLLM itself
+checks that the other arguments exist and have the right type (``rollout_server/engines/vllm_args.py``).
 """
 
 from collections.abc import Mapping
@@ -41,48 +41,48 @@ _SETTINGS = {
     ),
 }
 
-_ONE_MODEL = "engine, learner and tokenizer must load the same files; name a folder that holds them in models.*"
+_ONE_MODEL = "engine, learner and tokenizer must load the same files; put them in a folder and set models.* to it"
 _ONE_PLACE = "an engine runs on its actor's machine and GPUs"
-_SPECULATION = "a stream that pauses for the verdict must end at an exact token"
+_SPECULATION = "a stream that pauses for the decision must end at an exact token"
 _REASONS = {
     "code_revision": _ONE_MODEL,
     "device_ids": _ONE_PLACE,
     "disable_log_stats": "the run writes its own metrics",
     "distributed_executor_backend": _ONE_PLACE,
-    "enable_chunked_prefill": "on processors a seeded request that is prefilled in pieces ends the engine",
-    "enable_prefix_caching": "scores are read from the cached prefix",
+    "enable_chunked_prefill": "on CPUs a seeded request with a chunked prefill crashes the engine",
+    "enable_prefix_caching": "scoring needs the cached prefix",
     "hf_config_path": _ONE_MODEL,
-    "kv_sharing_fast_prefill": "it makes the prompt's log-probs wrong",
+    "kv_sharing_fast_prefill": "it returns wrong log-probs for the prompt",
     "load_format": "weights are read from safetensors files only; pickled ones can run code",
-    "logprobs_mode": "divergence and loss are defined on raw log-probs, of temperature 1 and before top-p",
+    "logprobs_mode": "divergence and loss are defined on raw log-probs, at temperature 1 and before top-p",
     "master_addr": _ONE_PLACE,
     "master_port": _ONE_PLACE,
     "model_weights": _ONE_MODEL,
     "nnodes": _ONE_PLACE,
     "node_rank": _ONE_PLACE,
     "revision": _ONE_MODEL,
-    "scheduling_policy": "streams that pause must keep their blocks of the cache",
-    "skip_tokenizer_init": "tokens go in and come out, and both tokenizers are checked against each other at the start",
+    "scheduling_policy": "paused streams must keep their KV cache blocks",
+    "skip_tokenizer_init": "requests and outputs are token ids already, and both tokenizers are compared at the start",
     "spec_method": _SPECULATION,
     "spec_model": _SPECULATION,
     "spec_tokens": _SPECULATION,
     "speculative_config": _SPECULATION,
-    "stream_interval": "each request says how many tokens make a piece",
+    "stream_interval": "each request sets its number of tokens per output",
     "tokenizer": _ONE_MODEL,
     "tokenizer_revision": _ONE_MODEL,
 }
 
-_OLD_CACHE = "after a weight sync it would hold states of the weights before"
+_OLD_CACHE = "after a weight sync it would still hold states from the old weights"
 _STUDENTS_REASONS = {
     "kv_offloading_backend": _OLD_CACHE,
     "kv_offloading_size": _OLD_CACHE,
     "kv_transfer_config": _OLD_CACHE,
-    "quantization_config": "its weights are those in training, as they are; quantize the teacher",
+    "quantization_config": "the student engine must use the trained weights unchanged; quantize the teacher",
 }
 
 
 def refusal(options: Mapping[str, object]) -> str | None:
-    """Why the first of these arguments that no engine takes from ``vllm`` is refused; None where all are fine."""
+    """Why the first of these arguments that can't be set in ``vllm`` is refused; None if all are allowed."""
     for name in options:
         if name in _SETTINGS:
             return f"vllm.{name} has a setting of its own: use {_SETTINGS[name]}"
@@ -92,7 +92,7 @@ def refusal(options: Mapping[str, object]) -> str | None:
 
 
 def students_refusal(options: Mapping[str, object]) -> str | None:
-    """The same for what only a student can't take."""
+    """The same check for arguments that only the student can't have."""
     for name in options:
         if name in _STUDENTS_REASONS:
             return f"vllm.{name} can't be set for the student: {_STUDENTS_REASONS[name]}"
@@ -100,5 +100,5 @@ def students_refusal(options: Mapping[str, object]) -> str | None:
 
 
 def owned_names() -> frozenset[str]:
-    """All arguments that no engine takes from ``vllm``."""
+    """All arguments that can't be set in ``vllm`` for any engine."""
     return frozenset(_SETTINGS) | frozenset(_REASONS)

@@ -1,8 +1,8 @@
-"""YAML as a person expects it: strict, and with the scalars of YAML 1.2. Knows nothing of settings.
+"""Strict YAML with the scalars of YAML 1.2. Does not depend on the settings.
 
-PyYAML reads YAML 1.1, where ``1e-3`` is text, ``no`` is false, ``010`` is 8 and ``1:30`` is 90, and it lets the last of
-two equal keys win in silence. Here ``1e-3`` is a number, ``no`` is text, ``010`` is 10, and an equal key is refused.
-Left out on purpose: dates, sets, binary and every other tag; they'd reach a setting as a type it can't hold.
+PyYAML reads YAML 1.1, where ``1e-3`` is text, ``no`` is false, ``010`` is 8 and ``1:30`` is 90, and it silently keeps
+the last of two equal keys. Here ``1e-3`` is a number, ``no`` is text, ``010`` is 10, and a duplicate key is an error.
+Dates, sets, binary and every other tag are left out on purpose: no setting has such a type.
 """
 
 import re
@@ -48,7 +48,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def load_yaml(text: str) -> object:
-    """The value of one YAML document, None for an empty one. UserError, on one line, for anything else."""
+    """The value of one YAML document, None for an empty one. Raises UserError (one line) for anything else."""
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -67,9 +67,9 @@ def load_yaml(text: str) -> object:
 
 
 def load_argument(text: str) -> object:
-    """A value as typed after ``--set key=``: a YAML list, mapping or quoted text, else one plain scalar as it stands.
+    """A value as typed after ``--set key=``: a YAML list, mapping or quoted text, else one plain scalar.
 
-    So ``#### (.+)`` and ``a: b`` are text here and not, as inside a file, a comment and a mapping.
+    So ``#### (.+)`` and ``a: b`` are text here. In a file they would be a comment and a mapping.
     """
     if text.startswith(("[", "{", '"', "'")):
         return load_yaml(text)
@@ -79,24 +79,24 @@ def load_argument(text: str) -> object:
 
 
 def dump_scalar(value: object) -> str:
-    """A scalar, or a list of them, as one line of YAML that ``load_yaml`` reads back equal."""
+    """A scalar, or a list of scalars, as one line of YAML that ``load_yaml`` reads back unchanged."""
     text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _problems(node: Node, key: str, ancestors: tuple[Node, ...]) -> Iterator[str]:
-    """What PyYAML would accept in silence: equal keys, keys that aren't text, foreign tags, a node that holds itself.
+    """Problems that PyYAML silently accepts: duplicate keys, non-text keys, unknown tags, a node that contains itself.
 
-    Keys become text on the way: ``1: x`` is then refused as the unknown setting ``1``.
+    Also turns keys into text, so that ``1: x`` is then refused as the unknown setting ``1``.
     """
     here = key or "the document"
     if node in ancestors:
-        yield f"{_where(node.start_mark)}{here} holds itself"
+        yield f"{_where(node.start_mark)}{here} contains itself"
         return
     if node.tag not in _KNOWN_TAGS:
         yield f"{_where(node.start_mark)}{here} has the tag {node.tag!r}, which settings don't use"
     if isinstance(node, ScalarNode) and any("\ud800" <= character <= "\udfff" for character in node.value):
-        yield f"{_where(node.start_mark)}{here} holds half a character (a lone surrogate)"
+        yield f"{_where(node.start_mark)}{here} contains half a character (a lone surrogate)"
     elif isinstance(node, SequenceNode):
         for child in node.value:
             yield from _problems(child, key, (*ancestors, node))

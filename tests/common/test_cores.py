@@ -36,6 +36,6 @@ def test_children_keep_to_the_cores_and_the_process_returns_with_all_its_threads
 
 
 def test_cores_that_are_not_there_are_refused_by_number() -> None:
-    refused = pytest.raises(UserError, match=r"^cpu_cores: wanted \[4095\], this machine gives \[0.*\]$")
+    refused = pytest.raises(UserError, match=r"^cpu_cores: got \[4095\], but this machine grants \[0.*\]$")
     with refused, children_on_cores([4095]):
         pass

@@ -65,19 +65,19 @@ def test_a_missing_answer_is_named_by_field_and_row(read, missing: object) -> No
 
 def test_an_answer_that_is_too_long_is_refused_and_not_cut(read) -> None:
     assert len(read("w2 w3", max_tokens=3)[0]) == 3
-    with pytest.raises(UserError, match=r"row 0 has 3 tokens, its end included, expected at most 2; .*max_new_tokens"):
+    with pytest.raises(UserError, match=r"row 0 has 3 tokens with its end token, expected at most 2; .*max_new_tokens"):
         read("w2 w3", max_tokens=2)
 
 
 @pytest.mark.parametrize(("prompt", "template"), [("w1", None), (MESSAGES, CHAT)])
 def test_an_answer_that_ends_twice_is_refused(read, prompt: Any, template: str | None) -> None:
-    with pytest.raises(UserError, match="row 0 holds a token that ends a text before its end"):
+    with pytest.raises(UserError, match="row 0 holds an end token before its end"):
         read("w2 <eos> w3", prompt=prompt, template=template)
 
 
 def test_a_template_that_renders_no_continuation_is_refused(read) -> None:
     template = CHAT.replace("{% if add_generation_prompt %}assistant", "{% if add_generation_prompt %}system")
-    with pytest.raises(UserError, match="row 0: the chat template does not render the answer as what follows"):
+    with pytest.raises(UserError, match="row 0: the chat template does not render the answer as a continuation"):
         read("w2", prompt=MESSAGES, template=template)
 
 

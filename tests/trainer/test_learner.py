@@ -233,9 +233,7 @@ def test_a_step_whose_tokens_all_have_weight_0_has_no_loss(student: str, sequenc
 
 
 def test_some_token_must_count() -> None:
-    with pytest.raises(
-        ValidationError, match="teacher_token_weight must be > 0 where student_token_weight is 0, got 0"
-    ):
+    with pytest.raises(ValidationError, match="teacher_token_weight must be > 0 if student_token_weight is 0, got 0"):
         Trainer(student_token_weight=0.0, teacher_token_weight=0.0)
     with pytest.raises(ValidationError, match="finite"):
         Trainer(student_token_weight=math.inf)
@@ -324,7 +322,9 @@ def test_a_model_that_pays_no_heed_to_position_ids_is_not_packed(make_model: Mak
     model.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
     )
-    with pytest.raises(UserError, match=r"^trainer\.packing: LlamaForCausalLM lets packed sequences see each other"):
+    with pytest.raises(
+        UserError, match=r"^trainer\.packing: LlamaForCausalLM lets packed sequences attend to each other"
+    ):
         refuse_leaking_rows(model)
 
 

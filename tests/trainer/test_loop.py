@@ -16,7 +16,7 @@ from trainer.loop import BEGINNING, HeldOut, StaleSequences, Start, distill
 from trainer.probe import WeightSyncError
 from trainer.probe_statistics import ProbeReport
 from trainer.prompts import PromptCursor
-from trainer.reports import Batch, Evaluated, StepDone, Trained, summarise
+from trainer.reports import Batch, Evaluated, StepDone, Trained, summarize
 
 
 def probe_report(max_difference: float) -> ProbeReport:
@@ -248,7 +248,7 @@ def test_a_steps_summary_counts_sequences_and_tokens(make_mixed_sequence) -> Non
     switched = make_mixed_sequence(num_tokens=12, switches=(4,), num_wasted_tokens=3)
     late = make_mixed_sequence(num_tokens=8, switches=(6,))
     kept = make_mixed_sequence(num_tokens=4, switches=())
-    report = summarised(switched, late, kept)
+    report = summarized(switched, late, kept)
     assert (report.num_sequences, report.num_tokens, report.num_wasted_tokens) == (3, 24, 3)
     assert report.switch_rate == pytest.approx(2 / 3)
     assert report.teacher_token_share == pytest.approx((8 + 2) / 24)
@@ -258,9 +258,9 @@ def test_a_steps_summary_counts_sequences_and_tokens(make_mixed_sequence) -> Non
 
 
 def test_a_step_without_a_switch_or_a_proposal_has_no_mean(make_mixed_sequence) -> None:
-    kept = summarised(make_mixed_sequence(switches=()))
+    kept = summarized(make_mixed_sequence(switches=()))
     assert (kept.switch_rate, kept.mean_switch_position) == (0.0, None)
-    taught = summarised(make_mixed_sequence(switches=(0,)))
+    taught = summarized(make_mixed_sequence(switches=(0,)))
     assert (taught.teacher_token_share, taught.mean_divergence, taught.mean_staleness) == (1.0, None, None)
 
 
@@ -357,6 +357,6 @@ async def test_a_resumed_run_trains_what_was_collected_before_it_collects_more(m
     assert (trained.rollout.mean_staleness, trained.rollout.seconds) == (1.0, 7.0)
 
 
-def summarised(*sequences: MixedSequence):
+def summarized(*sequences: MixedSequence):
     items = [Collected(sequence, "") for sequence in sequences]
-    return summarise(Batch(items=items, seconds=2.0), version=0)
+    return summarize(Batch(items=items, seconds=2.0), version=0)

@@ -145,9 +145,9 @@ def test_a_sync_that_left_a_layer_out_is_traced_to_it(student: str, make_model: 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("lm_head", "'lm_head', the output layer, which the loss reads itself"),
-        ("q_porj", "'q_porj' is no linear layer of LlamaForCausalLM, expected some of .*'q_proj'"),
-        ("embed_tokens", "'embed_tokens' is no linear layer"),
+        ("lm_head", "'lm_head', the output layer, which the loss computes itself"),
+        ("q_porj", "'q_porj' is not a linear layer of LlamaForCausalLM, expected some of .*'q_proj'"),
+        ("embed_tokens", "'embed_tokens' is not a linear layer"),
     ],
 )
 def test_a_layer_that_cannot_be_adapted_is_refused(make_model: Make, target: str, message: str) -> None:
@@ -167,5 +167,5 @@ def test_only_the_named_layers_are_adapted(make_model: Make) -> None:
 
 
 def test_an_adapter_is_not_split_over_ranks() -> None:
-    with pytest.raises(ValidationError, match="num_ranks must be 1 where lora is set, got 2"):
+    with pytest.raises(ValidationError, match="num_ranks must be 1 if lora is set, got 2"):
         config(num_ranks=2)

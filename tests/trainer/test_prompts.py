@@ -343,7 +343,7 @@ def test_a_hub_that_can_not_be_reached_is_one_line(make_tokenizer: Callable[...,
     ran = subprocess.run([sys.executable, "-c", program], env=offline, capture_output=True, text=True, check=True)
     (message,) = ran.stdout.splitlines()
     assert message.startswith("data.path: can't read 'nobody/nothing' from the Hugging Face hub: ")
-    assert message.endswith("expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub data set")
+    assert message.endswith("expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub dataset")
 
 
 def test_what_is_left_out_is_given_out_no_more_and_all_others_keep_their_places(open_stream: Open) -> None:

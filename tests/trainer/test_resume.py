@@ -202,7 +202,7 @@ def test_a_full_disk_a_damaged_checkpoint_and_half_of_one_cost_nothing_that_was_
     assert before == ["step-000002", "step-000004"]
 
     kill_after(config, "--resume", step=7, max_file_bytes=60_000)  # too little for a checkpoint, enough for the rest
-    assert "no checkpoint after step 6, the run goes on" in log_of(config).read_text()
+    assert "no checkpoint after step 6, the run continues" in log_of(config).read_text()
     assert names_in(run / "checkpoints") == before
 
     damaged = run / "checkpoints" / "step-000004" / "student" / "model.safetensors"

@@ -27,7 +27,10 @@ def test_a_neighbor_that_is_seen_is_told_from_rounding(model: PreTrainedModel) -
         return args, {**kwargs, "position_ids": None}
 
     hook = model.base_model.register_forward_pre_hook(without_position_ids, with_kwargs=True)
-    with pytest.raises(UserError, match="lets packed sequences see each other"), torch.autocast("cpu", torch.bfloat16):
+    with (
+        pytest.raises(UserError, match="lets packed sequences attend to each other"),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         refuse_leaking_rows(model)
     hook.remove()
 

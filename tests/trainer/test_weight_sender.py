@@ -337,7 +337,7 @@ def test_the_device_has_done_all_it_was_given_before_a_sender_reads_the_weights(
             order.append("send")
 
     client = Engines().client()
-    sender = WeightSender(Recording(client=client), client, synchronise=lambda: order.append("wait"))
+    sender = WeightSender(Recording(client=client), client, synchronize=lambda: order.append("wait"))
     sender.send(1)
     sender.send(2)
     assert order == ["wait", "send", "wait", "send"]

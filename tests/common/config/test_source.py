@@ -161,19 +161,19 @@ def test_a_mapping_is_one_setting_whose_entries_are_given_one_by_one(read):
         (
             "",
             "engines.student.vllm.enable_prefix_caching=false",
-            "engines.student.vllm.enable_prefix_caching can't be set: scores are read from the cached prefix (--set)",
+            "engines.student.vllm.enable_prefix_caching can't be set: scoring needs the cached prefix (--set)",
         ),
         (
             "",
             "engines.student.vllm.kv_offloading_size=3",
-            "engines.student.vllm.kv_offloading_size can't be set for the student: after a weight sync it would hold "
-            "states of the weights before (--set)",
+            "engines.student.vllm.kv_offloading_size can't be set for the student: after a weight sync it would still "
+            "hold states from the old weights (--set)",
         ),
         (
             "",
             "engines.student.quantization=fp8",
-            "engines.student.quantization must be null: its weights are those in training, as they are; quantize the "
-            "teacher, got fp8 (--set)",
+            "engines.student.quantization must be null: the student engine must use the trained weights unchanged; "
+            "quantize the teacher, got fp8 (--set)",
         ),
     ],
 )
@@ -219,9 +219,9 @@ def test_an_override_that_is_not_yaml_is_quoted(read):
         ("seed: [1", "not YAML: line 1"),
         ("- seed", "must hold a mapping of settings, got a list"),
         ("just text", "must hold a mapping of settings, got a str"),
-        ("policy.window: 3", "policy.window must be nested in a file: window goes into policy"),
+        ("policy.window: 3", "policy.window must be nested in a file: put window under policy"),
         ("seed: !!python/name:os.system 1", "has the tag"),
-        ("policy: &p {divergence: *p}", "holds itself"),
+        ("policy: &p {divergence: *p}", "contains itself"),
         ('run_dir: "\\ud800"', "half a character"),
     ],
 )

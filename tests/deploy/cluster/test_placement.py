@@ -97,5 +97,5 @@ def test_without_gpus_a_run_fits_on_two_cores(layout) -> None:
 )
 def test_settings_that_a_layout_can_t_have_are_refused(layout, parts, key) -> None:
     make_config(**parts)  # under auto another layout has them
-    with pytest.raises(ValidationError, match=rf"{re.escape(key)}.* where placement\.layout is {layout}.*, got "):
+    with pytest.raises(ValidationError, match=rf"{re.escape(key)}.* if placement\.layout is {layout}.*, got "):
         make_config(placement={"layout": layout}, **parts)

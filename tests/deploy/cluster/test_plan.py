@@ -75,7 +75,7 @@ def test_auto_takes_the_layout_with_the_most_gpus_that_there_are(shapes, cluster
 def test_auto_leaves_out_what_the_settings_can_t_have(shapes) -> None:
     plan = make_plan(make_config(sync={"backend": "ipc"}), shapes, nodes((8, 80.0)))
     assert plan.layout == "shared_student"
-    assert "sync.backend must not be ipc where placement.layout is spread" in plan.why
+    assert "sync.backend must not be ipc if placement.layout is spread" in plan.why
 
 
 def test_nccl_is_never_chosen_for_a_shared_gpu(shapes) -> None:

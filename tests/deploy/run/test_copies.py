@@ -204,7 +204,7 @@ def test_a_run_that_another_process_is_at_is_not_fetched_into(resolve: Any) -> N
     take_checkpoint(folder, 10)
     copied(there.config, folder)
     before = files_of(behind.path)
-    with behind.locked(), pytest.raises(UserError, match="another process is at this run"):
+    with behind.locked(), pytest.raises(UserError, match="another process is using this run"):
         fetch_if_ahead(here.config)
     assert files_of(behind.path) == before
 
@@ -289,5 +289,5 @@ def test_a_password_is_not_taken(tmp_path: Path) -> None:
     file.write_text(
         "run_dir: r\nmodels: {student: s, teacher: t}\ndata: {path: p}\nstorage: {url: 's3://key:secret@b'}"
     )
-    with pytest.raises(UserError, match=r"storage.*url must not hold a user or a password"):
+    with pytest.raises(UserError, match=r"storage.*url must not contain a user or a password"):
         read_config(file, [])

@@ -151,7 +151,7 @@ def test_two_processes_can_t_go_on_with_one_run_and_a_killed_one_leaves_no_lock(
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match="another process is at this run"), folder.locked():
+        with pytest.raises(UserError, match="another process is using this run"), folder.locked():
             pass
         other.kill()
     with folder.locked():
