@@ -1,4 +1,4 @@
-"""The metrics that a training exports while it runs, as one table. Code, docs/metrics.md and the dashboard must match it.
+"""The metrics that a training exports, as one table. Code, docs/metrics.md and the dashboard must match it.
 
 Step and evaluation measurements keep the names they have in ``metrics.jsonl``. Imports no other module of the project.
 """
