@@ -22,7 +22,7 @@ ADDRESS ?= http://127.0.0.1:8265
 .DEFAULT_GOAL := help
 
 help:  ## Print this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 21
 
 setup: $(READY)  ## Install the environment in .venv from the lock file (2-3 minutes, 3.5 GB; with CUDA 5-10 minutes, 9.4 GB)
 
