@@ -1,6 +1,7 @@
-"""The metrics that a training exports, as one table. Code, docs/metrics.md and the dashboard must match it.
+"""The metrics that a training run exports, as one table. Tests compare it with the code, docs/metrics.md and the
+dashboard.
 
-Step and evaluation measurements keep the names they have in ``metrics.jsonl``. Imports no other module of the project.
+Measurements of steps and evaluations keep their names from ``metrics.jsonl``. Imports nothing of ours.
 """
 
 from collections.abc import Sequence
@@ -12,23 +13,23 @@ Kind = Literal["gauge", "counter", "histogram"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One metric. All metrics have the label ``run``."""
+    """One measurement. Every one has the label ``run``."""
 
     name: str  # as in metrics.jsonl
     kind: Kind
     unit: str
     help: str
     labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()  # upper edges, of a histogram
+    buckets: tuple[float, ...] = ()  # upper edges of a histogram's buckets
 
     @property
     def exported_name(self) -> str:
-        """The name given to Ray, which adds the prefix ``ray_``."""
+        """The name that is passed to Ray, which adds the prefix ``ray_``."""
         return "adaswitch_" + self.name.replace("/", "_")
 
     @property
     def series(self) -> str:
-        """The name in Prometheus; for a histogram, that of its buckets."""
+        """The series that Prometheus stores; for a histogram, the buckets from which quantiles are computed."""
         suffix = {"gauge": "", "counter": "_total", "histogram": "_bucket"}[self.kind]
         return f"ray_{self.exported_name}{suffix}"
 
@@ -41,44 +42,40 @@ _POSITIONS = (1, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2
 
 STEP_METRICS = _gauges(
     ("rollout/sequences", "sequences", "sequences collected for the step"),
-    ("rollout/tokens", "tokens", "new tokens in them, from both models"),
-    ("rollout/tokens_per_s", "tokens/s", "new tokens per second of the rollout"),
-    ("rollout/wasted_tokens", "tokens", "student tokens after a switch, which were dropped"),
-    ("rollout/refused_sequences", "sequences", "sequences that were too stale and were generated again"),
-    ("rollout/seconds", "s", "time to generate the step's sequences"),
+    ("rollout/tokens", "tokens", "new tokens in these sequences, from both models"),
+    ("rollout/tokens_per_s", "tokens/s", "new tokens divided by the seconds of the rollout"),
+    ("rollout/wasted_tokens", "tokens", "student tokens that were written past a switch and dropped"),
+    ("rollout/refused_sequences", "sequences", "sequences that were too old and were collected again"),
+    ("rollout/seconds", "s", "time to collect the step's sequences"),
     ("switch/rate", "share", "sequences in which the teacher took over"),
     ("switch/mean_position", "tokens", "mean position of the first switch"),
     ("switch/teacher_token_share", "share", "new tokens that the teacher wrote"),
-    ("divergence/mean_nats", "nats", "mean divergence at positions where the student proposed a token"),
+    ("divergence/mean_nats", "nats", "mean divergence where the student proposed"),
     ("train/loss_nats", "nats", "weighted loss per token"),
     ("train/loss_student_tokens_nats", "nats", "unweighted loss over the student's tokens"),
     ("train/loss_teacher_tokens_nats", "nats", "unweighted loss over the teacher's tokens"),
     ("train/loss_dataset_tokens_nats", "nats", "unweighted loss over the tokens of dataset answers"),
-    ("train/covered_mass", "share", "total probability of the teacher's top k tokens"),
+    ("train/covered_mass", "share", "total probability of the teacher's top k"),
     ("train/grad_norm", "1", "gradient norm before clipping"),
     ("train/learning_rate", "1", "learning rate of the step"),
-    (
-        "train/staleness",
-        "versions",
-        "weight versions between a sequence's oldest student token and the weights being trained",
-    ),
-    ("train/micro_batches", "batches", "micro-batches of the step, over all ranks"),
+    ("train/staleness", "versions", "weight versions between a sequence's oldest proposal and the weights trained"),
+    ("train/micro_batches", "batches", "micro-batches of the step, all ranks together"),
     ("train/seconds", "s", "time of the learner's step"),
-    ("train/tokens_per_s", "tokens/s", "trained tokens per second of the learner's step"),
+    ("train/tokens_per_s", "tokens/s", "trained tokens divided by the seconds of the learner's step"),
     ("sync/seconds", "s", "time to send, load and probe new weights"),
-    ("sync/probe_nats", "nats", "largest log-prob difference between trainer and engine after the sync"),
+    ("sync/probe_nats", "nats", "largest log-prob difference between learner and engine after the sync"),
     ("sync/probe_p99_nats", "nats", "99th percentile of the log-prob differences"),
     ("sync/probe_rms_nats", "nats", "root mean square of the log-prob differences"),
-    ("sync/followed", "share", "how much of the step's change in the trainer's log-probs also appears in the engine's"),
-    ("sync/followed_output_layer", "share", "the same for the change that the output layer alone causes"),
-    ("sync/weight_version", "version", "version of the student engines' weights"),
+    ("sync/followed", "share", "share of the learner's log-prob change over the step that the engine shows too"),
+    ("sync/followed_output_layer", "share", "the same share, for the change that the output layer alone makes"),
+    ("sync/weight_version", "version", "weight version of the student engines"),
 )
 EVALUATION_METRICS = _gauges(
-    ("evaluation/accuracy", "share", "correct answers to held-out prompts"),
+    ("evaluation/accuracy", "share", "held-out prompts that were answered correctly"),
     ("evaluation/divergence_nats", "nats", "mean divergence to the teacher over the student's own text"),
-    ("evaluation/tokens_per_sequence", "tokens", "mean length of what the student writes"),
-    ("evaluation/prompts", "prompts", "number of held-out prompts"),
-    ("evaluation/seconds", "s", "duration of the evaluation"),
+    ("evaluation/tokens_per_sequence", "tokens", "mean number of tokens that the student writes alone"),
+    ("evaluation/prompts", "prompts", "held-out prompts"),
+    ("evaluation/seconds", "s", "time of the evaluation"),
 )
 SWITCH_POSITION = Metric(
     name="switch/position",
@@ -91,41 +88,41 @@ WRITTEN_TOKENS = Metric(
     name="engine/written_tokens",
     kind="counter",
     unit="tokens",
-    help="tokens the engine has written",
+    help="tokens that the engine has generated",
     labels=("role",),
 )
 READ_POSITIONS = Metric(
     name="engine/read_positions",
     kind="counter",
     unit="positions",
-    help="positions the engine has read and given log-probs for",
+    help="positions for which the engine has read the text and returned log-probs",
     labels=("role",),
 )
 RUNNING_REQUESTS = Metric(
     name="engine/running_requests",
     kind="gauge",
     unit="requests",
-    help="unfinished requests, up to the number that the engine runs at once (max_num_seqs)",
+    help="unfinished requests, up to the number that the engine works on at once (max_num_seqs)",
     labels=("role",),
 )
 WAITING_REQUESTS = Metric(
     name="engine/waiting_requests",
     kind="gauge",
     unit="requests",
-    help="unfinished requests beyond that number",
+    help="unfinished requests beyond that number, which wait",
     labels=("role",),
 )
 FAULTS = Metric(
     name="run/faults",
     kind="counter",
     unit="faults",
-    help="workers that died, hung or failed",
+    help="workers that died, hung or failed, whether they were restarted or the run ended",
 )
 PROMPTS_SET_ASIDE = Metric(
     name="run/prompts_set_aside",
     kind="counter",
     unit="prompts",
-    help="quarantined prompts",
+    help="quarantined prompts: they failed repeatedly, and the run continues without them",
 )
 STEP = Metric(name="step", kind="gauge", unit="steps", help="the last step measured")
 
