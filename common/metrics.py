@@ -1,4 +1,5 @@
-"""The metrics that a training run exports. Tests compare this table with docs/metrics.md and the dashboard.
+"""The metrics that a training run exports, as one table. Tests compare it with the code, docs/metrics.md and the
+dashboard.
 
 Measurements of steps and evaluations keep their names from ``metrics.jsonl``. Imports nothing of ours.
 """
@@ -43,12 +44,12 @@ STEP_METRICS = _gauges(
     ("rollout/sequences", "sequences", "sequences collected for the step"),
     ("rollout/tokens", "tokens", "new tokens in these sequences, from both models"),
     ("rollout/tokens_per_s", "tokens/s", "new tokens divided by the seconds of the rollout"),
-    ("rollout/wasted_tokens", "tokens", "student tokens that were generated past a switch and dropped"),
+    ("rollout/wasted_tokens", "tokens", "student tokens that were written past a switch and dropped"),
     ("rollout/refused_sequences", "sequences", "sequences that were too old and were collected again"),
     ("rollout/seconds", "s", "time to collect the step's sequences"),
     ("switch/rate", "share", "sequences in which the teacher took over"),
     ("switch/mean_position", "tokens", "mean position of the first switch"),
-    ("switch/teacher_token_share", "share", "new tokens that the teacher generated"),
+    ("switch/teacher_token_share", "share", "new tokens that the teacher wrote"),
     ("divergence/mean_nats", "nats", "mean divergence where the student proposed"),
     ("train/loss_nats", "nats", "weighted loss per token"),
     ("train/loss_student_tokens_nats", "nats", "unweighted loss over the student's tokens"),
@@ -72,7 +73,7 @@ STEP_METRICS = _gauges(
 EVALUATION_METRICS = _gauges(
     ("evaluation/accuracy", "share", "held-out prompts that were answered correctly"),
     ("evaluation/divergence_nats", "nats", "mean divergence to the teacher over the student's own text"),
-    ("evaluation/tokens_per_sequence", "tokens", "mean number of tokens that the student generates alone"),
+    ("evaluation/tokens_per_sequence", "tokens", "mean number of tokens that the student writes alone"),
     ("evaluation/prompts", "prompts", "held-out prompts"),
     ("evaluation/seconds", "s", "time of the evaluation"),
 )
