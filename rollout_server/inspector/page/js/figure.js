@@ -47,6 +47,12 @@ function decades(series) {
   return [Math.floor(low), Math.max(Math.ceil(high), Math.floor(low) + 1)];
 }
 
+/** A tick at each power of ten: 100, 1, 0.01, 1e-4. */
+function logTicks([low, high]) {
+  const exponents = Array.from({ length: high - low + 1 }, (_, i) => low + i);
+  return { type: "log", tickvals: exponents.map((e) => 10 ** e), ticktext: exponents.map((e) => (e < -3 ? `1e${e}` : (10 ** e).toLocaleString("en"))) };
+}
+
 /** Traces and layout of a chart of this size. @returns {[any[], any]} */
 export function figure(wanted, scale, width, height) {
   const { x, series, log, xLabel = "step", ticks = ",.3~r", marks } = wanted;
@@ -59,7 +65,7 @@ export function figure(wanted, scale, width, height) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: muted },
     xaxis: { ...axis, range: scale.xRange, showgrid: false, tick0: 0, dtick, tickformat: ",d", title: { text: xLabel, standoff: 2, font: { size: 12 } } },
-    yaxis: { ...axis, range: scale.yRange, gridcolor: line, gridwidth: 1, ...(log ? { type: "log", dtick: 1, tickformat: "~g" } : { nticks: Math.ceil(scale.plot.height / 30), tickformat: ticks }) },
+    yaxis: { ...axis, range: scale.yRange, gridcolor: line, gridwidth: 1, ...(log ? logTicks(scale.yRange) : { nticks: Math.ceil(scale.plot.height / 25), tickformat: ticks }) },
     shapes: drawn.map((mark) => ({ type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, line: { color: color(mark.color), width: 2, dash: "5px,4px" } })),
     annotations: drawn.filter((mark) => mark.label).map((mark) => annotation(mark, scale)),
   }];
