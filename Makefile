@@ -18,7 +18,7 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 CONFIG ?= deploy/configs/demo.yaml
 ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: help setup check format test test-all docs audit verify-gpu bench bench-rollouts bench-rollouts-full bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser page-vendor clean
+.PHONY: help setup check format test test-all docs audit verify-gpu bench bench-rollouts bench-rollouts-full bench-capacity bench-staleness bench-trainer chaos demo submit image up down verify-compose demo-models demo-trace lock browser clean
 .DEFAULT_GOAL := help
 
 help:  ## Print this list
@@ -135,13 +135,6 @@ lock: $(READY)  ## Resolve pyproject.toml into all files in deploy/lock (ARGS=cu
 
 browser: $(READY)  ## Install a browser for the web page's tests: Debian's if apt-get works, otherwise Playwright's
 	@$(BIN)/python -m tests.support.browser || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || timeout 300 $(BIN)/playwright install --with-deps chromium
-
-UPLOT := 1.6.32
-UPLOT_DIR := rollout_server/inspector/page/vendor/uplot
-page-vendor:  ## Download the web page's charting library again and verify its checksums (needs npm)
-	folder=$$(mktemp -d) && (cd $$folder && npm pack --silent uplot@$(UPLOT) && tar xzf uplot-$(UPLOT).tgz) && \
-	cp $$folder/package/dist/uPlot.esm.js $$folder/package/dist/uPlot.min.css $$folder/package/LICENSE $(UPLOT_DIR) && rm -r $$folder
-	cd $(UPLOT_DIR) && sha256sum -c SHA256SUMS
 
 clean:  ## Remove the environment and all caches; keeps the runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -6,15 +6,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rollout_server.inspector import events, live, models, replays, routes
+from rollout_server.inspector import events, live, models, page_files, replays, routes
 from rollout_server.inspector.guard import Guard
 from rollout_server.inspector.problems import add_handlers, add_to_document
 from rollout_server.inspector.runs import RunStore
-
-_PAGE = Path(__file__).parent / "page"
 
 
 def create_app(
@@ -49,8 +46,7 @@ def create_app(
         app.include_router(router)
     _add_health(app)
     add_to_document(app)
-    if _PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=_PAGE, html=True), name="page")
+    page_files.add_to(app)
     app.add_middleware(Guard, hosts=hosts, token=token)
     return app
 

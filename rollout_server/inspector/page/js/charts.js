@@ -1,37 +1,11 @@
-/** Charts by uPlot in the page's colours, with a legend that shows the values under the cursor. */
+/** Charts by Plotly, with a cursor of the page's own and a legend that shows the values under it. */
 
-import uPlot from "../vendor/uplot/uPlot.esm.js";
 import { h } from "./dom.js";
+import { CONFIG, figure, scales } from "./figure.js";
 import { number } from "./format.js";
+import { plotly } from "./plotly.js";
 
-/** @typedef {{label: string, values: (number|null)[], color: string, kind?: "line"|"bars", dash?: number[]}} Series */
-
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-
-function plotted(series) {
-  return {
-    label: series.label,
-    stroke: () => colour(series.color),
-    fill: series.kind === "bars" ? () => colour(series.color) : undefined,
-    width: series.kind === "bars" ? 0 : 2,
-    dash: series.dash,
-    spanGaps: true,
-    paths: series.kind === "bars" ? uPlot.paths.bars({ size: [0.7, 24] }) : undefined,
-    points: { show: series.kind === "bars" ? false : series.values.filter((v) => v !== null).length < 12, size: 5 },
-  };
-}
-
-const decade = (_, ticks) => ticks.map((v) => (v > 0 && Math.abs(Math.log10(v) - Math.round(Math.log10(v))) < 1e-6 ? v : null));
-
-function axes(xLabel, yFormat, log) {
-  const look = { stroke: () => colour("muted"), font: "12px system-ui", ticks: { show: false } };
-  return [
-    { ...look, grid: { show: false }, size: 24, label: xLabel, labelSize: 18, labelGap: 0, labelFont: "12px system-ui",
-      incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000], space: 44 },
-    { ...look, grid: { stroke: () => colour("line"), width: 1, ...(log ? { filter: decade } : {}) }, size: 52,
-      values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : (yFormat ?? number)(tick))) },
-  ];
-}
+/** @typedef {import("./figure.js").Series} Series */
 
 /** @param {Series[]} series @param {(v: number) => string} format */
 function makeLegend(series, format, from) {
@@ -45,14 +19,29 @@ function makeLegend(series, format, from) {
   return { element: h("div", { class: "legend" }, keys, place), show };
 }
 
+/** A line at one position and a dot on each series. Elements of the page: Plotly draws nothing while the mouse moves. */
+function makeCursor(x, series) {
+  const line = h("div", { class: "cursor", hidden: true });
+  const dots = series.map(() => h("i", { class: "dot", hidden: true }));
+  dots.forEach((dot, k) => { dot.style.background = `var(--${series[k].color})`; });
+  const show = (i, scale) => {
+    line.hidden = i === null;
+    dots.forEach((dot, k) => { dot.hidden = i === null || series[k].values[i] === null; });
+    if (i === null) return;
+    Object.assign(line.style, { left: `${scale.left(x[i])}px`, top: `${scale.top}px`, height: `${scale.plot.height}px` });
+    dots.forEach((dot, k) => { if (!dot.hidden) Object.assign(dot.style, { left: `${scale.left(x[i])}px`, top: `${scale.y(series[k].values[i])}px` }); });
+  };
+  return { elements: [line, ...dots], show };
+}
+
 /**
  * @param {{title: string, x: number[], series: Series[], xLabel?: string, log?: boolean, range?: [number, number],
- *   format?: (v: number) => string, height?: number, marks?: () => {x: number, label: string, color: string}[],
- *   onHover?: (i: number|null) => void, onClick?: (i: number) => void, from?: string}} wanted
+ *   format?: (v: number) => string, ticks?: string, height?: number, marks?: () => {x: number, label: string, color: string}[],
+ *   onClick?: (i: number) => void, from?: string}} wanted `ticks`: a format of d3 for the numbers at the y axis
  * @returns {{element: HTMLElement, point: (i: number) => void, set: (values: (number|null)[][]) => void}}
  */
 export function chart(wanted) {
-  const { title, x, series, height = 190, log = false } = wanted;
+  const { title, x, series, height = 190 } = wanted;
   const legend = makeLegend(series, wanted.format ?? number, wanted.from ?? "step");
   const host = h("div", { class: "plot" });
   const shown = series.filter((s) => s.values.some((v) => v !== null));
@@ -62,57 +51,53 @@ export function chart(wanted) {
     host.replaceChildren(h("p", { class: "nothing" }, "Nothing recorded yet"));
     return { element, point: () => {}, set: () => {} };
   }
-  const clean = (values) => (log ? values.map((v) => (v === null ? null : Math.max(v, 1e-5))) : values);
-  const margin = (low, high) => (low === high || series[0].kind === "bars" ? 0.6 : 0);
-  const plot = new uPlot({
-    width: 300, height,
-    legend: { show: false },
-    cursor: { y: false, drag: { x: false, y: false }, points: { size: 6 } },
-    scales: { x: { time: false, range: (_, low, high) => [low - margin(low, high), high + margin(low, high)] },
-      y: { distr: log ? 3 : 1, ...(wanted.range ? { range: () => wanted.range } : log ? {} : { range: (_, low, high) => [Math.min(0, low), high * 1.08 || 1] }) } },
-    axes: axes(wanted.xLabel ?? "step", wanted.format, log),
-    series: [{}, ...series.map((s) => plotted(s))],
-    hooks: {
-      setCursor: [(u) => { const i = u.cursor.idx ?? null; legend.show(i === null ? null : x[i], i); wanted.onHover?.(i); }],
-      draw: [(u) => (wanted.marks?.() ?? []).forEach((mark) => drawMark(u, mark))],
-    },
-  }, [x, ...series.map((s) => clean(s.values))], host);
-  plot.over.addEventListener("click", () => { if (plot.cursor.idx != null) wanted.onClick?.(plot.cursor.idx); });
-  let pointed = null;
+  const picture = h("div", { "aria-hidden": "true" }); // the figure's label says what a screen reader needs
+  const cursor = makeCursor(x, series);
+  host.append(picture, ...cursor.elements);
+  host.style.height = `${height}px`;
+  let [library, scale, pointed, frame] = [null, null, null, 0];
+
   const point = (i) => {
     pointed = i;
-    plot.setCursor({ left: plot.valToPos(x[i], "x"), top: 0 }, false);
-    legend.show(x[i], i);
+    legend.show(i === null ? null : x[i], i);
+    if (scale) cursor.show(i, scale);
   };
-  new ResizeObserver(([entry]) => {
-    plot.setSize({ width: Math.floor(entry.contentRect.width), height });
-    if (pointed !== null) point(pointed);
-  }).observe(host);
-  const repaint = () => (element.isConnected ? plot.redraw(false) : window.removeEventListener("themechange", repaint));
+  const draw = () => {
+    const width = Math.floor(host.clientWidth);
+    if (!library || !width) return;
+    scale = scales(wanted, width, height);
+    library.react(picture, ...figure(wanted, scale, width, height), CONFIG);
+    point(pointed);
+  };
+  const under = (event) => nearest(x, scale.x(event.clientX - host.getBoundingClientRect().left));
+  host.addEventListener("pointermove", (event) => { if (scale) point(under(event)); });
+  host.addEventListener("pointerleave", () => point(null));
+  host.addEventListener("click", (event) => { if (scale) wanted.onClick?.(under(event)); });
+  new ResizeObserver(draw).observe(host);
+  const repaint = () => (element.isConnected ? draw() : window.removeEventListener("themechange", repaint));
   window.addEventListener("themechange", repaint);
+  plotly().then((loaded) => { library = loaded; draw(); }, () => host.replaceChildren(
+    h("p", { class: "nothing" }, "No chart: plotly.min.js could not be loaded. Is the Python package plotly installed where the inspector runs?")));
   return {
     element,
     point,
-    set: (values) => { values.forEach((v, k) => { series[k].values = v; }); plot.setData([x, ...values.map(clean)]); },
+    set: (values) => {
+      values.forEach((v, k) => { series[k].values = v; });
+      cancelAnimationFrame(frame);
+      frame = requestAnimationFrame(draw);
+    },
   };
 }
 
-function drawMark(plot, { x, label, color }) {
-  const { ctx, bbox } = plot;
-  const left = Math.round(plot.valToPos(x, "x", true));
-  ctx.save();
-  ctx.strokeStyle = ctx.fillStyle = colour(color);
-  ctx.lineWidth = 2 * devicePixelRatio;
-  ctx.setLineDash([5 * devicePixelRatio, 4 * devicePixelRatio]);
-  ctx.beginPath();
-  ctx.moveTo(left, bbox.top);
-  ctx.lineTo(left, bbox.top + bbox.height);
-  ctx.stroke();
-  ctx.font = `600 ${12 * devicePixelRatio}px system-ui`;
-  const right = left > bbox.left + bbox.width * 0.75;
-  ctx.textAlign = right ? "right" : "left";
-  ctx.fillText(label, left + (right ? -6 : 6) * devicePixelRatio, bbox.top + (color === "replay" ? 30 : 13) * devicePixelRatio);
-  ctx.restore();
+/** Index of the value of sorted `x` that is nearest to `at`. */
+function nearest(x, at) {
+  let [low, high] = [0, x.length - 1];
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (x[middle] <= at) low = middle;
+    else high = middle;
+  }
+  return at - x[low] <= x[high] - at ? low : high;
 }
 
 function summary(title, series, format = number) {

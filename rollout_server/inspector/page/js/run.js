@@ -10,6 +10,7 @@ import { replayTab } from "./replay.js";
 import { sequencesTab } from "./sequences.js";
 
 const TABS = [["overview", "Overview"], ["sequences", "Sequences"], ["replay", "Replay"]];
+const SHARE_TICKS = ".0%";
 const LIVE_TAB = ["live", "Try it"]; // where the run goes on and this service is attached to its cluster
 
 /** @param {Record<string, string>} place @param {AbortSignal} signal */
@@ -62,8 +63,8 @@ function curves(steps) {
   const share = (v) => percent(v, 0);
   return [
     chart({ title: "Loss, nats per token", x, series: [of("loss", "loss", "loss")] }),
-    chart({ title: "Held-out accuracy", x, series: [of("accuracy", "accuracy", "accuracy")], range: [0, 1.05], format: share }),
-    chart({ title: "Switching", x, range: [0, 1.05], format: share, series: [of("switch_rate", "sequences that switch", "switch"), of("teacher_share", "teacher's tokens", "teacher")] }),
+    chart({ title: "Held-out accuracy", x, series: [of("accuracy", "accuracy", "accuracy")], range: [0, 1.05], format: share, ticks: SHARE_TICKS }),
+    chart({ title: "Switching", x, range: [0, 1.05], format: share, ticks: SHARE_TICKS, series: [of("switch_rate", "sequences that switch", "switch"), of("teacher_share", "teacher's tokens", "teacher")] }),
     chart({ title: "Divergence per token, nats (log)", x, log: true, series: [of("divergence_p50", "median", "q50"), of("divergence_p90", "90%", "q90"), of("divergence_p99", "99%", "q99")] }),
     chart({ title: "Mean position of the first switch", x, series: [of("mean_first_switch", "position", "switch")] }),
     chart({ title: "Tokens per second in rollout", x, series: [of("tokens_per_s", "tokens/s", "student")] }),

@@ -1,6 +1,5 @@
 """What a person does with the page."""
 
-import hashlib
 import re
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -11,7 +10,6 @@ from playwright.sync_api import Page, expect
 from rollout_server.traces.writer import TraceWriter
 from tests.rollout_server.inspector.page.conftest import TOKEN
 
-PAGE = Path(__file__).parents[4] / "rollout_server" / "inspector" / "page"
 SWITCHED = "?run=demo&sequence=625.0.0"  # the teacher took over at 20
 
 
@@ -27,7 +25,7 @@ def test_a_run_is_opened_from_the_list_and_shows_its_curves(page: Page) -> None:
     page.goto("./")
     page.get_by_role("link", name="demo", exact=True).click()
     expect(page.get_by_role("heading", name="demo")).to_be_visible()
-    expect(page.locator(".chart canvas")).to_have_count(6)
+    expect(page.locator(".chart .svg-container")).to_have_count(6)
     expect(page.get_by_text("Nothing recorded yet")).to_have_count(0)
     expect(page.locator(".facts")).to_contain_text("144")
     expect(page.get_by_text("live · 144 sequences")).to_be_visible()
@@ -100,7 +98,7 @@ def test_two_runs_are_compared(page: Page) -> None:
     page.get_by_label("Compare hostile").check()
     page.get_by_role("button", name="Compare two runs").click()
     expect(page.get_by_role("columnheader", name="hostile")).to_be_visible()
-    expect(page.locator(".chart canvas").first).to_be_visible()
+    expect(page.locator(".chart .svg-container").first).to_be_visible()
 
 
 def test_text_of_a_model_stays_text(page: Page) -> None:
@@ -184,7 +182,7 @@ def test_a_prompt_is_tried_on_a_live_run(attached_address: str, open_page) -> No
     shown = [tokens.nth(i).inner_text() for i in range(tokens.count())]
     assert 1 <= len(shown) <= 24
     assert page.locator(".token.teacher[data-i]").count() > 0
-    expect(page.locator(".chart canvas")).to_be_visible()
+    expect(page.locator(".chart .svg-container")).to_be_visible()
     page.locator("#token-0").hover()
     expect(page.locator(".info")).to_contain_text("position 0")
     page.get_by_label("Who writes").select_option("on_policy")
@@ -202,10 +200,71 @@ def test_what_a_live_run_refuses_is_said(attached_address: str, open_page) -> No
     expect(page.get_by_text("max_new_tokens must be <= ")).to_be_visible()
 
 
-def test_the_charting_library_is_the_one_recorded() -> None:
-    folder = PAGE / "vendor" / "uplot"
-    lines = (folder / "SHA256SUMS").read_text().splitlines()
-    assert len(lines) == 3
-    for line in lines:
-        digest, name = line.split()
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+def test_no_chart_breaks_the_policy_on_content(page: Page) -> None:
+    page.add_init_script(
+        "window.violations = []; "
+        "document.addEventListener('securitypolicyviolation', (e) => violations.push(`${e.violatedDirective} ${e.sample}`))"
+    )
+    for view in ("?run=demo", "?run=demo&tab=replay", SWITCHED):
+        page.goto(view)
+        expect(page.locator(".chart .svg-container").first).to_be_visible()
+        page.get_by_role("button", name="Switch to").click()
+        assert page.evaluate("violations") == []
+        assert page.locator("style").count() == 0
+
+
+def test_the_charting_library_is_loaded_only_where_a_chart_is_drawn(page: Page) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+    page.goto("./")
+    page.get_by_role("link", name="demo", exact=True).hover()
+    assert "/plotly.min.js" not in asked
+    page.get_by_role("link", name="demo", exact=True).click()
+    expect(page.locator(".chart .svg-container")).to_have_count(6)
+    assert asked.count("/plotly.min.js") == 1
+
+
+def test_a_chart_shows_the_values_under_the_mouse(page: Page) -> None:
+    page.goto("?run=demo")
+    switching = page.locator(".chart").filter(has_text="Switching")
+    expect(switching.locator(".svg-container")).to_be_visible()
+    box = switching.locator(".plot").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] - 16, box["y"] + 60)
+    expect(switching.locator(".legend")).to_contain_text("step 6")
+    expect(switching.locator(".legend b").first).to_have_text(re.compile(r"^\d+%$"))
+    expect(switching.locator(".dot:not([hidden])")).to_have_count(2)
+    page.mouse.move(box["x"], box["y"] - 200)
+    expect(switching.locator(".at")).to_have_text("")
+    expect(switching.locator(".cursor")).to_be_hidden()
+
+
+def test_a_click_in_the_chart_chooses_the_token(page: Page) -> None:
+    page.goto(SWITCHED)
+    plot = page.locator(".chart").filter(has_text="Divergence, nats").locator(".plot")
+    expect(plot.locator(".svg-container")).to_be_visible()
+    cursor = plot.locator(".cursor").bounding_box()  # at the switch, position 20
+    page.locator("#token-7").click()
+    expect(page.locator(".legend .at").first).to_have_text("position 7")
+    assert cursor is not None
+    page.mouse.click(cursor["x"], cursor["y"] + 50)
+    expect(page.locator("#token-20")).to_have_attribute("aria-selected", "true")
+
+
+def test_a_chart_follows_the_width_and_the_theme(page: Page) -> None:
+    page.goto("?run=demo")
+    drawing = page.locator(".chart .svg-container").first
+    expect(drawing).to_be_visible()
+    label = drawing.locator(".ytick text").first
+    light = label.evaluate("e => getComputedStyle(e).fill")
+    page.get_by_role("button", name="Switch to dark colours").click()
+    expect(label).not_to_have_css("fill", light)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("document.querySelector('.chart .main-svg').clientWidth < 360")
+
+
+def test_without_the_package_each_chart_says_what_is_missing(address: str, open_page) -> None:
+    page = open_page(address, expected="404")
+    page.route("**/plotly.min.js", lambda route: route.fulfill(status=404))
+    page.goto("?run=demo")
+    expect(page.get_by_text("No chart: plotly.min.js could not be loaded.")).to_have_count(6)
