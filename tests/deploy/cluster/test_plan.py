@@ -220,7 +220,7 @@ def test_an_evaluation_has_no_learner_to_leave_room_for(shapes) -> None:
 def test_where_the_memory_is_not_known_only_what_shares_nothing_is_planned(shapes) -> None:
     assert make_plan(make_config(), shapes, nodes((3, None))).layout == "spread"
     plan = make_plan(make_config(), shapes, nodes((2, None)))
-    assert "shared_student divides a GPU whose memory nvidia-smi does not tell" in str(plan.missing)
+    assert "shared_student divides a GPU whose memory nvidia-smi does not report" in str(plan.missing)
 
 
 # ----------------------------------------------------------------------------------------------------------- processors

@@ -186,7 +186,7 @@ def test_pipeline_stages_are_for_gpus() -> None:
     ],
 )
 def test_what_vllm_refuses_is_one_line_that_names_the_engine(settings: dict[str, object], reason: str) -> None:
-    with pytest.raises(UserError, match=r"^engines\.teacher: vLLM refuses these settings: ") as refused:
+    with pytest.raises(UserError, match=r"^engines\.teacher: vLLM rejects these settings: ") as refused:
         engine_config(spec(**settings), Hardware.detect())
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
