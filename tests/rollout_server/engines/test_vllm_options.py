@@ -53,7 +53,7 @@ def test_values_arrive_as_vllm_takes_them() -> None:
             {"compilation_config": {"mod": 0}},
             "compilation_config.mod: vLLM says: Unexpected keyword argument, got 0",
         ),
-        ({"compilation_config": 3}, "compilation_config must be what its configuration takes, as a mapping, got 3"),
+        ({"compilation_config": 3}, "compilation_config must be a mapping of its settings, got 3"),
     ],
 )
 def test_what_vllm_would_refuse_is_refused_in_one_line(options: dict[str, JsonValue], message: str) -> None:
