@@ -230,7 +230,7 @@ def test_on_processors_weights_go_through_host_memory() -> None:
     plan = processor_plan(make_config(), "no GPU found")
     assert str(plan) == "processors (no GPU found), weights by host_memory"
     with pytest.raises(
-        UserError, match=r"^sync\.backend must be host_memory or auto on processors \(no GPU found\), got"
+        UserError, match=r"^sync\.backend must be host_memory or auto on CPUs \(no GPU found\), got"
     ):
         processor_plan(make_config(sync={"backend": "nccl"}), "no GPU found")
 
