@@ -25,7 +25,7 @@ class Exported:
             case Gauge():
                 exported.set(value, tags=self._labels)
             case Counter():
-                if value > 0:  # Ray refuses 0
+                if value > 0:  # Ray rejects 0
                     exported.inc(value, tags=self._labels)
             case Histogram():
                 exported.observe(value, tags=self._labels)

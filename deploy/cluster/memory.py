@@ -1,8 +1,8 @@
 """GPU memory of a run's parts, by arithmetic. Pure: does not use Ray or vLLM, and allocates nothing.
 
 Each function gives the source of its formula. Values marked as estimates are round numbers or rules of thumb that
-depend on driver, kernels or allocator; none has been compared with a GPU yet. ``tests/deploy/test_memory.py`` compares
-the learner's formula with the bytes that torch allocates on a CPU.
+depend on driver, kernels or allocator; none has been compared with a GPU yet. ``tests/deploy/cluster/test_memory.py``
+compares the learner's formula with the bytes that torch allocates on a CPU.
 """
 
 import math

@@ -46,7 +46,7 @@ class Plan:
 def processor_plan(config: RunConfig, why: str, *, with_learner: bool = True) -> Plan:
     """A run without GPUs. Raises UserError if the sync backend needs GPUs."""
     if config.sync.backend in ("ipc", "nccl"):
-        raise UserError(f"sync.backend must be host_memory or auto on processors ({why}), got {config.sync.backend}")
+        raise UserError(f"sync.backend must be host_memory or auto on CPUs ({why}), got {config.sync.backend}")
     placement = place_actors(config, None, with_learner=with_learner)
     return Plan(layout=None, why=why, placement=placement, sync_backend="host_memory")
 
@@ -60,7 +60,7 @@ def make_plan(config: RunConfig, shapes: Shapes, nodes: Sequence[Node], *, with_
     if config.placement.layout != "auto":
         plan = _with_layout(config, config.placement.layout, shapes, nodes, with_learner=with_learner)
         missing = None if plan.missing is None else f"placement.layout: {plan.missing}; there is {found}"
-        return replace(plan, why=f"as placement.layout says; {found}", missing=missing)
+        return replace(plan, why=f"set by placement.layout; {found}", missing=missing)
     refused: list[str] = []
     plans: list[Plan] = []
     for layout in LAYOUTS:

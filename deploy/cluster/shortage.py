@@ -20,7 +20,7 @@ def describe_shortage(
         reasons.append(f"STRICT_SPREAD needs a node for each of {len(bundles)} bundles, there are {len(nodes)}")
     if found := [reason for reason in reasons if reason]:
         return "; ".join(found)
-    return f"{_in_words(free)} are free, but not so that {strategy} can place {len(bundles)} bundles on single nodes"
+    return f"{_in_words(free)} are free, but {strategy} can't place {len(bundles)} bundles on these nodes"
 
 
 def _whole_cluster(name: str, needed: float, nodes: Sequence[Resources], free: Resources) -> str:

@@ -58,7 +58,7 @@ def _refusal(error: ValidationError, expected: Any, value: JsonValue, key: str) 
     # For a mapping that becomes a vLLM configuration, the failing key inside it is more useful than the whole.
     inner = [str(step) for step in problem["loc"] if str(step) in _keys_of(value)]
     if inner:
-        return f"{'.'.join([key, *inner])}: vLLM says: {problem['msg']}, got {problem['input']!r}"
+        return f"{'.'.join([key, *inner])}: vLLM reports: {problem['msg']}, got {problem['input']!r}"
     return f"{key} must be {_words(expected)}, got {value!r}"
 
 

@@ -90,7 +90,7 @@ async def describe_live(request: Request) -> models.LiveState:
     responses={
         **answers(404, 409, 429, 502, 503),
         200: {
-            "description": "Server-sent events: `start`, `token` for each token, `summary`; or `problem`, and the end.",
+            "description": "Server-sent events: `start`, `token` per token, then `summary` or `problem`.",
             "content": {"text/event-stream": {"schema": models.EVENT_SCHEMA, "examples": models.EVENT_EXAMPLES}},
         },
     },

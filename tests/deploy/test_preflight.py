@@ -150,7 +150,7 @@ def test_an_argument_that_vllm_does_not_have_is_refused_before_an_engine_starts(
 def test_a_student_whose_weights_are_quantized_is_refused_and_a_teacher_is_not(make_config, changed_model) -> None:
     quantized = changed_model("config.json", quantization_config={"quant_method": "fp8"})
     prepare(make_config(models={"teacher": quantized}))
-    with pytest.raises(UserError, match=r"^models\.student: .*changed holds quantized weights; expected weights that"):
+    with pytest.raises(UserError, match=r"^models\.student: .*changed has quantized weights; expected weights that"):
         prepare(make_config(models={"student": quantized}))
 
 

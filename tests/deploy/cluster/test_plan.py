@@ -220,7 +220,7 @@ def test_an_evaluation_has_no_learner_to_leave_room_for(shapes) -> None:
 def test_where_the_memory_is_not_known_only_what_shares_nothing_is_planned(shapes) -> None:
     assert make_plan(make_config(), shapes, nodes((3, None))).layout == "spread"
     plan = make_plan(make_config(), shapes, nodes((2, None)))
-    assert "shared_student divides a GPU whose memory nvidia-smi does not tell" in str(plan.missing)
+    assert "shared_student divides a GPU whose memory nvidia-smi does not report" in str(plan.missing)
 
 
 # ----------------------------------------------------------------------------------------------------------- processors
@@ -230,7 +230,7 @@ def test_on_processors_weights_go_through_host_memory() -> None:
     plan = processor_plan(make_config(), "no GPU found")
     assert str(plan) == "processors (no GPU found), weights by host_memory"
     with pytest.raises(
-        UserError, match=r"^sync\.backend must be host_memory or auto on processors \(no GPU found\), got"
+        UserError, match=r"^sync\.backend must be host_memory or auto on CPUs \(no GPU found\), got"
     ):
         processor_plan(make_config(sync={"backend": "nccl"}), "no GPU found")
 
@@ -251,7 +251,7 @@ def test_a_plan_s_table_adds_up(shapes) -> None:
     assert "placement: spread (8 GPUs of 80.0 GiB), weights by nccl" in text
     assert "it fits: 3 of 8 GPUs; 5 stay idle" in text
     rows = [line.split() for line in text.splitlines() if line.strip()]
-    numbers = [float(row[-1]) for row in rows if row[-1].replace(".", "").isdigit() and "all" not in row]
+    numbers = [float(row[-1]) for row in rows if row[-1].replace(".", "").isdigit() and "total" not in row]
     assert sum(numbers) == pytest.approx(sum(bundle.gib for bundle in plan.bundles), abs=0.1)
 
 

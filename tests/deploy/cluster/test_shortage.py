@@ -13,7 +13,7 @@ BUNDLES = [{"CPU": 0.25, "GPU": 1}, {"CPU": 0.25, "GPU": 4}, {"CPU": 0.25}]
         ("PACK", [{"CPU": 8, "GPU": 2}] * 4, {"CPU": 32, "GPU": 8}, "one actor needs 4 GPU on one node, the largest"),
         ("STRICT_PACK", [{"CPU": 8, "GPU": 4}] * 2, {"CPU": 16, "GPU": 8}, "STRICT_PACK needs 5 GPU on one node, the "),
         ("STRICT_SPREAD", [{"CPU": 8, "GPU": 8}] * 2, {"CPU": 16, "GPU": 16}, "STRICT_SPREAD needs a node for each of"),
-        ("PACK", [{"CPU": 8, "GPU": 4}] * 2, {"CPU": 16, "GPU": 6}, "16 CPU, 6 GPU are free, but not so that PACK can"),
+        ("PACK", [{"CPU": 8, "GPU": 4}] * 2, {"CPU": 16, "GPU": 6}, "16 CPU, 6 GPU are free, but PACK can't place"),
         ("PACK", [], {}, "5 GPU needed, the cluster has 0"),
     ],
 )

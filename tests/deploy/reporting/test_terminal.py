@@ -175,6 +175,6 @@ def test_a_given_answer_is_nobodys_and_says_so(plain, tmp_path, make_sequence):
     print_sequences([trace.sequence], plain)
     output = printed(plain)
     assert f"completion: {''.join(texts)}" in output
-    assert "the answer as the data has it; finish reason: stop" in output
+    assert "the dataset answer; finish reason: stop" in output
     assert "«" not in output
     assert row_of(output, 0)[2] == "dataset"

@@ -498,7 +498,7 @@ async def test_a_learner_that_dies_while_it_is_started_again_is_started_once_mor
 
 def test_a_full_disk_is_one_line_and_a_fault_of_ours_is_none() -> None:
     end = clear_end(OSError(errno.ENOSPC, "No space left on device", "/runs/a/metrics.jsonl"))
-    assert str(end) == "/runs/a/metrics.jsonl: No space left on device; make room, then resume (--resume)"
+    assert str(end) == "/runs/a/metrics.jsonl: No space left on device; free space, then resume (--resume)"
     assert clear_end(OSError(errno.ENOENT, "No such file", "x")) is None
     assert clear_end(ValueError("x")) is None
 

@@ -190,7 +190,7 @@ async def test_too_few_log_probs_are_reported() -> None:
     ("lie", "message"),
     [
         (Tempered, r'log-probs change with the temperature \(by .* nats\); .*logprobs_mode="raw_logprobs"'),
-        (Processed, r"log-probs (change with the temperature|differ by)"),
+        (Processed, r"(log-probs change with the temperature|generated and scored log-probs differ)"),
         (Logits, r"a position's listed probabilities must sum to at most 1, got "),
         (WorstFirst, r"log-probs must be <= 0 and best first, got \[-"),
         (OneRowAhead, r"score rows are shifted by -1 position\(s\) relative to the tokens"),

@@ -51,9 +51,9 @@ def test_values_arrive_as_vllm_takes_them() -> None:
         ({"cpu_offload_gb": [1]}, "cpu_offload_gb must be a number, got [1]"),
         (
             {"compilation_config": {"mod": 0}},
-            "compilation_config.mod: vLLM says: Unexpected keyword argument, got 0",
+            "compilation_config.mod: vLLM reports: Unexpected keyword argument, got 0",
         ),
-        ({"compilation_config": 3}, "compilation_config must be what its configuration takes, as a mapping, got 3"),
+        ({"compilation_config": 3}, "compilation_config must be a mapping of its settings, got 3"),
     ],
 )
 def test_what_vllm_would_refuse_is_refused_in_one_line(options: dict[str, JsonValue], message: str) -> None:

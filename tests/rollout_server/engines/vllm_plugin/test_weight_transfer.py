@@ -320,7 +320,7 @@ class Misfit(LearnerWeights):
             r"v_proj\.weight \[31, 64\] does not fit the engine's model",
             id="wrong shape in a packed parameter",
         ),
-        pytest.param("model.norm.weight", None, r"has nothing for model\.norm\.weight", id="missing"),
+        pytest.param("model.norm.weight", None, r"lacks model\.norm\.weight", id="missing"),
     ],
 )
 async def test_a_file_that_does_not_fit_is_refused_and_leaves_no_layer_half_written(
@@ -346,7 +346,7 @@ async def test_a_missing_file_leaves_the_engine_as_it_was(
     model: LlamaForCausalLM, engine: AsyncLLM, sender: WeightSender, tmp_path: Path
 ) -> None:
     update = WeightUpdate(version=11, transfer_info={"path": str(tmp_path / "nothing.safetensors")})
-    with pytest.raises(UpdateRefused, match=r"nothing\.safetensors is not there: expected one the learner"):
+    with pytest.raises(UpdateRefused, match=r"nothing\.safetensors does not exist: the learner should have"):
         await apply_update(engine, update)
     check_sync(model, not_kept, TEXTS, await read_rows(engine), tolerance=1e-4)
 
