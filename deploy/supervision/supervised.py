@@ -18,10 +18,10 @@ from common.config import Supervision
 from common.errors import RunEnds
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightVersion
-from deploy.supervision.bisection import Search
 from deploy.supervision.health_monitor import Fault, HealthMonitor, MonitoredProcess, Unhealthy
 from deploy.supervision.quarantine import Data, Quarantine
 from deploy.supervision.restarts import RestartPolicy
+from deploy.supervision.search import Search
 from trainer.learner import StepReport
 from trainer.loop import Learner, Rollouts
 from trainer.probe_statistics import ProbeReport
@@ -273,7 +273,7 @@ class SupervisedRollouts:
             except Unhealthy as unhealthy:
                 if unhealthy.suspect is None:
                     num_in_vain += 1
-                    if num_in_vain > self._most_in_vain(len(prompts)):
+                    if num_in_vain > self._most_in_vain():
                         raise RunEnds(
                             f"no prompt succeeds any more: {num_in_vain} failures in a row, the last: {unhealthy}"
                         ) from unhealthy
@@ -287,12 +287,11 @@ class SupervisedRollouts:
         if num_done:
             self._quarantine_suspects()
 
-    def _most_in_vain(self, num_prompts: int) -> int:
-        """Failures in a row that a few bad prompts among so many may cause: the search halves its groups down to the
-        first bad prompt, which may have others beside it, and then tries each alone several times.
+    def _most_in_vain(self) -> int:
+        """The failures in a row that ``max_repairs`` bad prompts may cause: their group fails twice, then each of them
+        on its own and the rest together in turn, and at last each on its own until it is given up.
         """
-        config = self._config
-        return 2 * num_prompts.bit_length() + config.max_repairs * config.max_prompt_failures
+        return 1 + self._config.max_repairs * (self._config.max_prompt_failures + 1)
 
     def _quarantine_suspects(self) -> None:
         for each in self._suspects:
