@@ -26,17 +26,6 @@ def children_on_cores(cores: Iterable[int]) -> Iterator[None]:
         move_to_cores(before)  # with the threads that were started meanwhile
 
 
-@contextmanager
-def on_cores(cores: Iterable[int]) -> Iterator[None]:
-    """This process and what it starts keep to these cores within the block."""
-    before = os.sched_getaffinity(0)
-    move_to_cores(cores)
-    try:
-        yield
-    finally:
-        move_to_cores(before)
-
-
 def move_to_cores(cores: Iterable[int], pid: int | Literal["self"] = "self") -> None:
     """Keep a process, all its threads and whatever it starts from now on to these cores, even if it was not on them.
 

@@ -96,7 +96,6 @@ class OneCallClient:
         self._init = init
         self._load = load
         self.version: WeightVersion = 0  # of the update under way; vLLM's protocol has no place for it
-        self.last_update: WeightUpdate | None = None  # the last one that every engine took
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._init(init_info)
@@ -105,9 +104,7 @@ class OneCallClient:
         """The engine starts it when it gets the update."""
 
     def update_weights(self, update_info: Any) -> None:
-        update = WeightUpdate(version=self.version, transfer_info=plain_handles(update_info))
-        self._load(update)
-        self.last_update = update
+        self._load(WeightUpdate(version=self.version, transfer_info=plain_handles(update_info)))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """The engine has finished it before ``update_weights`` returned, under the version in the update."""
@@ -168,10 +165,6 @@ class WeightSender:
         above 0).
         """
         return self._engine.previous_weights() if isinstance(self._engine, HostMemoryTrainerEngine) else None
-
-    def current_update(self) -> WeightUpdate | None:
-        """The last update, for an engine that starts late. None before the first, and where it can't be sent again."""
-        return self._client.last_update if isinstance(self._engine, HostMemoryTrainerEngine) else None
 
     def shutdown(self) -> None:
         self._engine.shutdown()

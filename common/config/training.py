@@ -79,10 +79,6 @@ class Trainer(Part):
             raise ValueError(f"num_ranks must be 1 where lora is set, got {self.num_ranks}")
         return self
 
-    @property
-    def sequences_per_step(self) -> int:
-        return self.prompts_per_step * self.samples_per_prompt
-
 
 class Sync(Part):
     """How new weights reach the student engines."""

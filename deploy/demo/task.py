@@ -21,8 +21,6 @@ END_OF_STEP = ";"
 # All chains have one length: step n then reads the prompt at a fixed distance, which a small model learns in
 # minutes. With lengths 5, 6 and 7 mixed, 800 updates taught the teacher the shortest chains only.
 NUM_OPERATORS = 6
-# Operand and operator by turns, then `=`.
-NUM_PROMPT_CHARACTERS = 2 * NUM_OPERATORS + 2
 # `7+3=0;` a step, then the result.
 NUM_ANSWER_CHARACTERS = 6 * NUM_OPERATORS + 1
 

@@ -81,9 +81,6 @@ class SequenceFilter:
     text: str | None = None  # contained in prompt or completion, case ignored
 
 
-ALL_SEQUENCES = SequenceFilter()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSummary:
     """One step's sequences together. Divergences are nats over all positions the student proposed."""

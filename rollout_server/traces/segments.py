@@ -1,7 +1,6 @@
 """Which segments a trace's folder holds now, and whether they can be read. Knows nothing of what is asked of them."""
 
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +19,6 @@ class Segment:
     name: str
     step: int
     signature: tuple[tuple[int, int], ...]  # (bytes, modification time in ns) of both files, empty if one is missing
-
-
-def segment_names(folder: Path) -> set[str]:
-    return {name for name in os.listdir(folder) if parse_segment_name(name)}
-
-
-def newest_segments(folder: Path, names: set[str]) -> Iterator[Segment]:
-    """The segment that counts of every step, by step: the one of the highest attempt."""
-    newest: dict[int, tuple[int, str]] = {}
-    for name in names:
-        if parsed := parse_segment_name(name):
-            step, attempt = parsed
-            newest[step] = max(newest.get(step, (-1, "")), (attempt, name))
-    for step, (_, name) in sorted(newest.items()):
-        yield Segment(name, step, _signature(folder / name))
 
 
 def _signature(segment: Path) -> tuple[tuple[int, int], ...]:
@@ -57,27 +41,23 @@ def incompleteness(segment: Path) -> str | None:
     return None
 
 
-def corruption(segment: Path) -> str | None:
-    """Read everything and check the pages' checksums."""
-    for file in (SEQUENCES_FILE, TOKENS_FILE):
-        try:
-            pq.read_table(segment / file, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            return f"{file}: {one_line(error)}"
-    return None
-
-
 def scan(folder: Path) -> list[Segment]:
-    """The segment that counts of every step, by step. A folder that is not there yet holds none.
+    """The segment that counts of every step, by step: the one of the highest attempt. A folder that is not there yet
+    holds none.
 
     Looks again until the folder held the same names before and after, for one that is replaced meanwhile would be
     taken for a broken one.
     """
     while True:
         try:
-            names = segment_names(folder)
-            segments = list(newest_segments(folder, names))
-            if segment_names(folder) == names:
+            names = _names(folder)
+            newest = {step: name for (step, _), name in sorted((parse_segment_name(name), name) for name in names)}
+            segments = [Segment(name, step, _signature(folder / name)) for step, name in newest.items()]
+            if _names(folder) == names:
                 return segments
         except FileNotFoundError:
             return []
+
+
+def _names(folder: Path) -> set[str]:
+    return {name for name in os.listdir(folder) if parse_segment_name(name)}
