@@ -26,17 +26,6 @@ def children_on_cores(cores: Iterable[int]) -> Iterator[None]:
         move_to_cores(before)  # including threads that were started within the block
 
 
-@contextmanager
-def on_cores(cores: Iterable[int]) -> Iterator[None]:
-    """Run this process and the processes that it starts on these cores within the block."""
-    before = os.sched_getaffinity(0)
-    move_to_cores(cores)
-    try:
-        yield
-    finally:
-        move_to_cores(before)
-
-
 def move_to_cores(cores: Iterable[int], pid: int | Literal["self"] = "self") -> None:
     """Restrict a process, all its threads and everything it starts from now on to these cores.
 

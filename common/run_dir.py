@@ -66,15 +66,11 @@ class RunDir:
         raise AssertionError("count() does not end")
 
     @classmethod
-    def all(cls, wanted: str) -> "list[RunDir]":
+    def all(cls, wanted: Path | str) -> "list[RunDir]":
         """The folders that ``create`` made for this ``run_dir``, from old to new."""
         first = Path(wanted).absolute()
-        numbered = re.compile(rf"{re.escape(first.name)}-([1-9]\d*)")
-        matches = [
-            match for path in first.parent.glob("*") if path.is_dir() and (match := numbered.fullmatch(path.name))
-        ]
-        later = sorted((match for match in matches if int(match[1]) >= 2), key=lambda match: int(match[1]))
-        return [cls(path) for path in (first, *(first.parent / match[0] for match in later)) if path.is_dir()]
+        numbers = {path: run_number(path.name, first.name) for path in first.parent.glob("*") if path.is_dir()}
+        return [cls(path) for number, path in sorted((number, path) for path, number in numbers.items() if number)]
 
     @property
     def traces(self) -> Path:
@@ -155,6 +151,12 @@ class RunDir:
             return None
         summary: dict[str, object] = json.loads(path.read_text())
         return summary
+
+
+def run_number(name: str, first: str) -> int | None:
+    """A folder's number among the runs of one ``run_dir``: 1 for ``demo``, 2 for ``demo-2``. None for any other."""
+    match = re.fullmatch(rf"{re.escape(first)}(?:-([2-9]|[1-9]\d+))?", name)
+    return int(match[1] or 1) if match else None
 
 
 def _append(file: Path, record: Mapping[str, object]) -> None:

@@ -3,11 +3,11 @@
 Owns complete uploads and downloads of files. Does not depend on what the files contain.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -21,17 +21,11 @@ from common.files import is_passing
 from common.waiting import WaitedTooLong
 
 T = TypeVar("T")
+Facts = dict[str, Any]
+"""What the store says of a file: ``size`` in bytes, and more, which differs when the content does."""
 
 _ATTEMPTS, _LONGEST_PAUSE_S = 5, 30.0
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A stored file as the store lists it."""
-
-    num_bytes: int
-    mark: str  # all that the listing says about the file; changes with its content
 
 
 class Store:
@@ -44,6 +38,7 @@ class Store:
         """
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
+        self._key = key
         try:
             self._files, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
@@ -57,42 +52,38 @@ class Store:
         self._is_disk = "file" in self._files.protocol
 
     def below(self, name: str) -> "Store":
-        """The store of a folder inside this one."""
-        return Store(f"{self.url}/{name}", timeout_s=self._timeout_s)
+        """The store of a folder in this one."""
+        return Store(f"{self.url}/{name}", timeout_s=self._timeout_s, key=self._key)
 
-    def versions(self) -> dict[str, Version]:
+    def files(self) -> dict[str, Facts]:
         """Every complete file in this folder, by its path relative to it. A folder that does not exist has none."""
 
-        def list_files() -> dict[str, Any]:
+        def find() -> dict[str, Facts]:
             self._files.invalidate_cache()
-            found: dict[str, Any] = self._files.find(self._root, detail=True)
+            found: dict[str, Facts] = self._files.find(self._root, detail=True)
             return found
 
         start = len(self._root) + 1
         return {
-            path[start:]: Version(int(facts["size"]), str(sorted(map(str, facts.items()))))
-            for path, facts in self._tried(f"the list of {self.url}", list_files).items()
+            path[start:]: facts
+            for path, facts in self._tried(f"the list of {self.url}", find).items()
             if not any(part in (".", "..") or is_passing(part) for part in path[start:].split("/"))
         }
 
+    def files_or_user_error(self) -> dict[str, Facts]:
+        """``files``. Raises UserError if the store can't be listed."""
+        try:
+            return self.files()
+        except Exception as error:  # any error of the store
+            raise UserError(f"{self._key}: can't list {self.url}: {type(error).__name__}: {error}") from error
+
     def put(self, file: Path, name: str) -> None:
-        """Store or replace a file atomically. Raises FileNotFoundError if ``file`` no longer exists."""
-        path = f"{self._root}/{name}"
-
-        def send() -> None:
-            if not self._is_disk:
-                self._files.put_file(str(file), path)
-                return
-            # Object stores write atomically; on a disk only a rename is atomic.
-            unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
-            unfinished.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, unfinished)
-            unfinished.rename(path)
-
-        self._tried(f"{name} to be stored in {self.url}", send)
+        """Store or replace a file in one step. Raises FileNotFoundError if ``file`` does not exist."""
+        send = _replace if self._is_disk else self._files.put_file
+        self._tried(f"{name} to be stored in {self.url}", lambda: send(str(file), f"{self._root}/{name}"))
 
     def get(self, name: str, file: Path) -> None:
-        """Download a file atomically. Raises FileNotFoundError if the store does not have it."""
+        """Fetch or replace a file in one step. Raises FileNotFoundError if the store does not have it."""
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}.unfinished")
         self._tried(f"{name} of {self.url}", lambda: self._files.get_file(f"{self._root}/{name}", str(unfinished)))
@@ -100,29 +91,33 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists. A folder goes with its last file, as in an object store."""
-        path = f"{self._root}/{name}"
 
         def drop() -> None:
             with suppress(FileNotFoundError):
-                self._files.rm_file(path)
-            if self._is_disk:
-                with suppress(OSError):  # not empty
-                    for folder in Path(path).parents[: len(Path(name).parents) - 1]:
-                        folder.rmdir()
+                self._files.rm_file(f"{self._root}/{name}")
 
         self._tried(f"{name} to be removed from {self.url}", drop)
+        if self._is_disk:
+            with suppress(OSError):  # not empty
+                os.removedirs(Path(self._root, name).parent)
 
     def _tried(self, what: str, call: Callable[[], T]) -> T:
-        """The call's result. After an error of the store, the call is repeated a few times."""
-        for attempt in Retrying(
+        """The call's result. The call is repeated a few times if the store raises an error."""
+        retrying = Retrying(
             stop=stop_after_attempt(_ATTEMPTS),
             wait=wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
             retry=retry_if_not_exception_type((FileNotFoundError, PermissionError, WaitedTooLong)),
             reraise=True,
-        ):
-            with attempt:
-                return _in_time(self._timeout_s, what, call)
-        raise AssertionError("the last attempt raises")
+        )
+        return retrying(_in_time, self._timeout_s, what, call)
+
+
+def _replace(source: str, path: str) -> None:
+    """A disk shows a file while it is written, unlike an object store: so it is renamed to its name at the end."""
+    unfinished = Path(path).with_name(f".{Path(path).name}.unfinished")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, unfinished)
+    unfinished.rename(path)
 
 
 def _in_time(timeout_s: float, what: str, call: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ Exit codes: 0 success, 2 invalid input (one line on stderr), 130 interrupted, 1 
 stderr) or a bug of ours (with its traceback).
 """
 
+from contextlib import closing
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,9 @@ from typer.core import TyperGroup
 from common.errors import RunEnds, UserError
 
 if TYPE_CHECKING:
-    from rollout_server.traces.reader import TraceReader
+    from rollout_server.traces.records import SkippedSegment
+
+_TRACE_TIMEOUT_S = 3600.0  # to read all segments, and for each question
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="YAML file with the run's settings.")]
 Overrides = Annotated[
@@ -178,19 +181,32 @@ def traces(
 ) -> None:
     """List the sequences of a run, or show one: the source of each token, and why."""
     from deploy.reporting.terminal import print_sequence, print_sequences
-    from rollout_server.traces.reader import TraceReader
-    from rollout_server.traces.records import SequenceFilter
+    from rollout_server.traces import queries
+    from rollout_server.traces.index import TraceIndex
+    from rollout_server.traces.records import SequenceFilter, SequenceTrace
 
-    with TraceReader(run / "traces") as reader:
-        _warn_of_skipped(reader)
+    folder = run / "traces"
+    if not folder.is_dir():
+        raise UserError(f"no trace to read: {folder} is not a folder")
+    with closing(TraceIndex(folder, only_step=step, with_tokens=False)) as index:
+        index.refresh(_TRACE_TIMEOUT_S)
+        _warn_of_skipped(index.skipped)
         if sequence is None:
-            where = SequenceFilter(first_step=step, last_step=step, switched=switched)
-            shown = reader.sequences(where, limit=limit)
+            shown, _, num_matching = queries.page(
+                index,
+                SequenceFilter(switched=switched),
+                order="step",
+                descending=False,
+                limit=limit,
+                after=None,
+                timeout_s=_TRACE_TIMEOUT_S,
+            )
             print_sequences(shown)
             # On stderr, so that a pipe only gets the rows.
-            typer.echo(f"{len(shown)} of {reader.num_sequences(where)} sequences", err=True)
-        elif trace := reader.sequence(sequence, step):
-            print_sequence(trace)
+            typer.echo(f"{len(shown)} of {num_matching} sequences", err=True)
+        elif record := queries.sequence(index, sequence, _TRACE_TIMEOUT_S):
+            tokens = queries.tokens(index, record.step, sequence)
+            print_sequence(SequenceTrace(sequence=record, tokens=tokens))
         else:
             place = f"{run} in step {step}" if step is not None else run
             raise UserError(f"no sequence {sequence!r} in {place}")
@@ -231,8 +247,8 @@ def serve(
         serve_runs(folder, host=host, port=port, token_env=token_env, names=name or [], attach=join)
 
 
-def _warn_of_skipped(reader: "TraceReader") -> None:
-    if skipped := reader.skipped:
+def _warn_of_skipped(skipped: "list[SkippedSegment]") -> None:
+    if skipped:
         names = "; ".join(f"{segment.name} ({segment.reason})" for segment in skipped)
         typer.echo(f"warning: skipped {len(skipped)} unreadable segment(s): {names}", err=True)
 

@@ -83,18 +83,12 @@ def divide(
     return [groups + [[] for _ in range(num_micro_batches - len(groups))] for groups in divided]
 
 
-def make_micro_batches(
-    sequences: list[MixedSequence], tokens_per_micro_batch: int, *, packed: bool = False
-) -> list[MicroBatch]:
+def _groups(sequences: list[MixedSequence], tokens_per_micro_batch: int, *, packed: bool) -> list[list[MixedSequence]]:
     """Every sequence in exactly one micro-batch of at most that many tokens, prompts and padding included.
 
     A sequence that is longer than the limit gets a micro-batch of its own. The longest sequences come first. Neighbors
     then have similar lengths, so there is little padding, and running out of memory shows in the first micro-batch.
     """
-    return [collate(group, packed=packed) for group in _groups(sequences, tokens_per_micro_batch, packed=packed)]
-
-
-def _groups(sequences: list[MixedSequence], tokens_per_micro_batch: int, *, packed: bool) -> list[list[MixedSequence]]:
     """The sequences of each micro-batch. A sequence that is longer than the limit is alone."""
     assert tokens_per_micro_batch >= 1, tokens_per_micro_batch
     group_of = _packed_into if packed else _padded_with

@@ -94,7 +94,6 @@ class OneCallClient:
         self._init = init
         self._load = load
         self.version: WeightVersion = 0  # of the update in progress; vLLM's protocol does not pass it
-        self.last_update: WeightUpdate | None = None  # the last one that every engine loaded
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._init(init_info)
@@ -103,9 +102,7 @@ class OneCallClient:
         """Nothing to do: the engine starts the update when it gets it."""
 
     def update_weights(self, update_info: Any) -> None:
-        update = WeightUpdate(version=self.version, transfer_info=plain_handles(update_info))
-        self._load(update)
-        self.last_update = update
+        self._load(WeightUpdate(version=self.version, transfer_info=plain_handles(update_info)))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Nothing to do: the engine finished before ``update_weights`` returned, with the update's version."""
@@ -166,10 +163,6 @@ class WeightSender:
         0).
         """
         return self._engine.previous_weights() if isinstance(self._engine, HostMemoryTrainerEngine) else None
-
-    def current_update(self) -> WeightUpdate | None:
-        """The last update, for an engine that starts late. None before the first, or if it can't be sent again."""
-        return self._client.last_update if isinstance(self._engine, HostMemoryTrainerEngine) else None
 
     def shutdown(self) -> None:
         self._engine.shutdown()

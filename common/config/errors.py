@@ -1,7 +1,7 @@
 """pydantic's validation errors, one line each: the key, the value, what is expected, and where the value came from."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -26,32 +26,33 @@ _EXPECTED = {
     "too_long": "must have at most {max_length} entries",
     "too_short": "must have at least {min_length} entries",
 }
+OriginOf = Callable[[str], str]
 _LONGEST_SHOWN = 80
 _REPLACED = {"placement.learner": "placement.layout (spread for own_gpu, shared_student for student_gpu)"}
 """Keys of earlier versions, and the setting that replaces each."""
 
 
-def one_line_each(error: ValidationError, values: Mapping[str, object], origins: Mapping[str, str]) -> str:
+def one_line_each(error: ValidationError, values: Mapping[str, object], origin_of: OriginOf) -> str:
     """One line per problem. Unknown keys come first: a misspelled key is often the reason that another one is missing.
 
-    ``values`` is the refused tree. ``origins`` has the origin of each of its leaves.
+    ``values`` is the refused tree. ``origin_of`` gives the origin of one of its keys.
     """
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    return "\n".join(_line(problem, values, origins) for problem in problems)
+    return "\n".join(_line(problem, values, origin_of) for problem in problems)
 
 
-def _line(problem: ErrorDetails, values: Mapping[str, object], origins: Mapping[str, str]) -> str:
+def _line(problem: ErrorDetails, values: Mapping[str, object], origin_of: OriginOf) -> str:
     kind, location, context = problem["type"], problem["loc"], problem.get("ctx", {})
     key, _ = dotted_key(RunConfig, location)
     match kind:
         case "extra_forbidden":
-            return _unknown_key(location, values, origins)
+            return _unknown_key(location, values, origin_of)
         case "union_tag_invalid" | "union_tag_not_found":
-            return _unknown_type(location, problem["input"], origins)
+            return _unknown_type(location, problem["input"], origin_of)
         case "value_error":
             # A part's validator names keys relative to the part; RunConfig's validators name them in full.
             message = f"{key}.{context['error']}" if key else str(context["error"])
-            return message + _from(message.split()[0], origins)
+            return f"{message} ({origin_of(message.split()[0])})"
         case "missing" if not key.endswith("]"):
             return f"{key} is required, got nothing"
         case "missing":
@@ -59,15 +60,15 @@ def _line(problem: ErrorDetails, values: Mapping[str, object], origins: Mapping[
         case _:
             expected = _EXPECTED.get(kind, "is invalid: {problem}").format(problem=problem["msg"], **context)
     got = _shown(problem["input"])
-    return f"{key} {expected}, got {got}{_from(key, origins)}{_hint(kind, location, problem['input'])}".lstrip()
+    return f"{key} {expected}, got {got} ({origin_of(key)}){_hint(kind, location, problem['input'])}".lstrip()
 
 
-def _unknown_key(location: tuple[int | str, ...], values: Mapping[str, object], origins: Mapping[str, str]) -> str:
+def _unknown_key(location: tuple[int | str, ...], values: Mapping[str, object], origin_of: OriginOf) -> str:
     key, _ = dotted_key(RunConfig, location)
     parent, part = dotted_key(RunConfig, location[:-1])
     assert part is not None, f"only a part refuses unknown keys, got {key}"
     name, prefix = str(location[-1]), f"{parent}." if parent else ""
-    refusal = f"{key} is not a setting{_from(key, origins)}"
+    refusal = f"{key} is not a setting ({origin_of(key)})"
     if replacement := _REPLACED.get(key):
         return f"{refusal}; use {replacement} instead"
     if similar := difflib.get_close_matches(name, part.model_fields, n=1):
@@ -88,7 +89,7 @@ def _types_that_have(name: str, location: tuple[int | str, ...]) -> list[str]:
     return [type_name(part) for part in parts_of(field) if name in part.model_fields]
 
 
-def _unknown_type(location: tuple[int | str, ...], given: object, origins: Mapping[str, str]) -> str:
+def _unknown_type(location: tuple[int | str, ...], given: object, origin_of: OriginOf) -> str:
     key = f"{dotted_key(RunConfig, location)[0]}.type"
     types = _types_at(location)
     assert isinstance(given, Mapping), given
@@ -96,7 +97,7 @@ def _unknown_type(location: tuple[int | str, ...], given: object, origins: Mappi
         return f"{key} is required: one of {', '.join(types)}"
     similar = difflib.get_close_matches(str(given["type"]), types, n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
-    return f"{key} must be one of {', '.join(types)}, got {_shown(given['type'])}{_from(key, origins)}{hint}"
+    return f"{key} must be one of {', '.join(types)}, got {_shown(given['type'])} ({origin_of(key)}){hint}"
 
 
 def _types_at(location: tuple[int | str, ...]) -> list[str]:
@@ -114,15 +115,6 @@ def _hint(kind: str, location: tuple[int | str, ...], given: object) -> str:
     if isinstance(given, str) and given in _types_at(location):
         return f"; did you mean {dotted_key(RunConfig, location)[0]}.type?"
     return ""
-
-
-def _from(key: str, origins: Mapping[str, str]) -> str:
-    """The origin of a key, else of the nearest outer key, else of any key inside it."""
-    outer = key.partition("[")[0]
-    while outer not in origins and "." in outer:
-        outer = outer.rpartition(".")[0]
-    inner = (origin for given, origin in origins.items() if given.startswith(f"{key}."))
-    return f" ({origins.get(outer) or next(inner, 'default')})"
 
 
 def _shown(value: object) -> str:

@@ -1,7 +1,6 @@
 """YAML file and ``--set`` arguments -> RunConfig, with the origin of every value; and back to YAML.
 
-Owns the text format. ``common/config/`` defines the settings and ``common/config/errors.py`` the error messages. While
-the tree is read, its leaves are ``Given``: a value and its origin.
+Owns the text format. ``common/config/`` defines the settings and ``common/config/errors.py`` the error messages.
 """
 
 import json
@@ -9,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import ValidationError
 
 from common.config import Part, RunConfig
 from common.config.errors import one_line_each
-from common.config.schema import choose_part, is_choice, parts_of, type_name
+from common.config.schema import choose_part, is_choice, type_name
 from common.config.yaml_text import dump_scalar, load_argument, load_yaml
 from common.errors import UserError
 
@@ -31,14 +30,7 @@ class ResolvedConfig:
     origins: Mapping[str, Origin]
 
 
-class Given(NamedTuple):
-    """A leaf of the tree as the user wrote it, and its origin."""
-
-    value: object
-    origin: Origin
-
-
-Tree = dict[str, "Given | Tree"]
+Tree = dict[str, object]
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConfig:
@@ -55,20 +47,30 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConf
 
     Raises UserError with one line per problem, the most informative first.
     """
-    tree = _completed(_read_file(Path(path)), RunConfig)
+    file = _read_file(Path(path))
+    given = _completed(file, RunConfig)
+    set_keys = []
     for keys, value in sorted(map(_parse_override, overrides), key=_outer_first_then_type):
-        tree = _with_value(tree, keys, _given(value, "--set"))
-    tree = _completed(tree, RunConfig)
-    values = _values(tree)
-    origins = {key: given.origin for key, given in _leaves(tree)}
+        given = _with_value(given, keys, value)
+        set_keys.append(".".join(keys))
+    values = _completed(given, RunConfig)
+
+    def origin_of(key: str) -> Origin:
+        """The origin of a key, or of any key inside it. A value that was not given is a default."""
+        key = key.partition("[")[0]
+        if not _holds(given, key):
+            return "default"
+        if any(f"{key}.".startswith(f"{set_key}.") or set_key.startswith(f"{key}.") for set_key in set_keys):
+            return "--set"
+        return "file" if _holds(file, key) else "default"
+
     try:
         # As JSON: its strict mode accepts lists for tuples and converts nothing else.
         config = RunConfig.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise UserError(one_line_each(error, values, origins)) from error
+        raise UserError(one_line_each(error, values, origin_of)) from error
     return ResolvedConfig(
-        config=config,
-        origins=MappingProxyType({key: _origin_of(key, origins) for key, _ in config_leaves(config)}),
+        config=config, origins=MappingProxyType({key: origin_of(key) for key, _ in config_leaves(config)})
     )
 
 
@@ -98,7 +100,7 @@ def _read_file(path: Path) -> Tree:
         if "." in key:
             outer, _, inner = key.partition(".")
             raise UserError(f"{path}: {key} must be nested in a file: put {inner} under {outer}")
-    return _given_mapping(content, "file")
+    return content
 
 
 def _parse_override(argument: str) -> tuple[list[str], object]:
@@ -118,25 +120,15 @@ def _outer_first_then_type(override: tuple[list[str], object]) -> tuple[int, boo
     return len(keys), keys[-1] != "type"
 
 
-def _given(value: object, origin: Origin) -> "Given | Tree":
-    """A value from the user as a tree. An empty mapping stays a leaf, because some leaves are mappings."""
-    return _given_mapping(value, origin) if isinstance(value, dict) and value else Given(value, origin)
-
-
-def _given_mapping(mapping: dict[str, object], origin: Origin) -> Tree:
-    return {name: _given(value, origin) for name, value in mapping.items()}
-
-
-def _with_value(tree: Tree, keys: list[str], value: "Given | Tree") -> Tree:
+def _with_value(tree: Tree, keys: list[str], value: object) -> Tree:
     """A copy of the tree with one value changed. If a ``type`` changes, the other keys of its part are dropped."""
     name, *rest = keys
-    if not rest:
-        return {**tree, name: value}
-    child = tree.get(name)
-    part = child if isinstance(child, dict) else {}
-    if rest == ["type"] and _value(part.get("type")) != _value(value):
-        part = {}
-    return {**tree, name: _with_value(part, rest, value)}
+    if rest:
+        child = tree.get(name)
+        if not isinstance(child, dict) or (rest == ["type"] and child.get("type") != value):
+            child = {}
+        value = _with_value(child, rest, value)
+    return {**tree, name: value}
 
 
 def _completed(tree: Tree, part: type[Part]) -> Tree:
@@ -146,39 +138,17 @@ def _completed(tree: Tree, part: type[Part]) -> Tree:
     """
     completed = dict(tree)
     for name, field in part.model_fields.items():
-        missing_part = field.is_required() and bool(parts_of(field))
-        child = tree.get(name, {} if missing_part else None)
-        if _value(child) == {} and parts_of(field):
-            child = {}
-        if not isinstance(child, dict):
-            continue
-        chosen = choose_part(field, _value(child.get("type")))
+        child = tree.get(name, {} if field.is_required() else None)
+        chosen = choose_part(field, child.get("type")) if isinstance(child, dict) else None
         if chosen is not None:
-            named = {"type": Given(type_name(chosen), "default"), **child} if is_choice(field) else child
+            named = {"type": type_name(chosen), **child} if is_choice(field) else child
             completed[name] = _completed(named, chosen)
     return completed
 
 
-def _value(entry: "Given | Tree | None") -> object:
-    return entry.value if isinstance(entry, Given) else entry
-
-
-def _values(tree: Tree) -> dict[str, object]:
-    return {name: _values(entry) if isinstance(entry, dict) else entry.value for name, entry in tree.items()}
-
-
-def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Given]]:
-    for name, entry in tree.items():
-        if isinstance(entry, dict):
-            yield from _leaves(entry, f"{prefix}{name}.")
-        else:
-            yield prefix + name, entry
-
-
-def _origin_of(key: str, origins: Mapping[str, Origin]) -> Origin:
-    """The origin of a leaf. If the leaf is a mapping with several origins, ``--set`` comes before ``file``."""
-    given = {origin for name, origin in origins.items() if name == key or name.startswith(f"{key}.")}
-    return "--set" if "--set" in given else "file" if "file" in given else "default"
+def _holds(tree: object, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    return isinstance(tree, dict) and (key in tree or (name in tree and _holds(tree[name], rest)))
 
 
 def config_leaves(part: Part, prefix: str = "") -> Iterator[tuple[str, object]]:

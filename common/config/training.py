@@ -81,10 +81,6 @@ class Trainer(Part):
             raise ValueError(f"num_ranks must be 1 if lora is set, got {self.num_ranks}")
         return self
 
-    @property
-    def sequences_per_step(self) -> int:
-        return self.prompts_per_step * self.samples_per_prompt
-
 
 class Sync(Part):
     """How the student engines get new weights."""

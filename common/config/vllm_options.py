@@ -97,8 +97,3 @@ def students_refusal(options: Mapping[str, object]) -> str | None:
         if name in _STUDENTS_REASONS:
             return f"vllm.{name} can't be set for the student: {_STUDENTS_REASONS[name]}"
     return None
-
-
-def owned_names() -> frozenset[str]:
-    """All arguments that can't be set in ``vllm`` for any engine."""
-    return frozenset(_SETTINGS) | frozenset(_REASONS)

@@ -21,8 +21,6 @@ END_OF_STEP = ";"
 # All chains have the same length, so that step n reads the prompt at a fixed distance, which a small model learns in
 # minutes. With mixed lengths 5, 6 and 7, the teacher had learned only the shortest chains after 800 updates.
 NUM_OPERATORS = 6
-# Operands and operators alternate, followed by `=`.
-NUM_PROMPT_CHARACTERS = 2 * NUM_OPERATORS + 2
 # `7+3=0;` per step, then the result.
 NUM_ANSWER_CHARACTERS = 6 * NUM_OPERATORS + 1
 

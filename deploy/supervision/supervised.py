@@ -18,10 +18,10 @@ from common.config import Supervision
 from common.errors import RunEnds
 from common.sequence import Ids, MixedSequence, Prompt, TopLogprobs
 from common.weights import WeightVersion
-from deploy.supervision.bisection import Search
 from deploy.supervision.health_monitor import Fault, HealthMonitor, MonitoredProcess, Unhealthy
 from deploy.supervision.quarantine import Data, Quarantine
 from deploy.supervision.restarts import RestartPolicy
+from deploy.supervision.search import Search
 from trainer.learner import StepReport
 from trainer.loop import Learner, Rollouts
 from trainer.probe_statistics import ProbeReport
@@ -273,7 +273,7 @@ class SupervisedRollouts:
             except Unhealthy as unhealthy:
                 if unhealthy.suspect is None:
                     num_failures += 1
-                    if num_failures > self._max_failures_in_a_row(len(prompts)):
+                    if num_failures > self._max_failures_in_a_row():
                         raise RunEnds(
                             f"no prompt succeeds any more: {num_failures} failures in a row, the last: {unhealthy}"
                         ) from unhealthy
@@ -287,12 +287,11 @@ class SupervisedRollouts:
         if num_done:
             self._quarantine_suspects()
 
-    def _max_failures_in_a_row(self, num_prompts: int) -> int:
-        """Maximum failures in a row that a few bad prompts can cause. The bisection narrows down to the first bad
-        prompt, which may have others next to it, and then tries each of them alone several times.
+    def _max_failures_in_a_row(self) -> int:
+        """Maximum failures in a row that ``max_repairs`` bad prompts can cause. Their group fails twice, then each bad
+        prompt alone and the rest together in turn, and finally each alone until it is quarantined.
         """
-        config = self._config
-        return 2 * num_prompts.bit_length() + config.max_repairs * config.max_prompt_failures
+        return 1 + self._config.max_repairs * (self._config.max_prompt_failures + 1)
 
     def _quarantine_suspects(self) -> None:
         for each in self._suspects:

@@ -20,6 +20,7 @@ from common.errors import UserError, one_line
 from rollout_server.engines.protocol import EngineSpec
 from rollout_server.engines.vllm_memory import GIB, Scoring, batched_tokens
 from rollout_server.engines.vllm_options import checked_options
+from rollout_server.engines.vllm_plugin.weight_transfer import engine_backend
 
 _CPU_BLOCK_TOKENS = 16  # see ``cpu_attention``
 _CPU_CACHE_GIB = 1.0
@@ -88,7 +89,7 @@ def engine_args(spec: EngineSpec, hardware: Hardware) -> AsyncEngineArgs:
         disable_log_stats=True,
     )
     if spec.weight_transfer_backend is not None:
-        args.weight_transfer_config = WeightTransferConfig(backend=spec.weight_transfer_backend)
+        args.weight_transfer_config = WeightTransferConfig(backend=engine_backend(spec.weight_transfer_backend))
     if settings.kv_cache_gib is not None:
         args.kv_cache_memory_bytes = int(settings.kv_cache_gib * GIB)
     if hardware.gpu_bytes is None:

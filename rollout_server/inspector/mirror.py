@@ -12,9 +12,8 @@ from pathlib import Path, PurePosixPath
 from threading import Event, Thread
 
 from common import run_dir
-from common.errors import UserError
 from common.run_dir import TEXT_FILES
-from common.storage import Store
+from common.storage import Facts, Store
 from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE, parse_segment_name
 
 logger = logging.getLogger(__name__)
@@ -30,10 +29,7 @@ def mirrored(url: str) -> Iterator[Path]:
     Raises UserError where the store can't be listed.
     """
     store = Store(url, timeout_s=_TIMEOUT_S, key="RUNS_DIR")
-    try:
-        store.versions()
-    except Exception as error:  # any error of the store
-        raise UserError(f"RUNS_DIR: can't list {url}: {type(error).__name__}: {error}") from error
+    store.files_or_user_error()
     with tempfile.TemporaryDirectory(prefix="adaswitch-runs-") as name:
         mirror, ended = Mirror(store, Path(name)), Event()
         thread = Thread(target=_keep_up, args=(mirror, ended), daemon=True, name="mirror")
@@ -61,7 +57,7 @@ class Mirror:
     def __init__(self, store: Store, folder: Path) -> None:
         self._store = store
         self._folder = folder
-        self._here: dict[str, tuple[str, ...]] = {}  # marks of what was fetched, by file or segment
+        self._here: dict[str, list[Facts]] = {}  # what was fetched, by file or segment
 
     @property
     def url(self) -> str:
@@ -70,27 +66,25 @@ class Mirror:
     def refresh(self) -> None:
         """Fetch what is new or has changed, and drop what is gone."""
         wanted = self._wanted()
-        for name in [name for name in self._here if name not in wanted]:
+        for name in self._here.keys() - wanted.keys():
             self._drop(name)
-        for name, marks in sorted(wanted.items()):
-            if self._here.get(name) != marks:
+        for name, facts in sorted(wanted.items()):
+            if self._here.get(name) != facts:
                 self._fetch(name)
-                self._here[name] = marks
+                self._here[name] = facts
 
-    def _wanted(self) -> dict[str, tuple[str, ...]]:
-        """The store's small files and complete segments, with their marks."""
-        marks: dict[str, tuple[str, ...]] = {}
-        segments: dict[str, dict[str, str]] = {}
-        for name, version in self._store.versions().items():
+    def _wanted(self) -> dict[str, list[Facts]]:
+        """The store's small files and complete segments, with what the store says of their files."""
+        files, wanted = self._store.files(), {}
+        for name, facts in files.items():
             match PurePosixPath(name).parts:
                 case (_, file) if file in TEXT_FILES:
-                    marks[name] = (version.mark,)
-                case (_, run_dir.TRACES, segment, file) if parse_segment_name(segment):
-                    segments.setdefault(name.removesuffix(f"/{file}"), {})[file] = version.mark
-        for name, files in segments.items():
-            if files.keys() >= {SEQUENCES_FILE, TOKENS_FILE}:
-                marks[name] = (files[SEQUENCES_FILE], files[TOKENS_FILE])
-        return marks
+                    wanted[name] = [facts]
+                case (_, run_dir.TRACES, segment, file) if file == TOKENS_FILE and parse_segment_name(segment):
+                    folder = name.removesuffix(f"/{file}")
+                    if other := files.get(f"{folder}/{SEQUENCES_FILE}"):
+                        wanted[folder] = [facts, other]
+        return wanted
 
     def _fetch(self, name: str) -> None:
         place = self._folder / name

@@ -21,7 +21,7 @@ from common.errors import one_line
 from rollout_server.traces.records import SkippedSegment, StepSummary
 from rollout_server.traces.schema import SEQUENCES_FILE, TOKENS_FILE
 from rollout_server.traces.segments import Segment, incompleteness, scan
-from rollout_server.traces.sql import COLUMNS, Row
+from rollout_server.traces.sql import Row
 
 _TABLE = """CREATE TABLE sequences (
     sequence_id VARCHAR, prompt_id VARCHAR, epoch INTEGER, sample_index INTEGER, step INTEGER, policy VARCHAR,
@@ -40,9 +40,21 @@ class TraceIndex:
     """The sequences of one run's trace. Thread-safe; call ``refresh`` before a query."""
 
     def __init__(
-        self, folder: Path, *, memory_limit_mib: int = 256, num_threads: int = 2, rescan_after_s: float = 0.5
+        self,
+        folder: Path,
+        *,
+        only_step: int | None = None,
+        with_tokens: bool = True,
+        memory_limit_mib: int = 256,
+        num_threads: int = 2,
+        rescan_after_s: float = 0.5,
     ) -> None:
+        """``only_step`` reads the segment of one step only, None reads all. Without tokens, reading takes a fraction of
+        the time, and everything computed from tokens is missing: ``steps``, ``token_texts`` and the derived columns.
+        """
         self._folder = folder
+        self._only_step = only_step
+        self._with_tokens = with_tokens
         self._rescan_after_s = rescan_after_s  # minimum time between two scans of the folder
         self._lock = threading.Lock()
         self._scanned_s = float("-inf")
@@ -119,7 +131,7 @@ class TraceIndex:
             cursor.close()
 
     def _read_new_segments(self, deadline: float) -> None:
-        segments = scan(self._folder)
+        segments = [segment for segment in scan(self._folder) if self._only_step in (None, segment.step)]
         wanted = {segment.step: segment for segment in segments}
         self._problems = {segment: problem for segment, problem in self._problems.items() if segment in segments}
         changed = [step for step in self._loaded if step not in wanted]
@@ -151,9 +163,7 @@ class TraceIndex:
         problem = incompleteness(folder)
         try:
             if problem is None:
-                sequences = pq.read_table(folder / SEQUENCES_FILE, page_checksum_verification=True)
-                tokens = pq.read_table(folder / TOKENS_FILE, page_checksum_verification=True)
-                self._insert(segment.step, sequences, tokens)
+                self._insert(segment.step, folder)
                 self._loaded[segment.step] = segment
                 return
         except (OSError, ValueError, pa.ArrowException, duckdb.Error) as error:
@@ -161,24 +171,19 @@ class TraceIndex:
         assert problem is not None
         self._problems[segment] = (problem, time.monotonic())
 
-    def _insert(self, step: int, sequences: pa.Table, tokens: pa.Table) -> None:
-        lengths_S = sequences["num_tokens"].to_numpy()
-        starts_S = np.cumsum(lengths_S) - lengths_S
-        firsts = np.flatnonzero(tokens["position"].to_numpy() == 0)
-        if tokens.num_rows != lengths_S.sum() or not np.array_equal(firsts, starts_S):
-            raise ValueError(f"{TOKENS_FILE} does not hold the tokens of {SEQUENCES_FILE}")
-        offsets = pa.array(np.append(starts_S, lengths_S.sum()).astype(np.int32))
-        divergences, ranks = (tokens[name].combine_chunks() for name in ("divergence", "student_rank"))
-        table = sequences.append_column("divergences", pa.ListArray.from_arrays(offsets, divergences))
-        table = table.append_column("student_ranks", pa.ListArray.from_arrays(offsets, ranks))
-        table = table.append_column("first_source", tokens["source"].combine_chunks().take(pa.array(starts_S)))
+    def _insert(self, step: int, folder: Path) -> None:
+        table = pq.read_table(folder / SEQUENCES_FILE, page_checksum_verification=True)
+        if self._with_tokens:
+            tokens = pq.read_table(folder / TOKENS_FILE, page_checksum_verification=True)
+            table = _joined(table, tokens)
         cursor = self._connection.cursor()
         cursor.register("segment", table)
-        cursor.execute(f"INSERT INTO sequences SELECT {COLUMNS}, divergences, student_ranks, first_source FROM segment")
+        cursor.execute("INSERT INTO sequences BY NAME SELECT * FROM segment")
         cursor.close()
-        self.steps[step] = _summary(step, table, divergences)
-        pairs = tokens.select(["token_id", "text"]).group_by(["token_id", "text"]).aggregate([])
-        self.token_texts.update(zip(pairs["token_id"].to_pylist(), pairs["text"].to_pylist(), strict=True))
+        if self._with_tokens:
+            self.steps[step] = _summary(step, table, tokens["divergence"].combine_chunks())
+            pairs = tokens.select(["token_id", "text"]).group_by(["token_id", "text"]).aggregate([])
+            self.token_texts.update(zip(pairs["token_id"].to_pylist(), pairs["text"].to_pylist(), strict=True))
 
     def _forget(self, step: int) -> None:
         if self._loaded.pop(step, None):
@@ -186,6 +191,20 @@ class TraceIndex:
             cursor.execute("DELETE FROM sequences WHERE step = $step", {"step": step})
             cursor.close()
             self.steps.pop(step, None)
+
+
+def _joined(sequences: pa.Table, tokens: pa.Table) -> pa.Table:
+    """The sequences with their tokens' values as lists."""
+    lengths_S = sequences["num_tokens"].to_numpy()
+    starts_S = np.cumsum(lengths_S) - lengths_S
+    firsts = np.flatnonzero(tokens["position"].to_numpy() == 0)
+    if tokens.num_rows != lengths_S.sum() or not np.array_equal(firsts, starts_S):
+        raise ValueError(f"{TOKENS_FILE} does not hold the tokens of {SEQUENCES_FILE}")
+    offsets = pa.array(np.append(starts_S, lengths_S.sum()).astype(np.int32))
+    for name, column in (("divergences", "divergence"), ("student_ranks", "student_rank")):
+        lists = pa.ListArray.from_arrays(offsets, tokens[column].combine_chunks())
+        sequences = sequences.append_column(name, lists)
+    return sequences.append_column("first_source", tokens["source"].combine_chunks().take(pa.array(starts_S)))
 
 
 def _summary(step: int, sequences: pa.Table, divergences: pa.Array) -> StepSummary:

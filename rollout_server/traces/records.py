@@ -81,9 +81,6 @@ class SequenceFilter:
     text: str | None = None  # contained in prompt or completion, case-insensitive
 
 
-ALL_SEQUENCES = SequenceFilter()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSummary:
     """Summary of one step's sequences. Divergences are nats over all positions where the student proposed."""

@@ -1,7 +1,6 @@
 """Lists the segments in a trace's folder, and checks whether they can be read. Independent of the queries."""
 
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +19,6 @@ class Segment:
     name: str
     step: int
     signature: tuple[tuple[int, int], ...]  # (bytes, modification time in ns) of both files, empty if one is missing
-
-
-def segment_names(folder: Path) -> set[str]:
-    return {name for name in os.listdir(folder) if parse_segment_name(name)}
-
-
-def newest_segments(folder: Path, names: set[str]) -> Iterator[Segment]:
-    """The current segment of every step, by step: the one with the highest attempt."""
-    newest: dict[int, tuple[int, str]] = {}
-    for name in names:
-        if parsed := parse_segment_name(name):
-            step, attempt = parsed
-            newest[step] = max(newest.get(step, (-1, "")), (attempt, name))
-    for step, (_, name) in sorted(newest.items()):
-        yield Segment(name, step, _signature(folder / name))
 
 
 def _signature(segment: Path) -> tuple[tuple[int, int], ...]:
@@ -57,27 +41,22 @@ def incompleteness(segment: Path) -> str | None:
     return None
 
 
-def corruption(segment: Path) -> str | None:
-    """Read everything and check the pages' checksums."""
-    for file in (SEQUENCES_FILE, TOKENS_FILE):
-        try:
-            pq.read_table(segment / file, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            return f"{file}: {one_line(error)}"
-    return None
-
-
 def scan(folder: Path) -> list[Segment]:
-    """The current segment of every step, by step. A missing folder has none.
+    """The current segment of every step, by step: the one with the highest attempt. A missing folder has none.
 
     Scans again until the folder's list is the same before and after. Otherwise a segment that is replaced during the
     scan would look broken.
     """
     while True:
         try:
-            names = segment_names(folder)
-            segments = list(newest_segments(folder, names))
-            if segment_names(folder) == names:
+            names = _names(folder)
+            newest = {step: name for (step, _), name in sorted((parse_segment_name(name), name) for name in names)}
+            segments = [Segment(name, step, _signature(folder / name)) for step, name in newest.items()]
+            if _names(folder) == names:
                 return segments
         except FileNotFoundError:
             return []
+
+
+def _names(folder: Path) -> set[str]:
+    return {name for name in os.listdir(folder) if parse_segment_name(name)}

@@ -14,8 +14,8 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +24,7 @@ import ray
 from ray.actor import ActorHandle
 
 from common.config import AdaSwitch, Dataset, EngineSettings, OnPolicy, Policy, Sampling, Trace
-from common.cores import on_cores
+from common.cores import move_to_cores
 from common.sequence import MixedSequence, Prompt
 from rollout_server.actors import EngineAddress, RemoteRollouts
 from rollout_server.engines.protocol import EngineSpec
@@ -41,6 +41,17 @@ logger = logging.getLogger("benchmark")
 _ROLES = ("student", "teacher")
 _LOCKSTEP_STEPS = 24
 _TIMEOUT_S = 1800.0
+
+
+@contextmanager
+def on_cores(cores: Iterable[int]) -> Iterator[None]:
+    """This process and what it starts keep to these cores within the block."""
+    before = os.sched_getaffinity(0)
+    move_to_cores(cores)
+    try:
+        yield
+    finally:
+        move_to_cores(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,45 +42,45 @@ def troubled() -> Iterator[Store]:
 
 
 def test_what_is_put_is_listed_and_comes_back(store: Store, tmp_path: Path) -> None:
-    assert store.versions() == {}
+    assert store.files() == {}
     file, back = tmp_path / "file", tmp_path / "some" / "where" / "back"
     file.write_bytes(b"one")
     store.put(file, "run/a")
     store.below("run").put(file, "deeper/b")
-    assert {name: version.num_bytes for name, version in store.versions().items()} == {"run/a": 3, "run/deeper/b": 3}
-    assert store.below("run").versions().keys() == {"a", "deeper/b"}
+    assert {name: facts["size"] for name, facts in store.files().items()} == {"run/a": 3, "run/deeper/b": 3}
+    assert store.below("run").files().keys() == {"a", "deeper/b"}
     store.get("run/deeper/b", back)
     assert back.read_bytes() == b"one"
     store.remove("run/a")
     store.remove("run/a")
-    assert store.versions().keys() == {"run/deeper/b"}
+    assert store.files().keys() == {"run/deeper/b"}
     store.remove("run/deeper/b")
-    assert store.versions() == {}
+    assert store.files() == {}
     assert not (tmp_path / "store" / "run").exists()
 
 
-def test_another_content_has_another_mark(store: Store, tmp_path: Path) -> None:
+def test_a_file_of_other_content_is_told_apart(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    marks = set()
+    listed = []
     for content in (b"one", b"two"):
         file.write_bytes(content)
         store.put(file, "a")
-        marks.add(store.versions()["a"].mark)
-        assert store.versions()["a"].mark in marks
-    assert len(marks) == 2
+        listed.append(store.files()["a"])
+        assert store.files()["a"] == listed[-1]
+    assert listed[0] != listed[1]
 
 
 def test_what_is_being_written_or_leads_elsewhere_is_not_listed(store: Store, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for name in (".a.unfinished", "b/.c.dropped/d", "b/.metadata", "e"):
         store.put(tmp_path / "file", name)
-    assert store.versions().keys() == {"b/.metadata", "e"}
+    assert store.files().keys() == {"b/.metadata", "e"}
 
 
 def test_a_key_of_an_object_can_t_lead_out_of_the_folder_it_is_fetched_into(tmp_path: Path) -> None:
     MemoryFileSystem.store["/keys/run/../../x"] = MemoryFile(path="/keys/run/../../x", data=b"x")
     MemoryFileSystem.store["/keys/run/y"] = MemoryFile(path="/keys/run/y", data=b"y")
-    assert Store("memory://keys/run", timeout_s=20.0).versions().keys() == {"y"}
+    assert Store("memory://keys/run", timeout_s=20.0).files().keys() == {"y"}
 
 
 def test_a_file_that_is_not_there_is_said_at_once(store: Store, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_file_that_is_not_there_is_said_at_once(store: Store, tmp_path: Path) 
     with pytest.raises(FileNotFoundError):
         store.get("nothing", tmp_path / "a")
     assert monotonic() - started_s < 0.4
-    assert store.versions() == {}
+    assert store.files() == {}
     assert not (tmp_path / "a").exists()
 
 
@@ -98,7 +98,7 @@ def test_an_error_of_the_store_s_is_tried_again(troubled: Store, tmp_path: Path)
     (tmp_path / "file").write_bytes(b"one")
     Troubled.errors = [OSError("away"), OSError("away")]
     troubled.put(tmp_path / "file", "a")
-    assert troubled.versions().keys() == {"a"}
+    assert troubled.files().keys() == {"a"}
 
 
 def test_who_may_not_write_is_told_so_at_once(troubled: Store, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rollout_server.traces.reader import TraceReader
 from tests.support.smollm2 import smollm2_pair
+from tests.support.trace_reader import TraceReader
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS, PROMPTS_PER_STEP, MAX_NEW_TOKENS = 3, 4, 8

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
 from tests.support.demo_run import DEMO, MARK, NUM_HELD_OUT, NUM_STEPS, PROMPTS_PER_STEP, DemoRun
 from tests.support.marked import processes_with
+from tests.support.trace_reader import TraceReader
 
 
 @pytest.fixture(scope="module")

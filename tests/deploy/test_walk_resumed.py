@@ -11,9 +11,9 @@ from uuid import uuid4
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rollout_server.traces.reader import TraceReader
 from tests.support.demo_run import MARK, REPOSITORY, run_environment, train_command
 from tests.support.marked import processes_with
+from tests.support.trace_reader import TraceReader
 
 NUM_STEPS, PROMPTS_PER_STEP, CHECKPOINT_EVERY, NUM_HELD_OUT = 12, 64, 3, 256
 SETTINGS = [

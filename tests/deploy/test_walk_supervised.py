@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rollout_server.traces.reader import TraceReader
 from tests.support.demo_run import DEMO, REPOSITORY, run_environment, train_command
+from tests.support.trace_reader import TraceReader
 
 STUDENT = DEMO / "models" / "student"
 NUM_STEPS = 12

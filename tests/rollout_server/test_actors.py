@@ -21,10 +21,10 @@ from rollout_server.actors import EngineActor, EngineAddress, RemoteRollouts, Ro
 from rollout_server.controller import SwitchingController
 from rollout_server.pool import RolloutError
 from rollout_server.rollouts import LiveContext, RolloutSpec
-from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceFilter
 from tests.support.ray_heads import joined
 from tests.support.streams import sequences_of
+from tests.support.trace_reader import TraceReader
 
 EOS_ID = 2
 VOCABULARY_SIZE = 32

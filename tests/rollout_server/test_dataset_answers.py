@@ -11,10 +11,10 @@ from common.config import Dataset, Mixture, OffPolicy, Policy, Sampling
 from common.sequence import MixedSequence, Prompt, TokenSource
 from rollout_server.controller import SwitchingController
 from rollout_server.engines.scripted import HashedScript, ScriptedEngine
-from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.schema import TOKENS_FILE
 from rollout_server.traces.writer import TraceWriter
 from tests.support.streams import sequences_of
+from tests.support.trace_reader import TraceReader
 
 K = 8
 TEACHER = HashedScript(vocabulary_size=24, seed=1, eos_probability=0.1)

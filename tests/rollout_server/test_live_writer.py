@@ -19,8 +19,8 @@ from rollout_server.engines.scripted import Fault, HashedScript, ScriptedEngine
 from rollout_server.inspector.live_records import LiveEnd, LiveFailure, LiveRefusal, LiveRequest, LiveStart, LiveTokens
 from rollout_server.live_writer import MAX_AT_ONCE, LiveWriter
 from rollout_server.rollouts import LiveContext, RolloutSpec
-from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.writer import TraceWriter
+from tests.support.trace_reader import TraceReader
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo" / "models" / "student"
 TEACHER = HashedScript(vocabulary_size=32, seed=1, eos_token_id=2)

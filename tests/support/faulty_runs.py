@@ -20,8 +20,8 @@ from common.config.source import read_config
 from deploy.cluster.actors import ActorClasses
 from deploy.run.launch import started_actors
 from deploy.run.run import run
-from rollout_server.traces.reader import TraceReader
 from tests.support.played_actors import FarLearnerActor, PlayedEngineActor, StillbornEngineActor, UnprobedLearnerActor
+from tests.support.trace_reader import TraceReader
 
 Run = asyncio.Task[dict[str, object]]
 """A run in this process, to its summary."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.sequence import MixedSequence, TokenSource, TopLogprobs
-from trainer.batch import collate, divide, empty_micro_batch, make_micro_batches
+from trainer.batch import MicroBatch, collate, divide, empty_micro_batch
 
 Make = Callable[..., MixedSequence]
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=12)
@@ -31,6 +31,13 @@ def sequences_of(make_sequence: Make, lengths: list[tuple[int, int]], k: int = 3
         )
         for number, (num_prompt_tokens, num_tokens) in enumerate(lengths)
     ]
+
+
+def make_micro_batches(
+    sequences: list[MixedSequence], tokens_per_micro_batch: int, *, packed: bool = False
+) -> list[MicroBatch]:
+    (groups,) = divide(sequences, 1, tokens_per_micro_batch, packed=packed)
+    return [collate(group, packed=packed) for group in groups]
 
 
 @given(LENGTHS, st.integers(1, 60))

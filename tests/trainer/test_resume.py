@@ -23,9 +23,9 @@ from deploy.run.resume import find_resumable
 from deploy.run.run import RunActors, run
 from deploy.supervision.health_monitor import Fault
 from deploy.supervision.supervised import LearnerLost
-from rollout_server.traces.reader import TraceReader
 from tests.support.forked import start_run
 from tests.support.killable_run import started_actors
+from tests.support.trace_reader import TraceReader
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_ROWS, PROMPTS_PER_STEP, NUM_STEPS, NUM_KILLS = 10, 4, 10, 3  # steps 3, 5, 8 and 10 reach over or end an epoch

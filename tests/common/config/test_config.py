@@ -79,10 +79,6 @@ def test_a_setting_of_another_policy_cannot_be_written():
         run_config(policy={"type": "skd", "window": 3})
 
 
-def test_sequences_per_step_counts_every_sample():
-    assert Trainer(prompts_per_step=3, samples_per_prompt=4).sequences_per_step == 12
-
-
 @pytest.mark.parametrize(
     "parts",
     [

@@ -26,8 +26,8 @@ from rollout_server.engines.scripted import HashedScript, ScriptedEngine
 from rollout_server.inspector.app import create_app
 from rollout_server.inspector.live_records import LiveRequest
 from rollout_server.rollouts import LiveContext, RolloutSpec
-from rollout_server.traces.reader import TraceReader
 from tests.support.ray_heads import joined
+from tests.support.trace_reader import TraceReader
 
 STUDENT_MODEL = Path(__file__).parents[3] / "deploy" / "demo" / "models" / "student"
 TEACHER = HashedScript(vocabulary_size=32, seed=1, eos_token_id=2, eos_probability=0.02)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deploy.demo.task import (
     NUM_ANSWER_CHARACTERS,
-    NUM_PROMPT_CHARACTERS,
+    NUM_OPERATORS,
     OPERATORS,
     Problem,
     apply,
@@ -74,7 +74,7 @@ def test_problems_are_a_pure_function_of_the_seed(seed: int) -> None:
 @given(st.integers(min_value=0))
 def test_every_prompt_and_every_answer_has_the_stated_length(seed: int) -> None:
     for problem in islice(stream_problems(seed), 5):
-        assert len(problem.prompt) == NUM_PROMPT_CHARACTERS
+        assert len(problem.prompt) == 2 * NUM_OPERATORS + 2  # operand and operator by turns, then `=`
         assert len(problem.answer) == NUM_ANSWER_CHARACTERS
 
 

@@ -10,9 +10,9 @@ from rich.text import Text
 from common.sequence import TokenSource
 from deploy.reporting.progress import ProgressDisplay, StepLine
 from deploy.reporting.terminal import print_sequence, print_sequences, print_summary, visible
-from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.records import SequenceTrace
 from rollout_server.traces.writer import TraceWriter
+from tests.support.trace_reader import TraceReader
 
 LINE = StepLine(
     step=1, loss=0.25, switch_rate=0.5, teacher_share=0.4, tokens_per_s=800, rollout_s=6, train_s=3, sync_s=1

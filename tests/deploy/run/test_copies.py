@@ -13,12 +13,12 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from common.config import RunConfig
+from common.config import Storage
 from common.config.source import ResolvedConfig, read_config
 from common.errors import UserError
 from common.run_dir import RunDir
 from common.storage import Store
-from deploy.run.copies import Copying, copied_names, fetch_if_ahead, kept_copied
+from deploy.run.copies import copied_names, fetch_if_ahead, kept_copied
 from tests.deploy.run.test_resume import take_checkpoint
 
 
@@ -84,8 +84,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def copied(config: RunConfig, folder: RunDir) -> None:
-    with kept_copied(config.storage, folder.path):
+def copied(config: Storage, folder: RunDir) -> None:
+    with kept_copied(config, folder.path):
         pass
 
 
@@ -119,7 +119,7 @@ def test_what_is_there_is_copied_then_what_has_changed_and_what_is_gone_is_remov
         "remove checkpoints/step-000010/state.json",
         "remove checkpoints/step-000010/learner/weights",
     ]
-    assert store.versions().keys() == files_of(folder.path).keys() - {".lock"} - {
+    assert store.files().keys() == files_of(folder.path).keys() - {".lock"} - {
         "traces/.step-000002.unfinished/tokens.parquet"
     }
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_s_manifest_goes_last_and_the_summary_after_all(resolve: An
     take_checkpoint(folder, 10)
     write_segment(folder, 1)
     folder.write_summary({"steps": 1})
-    copied(resolved.config, folder)
+    copied(resolved.config.storage, folder)
     assert Watched.done[-2:] == ["put checkpoints/step-000010/manifest.json", "put summary.json"]
 
 
@@ -139,12 +139,12 @@ def test_a_resumed_run_copies_only_what_is_not_there(resolve: Any) -> None:
     folder = new_run(resolved)
     write_segment(folder, 1)
     write_segment(folder, 2)
-    copied(resolved.config, folder)
+    copied(resolved.config.storage, folder)
     Watched.done.clear()
     for file in (folder.traces / "step-000002").iterdir():
         file.write_text("rows of another attempt")
     write_segment(folder, 3)
-    copied(resolved.config, folder)
+    copied(resolved.config.storage, folder)
     assert sorted(Watched.done) == [
         "put config.yaml",
         *(f"put traces/step-00000{step}/{name}.parquet" for step in (2, 3) for name in ("sequences", "tokens")),
@@ -160,7 +160,7 @@ def test_a_store_that_is_away_ends_no_run_and_gets_everything_when_it_is_back(re
         write_segment(folder, 1)
         Watched.error = None
         changed()
-    assert Store(f"{url}/demo", timeout_s=20.0).versions().keys() == files_of(folder.path).keys()
+    assert Store(f"{url}/demo", timeout_s=20.0).files().keys() == files_of(folder.path).keys()
     assert "is incomplete" not in caplog.text
 
 
@@ -168,20 +168,29 @@ def test_a_copy_that_is_not_whole_in_the_end_is_said(resolve: Any, caplog) -> No
     resolved = resolve("here")
     Watched.error = PermissionError("no")
     with caplog.at_level(logging.WARNING):
-        copied(resolved.config, new_run(resolved))
+        copied(resolved.config.storage, new_run(resolved))
     assert "is incomplete" in caplog.text
 
 
-@pytest.mark.parametrize("ends_well", [True, False])
-def test_the_end_waits_for_the_copy_only_so_long(resolve: Any, url: str, caplog, ends_well: bool) -> None:
+def test_the_end_waits_for_the_copy_only_so_long(resolve: Any, url: str, caplog) -> None:
     folder = new_run(resolve("here"))
     Watched.slow_s = 5.0
     started_s = time.monotonic()
-    copying = Copying(folder.path, Store(f"{url}/demo", timeout_s=20.0), timeout_s=0.3)
-    with caplog.at_level(logging.WARNING), copying:
-        copying.changed()
+    with caplog.at_level(logging.WARNING):
+        copied(Storage(url=url, timeout_s=0.3), folder)
     assert time.monotonic() - started_s < 2.0
-    assert "waited 0.3 s for the copy of" in caplog.text
+    assert "is incomplete (waited up to 0.3 s)" in caplog.text
+
+
+def test_a_run_that_fails_waits_for_its_copy_at_most_10_s(resolve: Any, caplog, monkeypatch) -> None:
+    resolved = resolve("here")
+    Watched.slow_s = 5.0
+    monkeypatch.setattr("deploy.run.copies._AFTER_A_FAILURE_S", 0.3)
+    started_s = time.monotonic()
+    with pytest.raises(ZeroDivisionError), kept_copied(resolved.config.storage, new_run(resolved).path):
+        raise ZeroDivisionError
+    assert time.monotonic() - started_s < 2.0
+    assert "is incomplete (waited up to 0.3 s)" in caplog.text
 
 
 def test_a_run_that_is_nowhere_here_is_fetched_whole(resolve: Any) -> None:
@@ -192,7 +201,7 @@ def test_a_run_that_is_nowhere_here_is_fetched_whole(resolve: Any) -> None:
     (folder.path / "tensorboard").mkdir()
     (folder.path / "tensorboard" / ".hidden").write_text("a file of others")
     folder.append_metrics({"step": 1})
-    copied(there.config, folder)
+    copied(there.config.storage, folder)
     here = resolve("here")
     fetch_if_ahead(here.config)
     assert files_of(Path(here.config.run_dir)) == files_of(folder.path)
@@ -202,7 +211,7 @@ def test_a_run_that_another_process_is_at_is_not_fetched_into(resolve: Any) -> N
     there, here = resolve("there"), resolve("here")
     folder, behind = new_run(there), new_run(here)
     take_checkpoint(folder, 10)
-    copied(there.config, folder)
+    copied(there.config.storage, folder)
     before = files_of(behind.path)
     with behind.locked(), pytest.raises(UserError, match="another process is using this run"):
         fetch_if_ahead(here.config)
@@ -218,7 +227,7 @@ def test_a_run_that_is_behind_keeps_what_its_last_checkpoint_stands_for_and_fetc
     write_segment(ours, 2, "ours")  # of as many bytes as theirs
     write_segment(theirs, 2, "them")
     take_checkpoint(theirs, 2)
-    copied(there.config, theirs)
+    copied(there.config.storage, theirs)
     untouched = (ours.traces / "step-000001" / "tokens.parquet").stat()
     fetch_if_ahead(here.config)
     assert (ours.traces / "step-000002" / "tokens.parquet").read_text() == "them"
@@ -232,7 +241,7 @@ def test_a_run_that_is_as_far_here_is_left_as_it_is(resolve: Any) -> None:
     take_checkpoint(theirs, 10)
     take_checkpoint(ours, 10)
     ours.append_metrics({"step": 10})
-    copied(there.config, theirs)
+    copied(there.config.storage, theirs)
     before = files_of(ours.path)
     fetch_if_ahead(here.config)
     assert files_of(ours.path) == before
@@ -242,7 +251,7 @@ def test_half_of_a_checkpoint_is_not_resumed_from(resolve: Any, url: str) -> Non
     there, here = resolve("there"), resolve("here")
     folder = new_run(there)
     take_checkpoint(folder, 10)
-    copied(there.config, folder)
+    copied(there.config.storage, folder)
     Store(f"{url}/demo", timeout_s=20.0).remove("checkpoints/step-000010/manifest.json")
     fetch_if_ahead(here.config)
     assert not Path(here.config.run_dir).exists()
@@ -253,7 +262,7 @@ def test_the_newest_run_of_a_name_is_fetched_into_a_folder_of_its_own_name(resol
     for step in (20, 10):
         folder = new_run(there)
         take_checkpoint(folder, step)
-        copied(there.config, folder)
+        copied(there.config.storage, folder)
     fetch_if_ahead(here.config)
     assert [path.name for path in Path(here.config.run_dir).parent.iterdir()] == ["demo-2"]
     assert RunDir.all(here.config.run_dir)[0].path.name == "demo-2"
@@ -261,7 +270,7 @@ def test_the_newest_run_of_a_name_is_fetched_into_a_folder_of_its_own_name(resol
 
 def test_a_new_run_takes_no_name_that_a_copy_has(resolve: Any) -> None:
     there, here = resolve("there"), resolve("here")
-    copied(there.config, new_run(there))
+    copied(there.config.storage, new_run(there))
     taken = copied_names(here.config.storage)
     assert taken == {"demo"}
     assert RunDir.create(here.config.run_dir, here, taken=taken).path.name == "demo-2"

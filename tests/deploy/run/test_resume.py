@@ -16,8 +16,8 @@ from common.config.source import ResolvedConfig, read_config
 from common.errors import UserError
 from common.run_dir import RunDir
 from deploy.run.resume import Resumable, find_resumable, found_again, refuse_other_settings, rewind
-from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.writer import TraceWriter
+from tests.support.trace_reader import TraceReader
 from trainer.checkpoint import RunState, write_checkpoint
 from trainer.prompts import PromptCursor
 

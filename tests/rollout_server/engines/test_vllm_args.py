@@ -7,11 +7,12 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from common.config import EngineSettings
-from common.config.vllm_options import owned_names
+from common.config.vllm_options import _REASONS, _SETTINGS
 from common.errors import UserError
 from rollout_server.engines.protocol import EngineSpec
 from rollout_server.engines.vllm_args import Hardware, engine_args, engine_config, engine_dtype, engine_environment
 from rollout_server.engines.vllm_memory import GIB
+from rollout_server.engines.vllm_plugin.weight_transfer import PLAIN_IPC
 
 TEACHER = Path(__file__).parents[3] / "deploy" / "demo" / "models" / "teacher"
 H100 = Hardware(dtypes=("bfloat16", "float16", "float32"), gpu_bytes=int(79.6 * GIB))
@@ -53,7 +54,13 @@ def test_whatever_we_set_a_configuration_cannot_set_through_vllm(hardware: Hardw
     )
     args = changed(engine_args(replace(everything, weight_transfer_backend="host_memory"), hardware))
     # A setting of theirs that has a default of ours; and what the quantization itself brings along.
-    assert set(args) - {"block_size", "quantization_config"} <= owned_names()
+    assert set(args) - {"block_size", "quantization_config"} <= {*_SETTINGS, *_REASONS}
+
+
+def test_weights_over_cuda_ipc_reach_vllm_through_our_engine_that_takes_handles_as_plain_values() -> None:
+    args = engine_args(replace(spec(), weight_transfer_backend="ipc"), H100)
+    assert args.weight_transfer_config is not None
+    assert args.weight_transfer_config.backend == PLAIN_IPC
 
 
 def test_every_setting_reaches_vllm() -> None:

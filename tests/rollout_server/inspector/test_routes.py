@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
-from rollout_server.traces.reader import TraceReader
 from rollout_server.traces.writer import TraceWriter
 from tests.support.inspected import HOSTILE, decode, texts
+from tests.support.trace_reader import TraceReader
 
 API = "/api/v1/runs"
 HOSTILE_RUN = urllib.parse.quote("[x] ' .. <b>", safe="")

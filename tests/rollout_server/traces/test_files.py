@@ -10,7 +10,7 @@ import pytest
 
 from rollout_server.traces import files
 from rollout_server.traces.index import TraceIndex
-from rollout_server.traces.records import ALL_SEQUENCES, SequenceFilter
+from rollout_server.traces.records import SequenceFilter
 from rollout_server.traces.writer import TraceWriter
 
 
@@ -32,7 +32,8 @@ def make_renamed(sequence, prompt_id: str):
 
 
 @pytest.mark.parametrize(
-    ("where", "num_rows"), [(ALL_SEQUENCES, 2 * files.BATCH - 1000), (SequenceFilter(switched=True), files.BATCH - 500)]
+    ("where", "num_rows"),
+    [(SequenceFilter(), 2 * files.BATCH - 1000), (SequenceFilter(switched=True), files.BATCH - 500)],
 )
 @pytest.mark.parametrize("file_format", ["csv", "parquet"])
 def test_every_matching_sequence_is_in_the_file_once_and_in_order(index, where, num_rows, file_format) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.sequence import Prompt
-from deploy.supervision.bisection import Search
+from deploy.supervision.search import Search
 
 
 def prompts(number: int) -> list[Prompt]:
@@ -41,8 +41,22 @@ def test_all_come_but_the_poisonous_ones_which_are_given_up(number, poison, max_
     assert sorted(given_up) == sorted(bad)
 
 
-def test_one_of_64_is_found_in_as_many_failures_as_halving_takes() -> None:
-    assert searched(64, {"p17"})[2] == 2 + 5 + 2  # the whole twice, five halves with it, it alone twice
+def test_one_of_64_fails_twice_with_all_and_twice_on_its_own() -> None:
+    assert searched(64, {"p17"})[2] == 2 + 2
+
+
+def test_after_two_failures_prompts_are_tried_alone_until_one_fails_and_the_others_together_again() -> None:
+    search = Search(prompts(4), max_failures=2)
+    tried = []
+    while (group := search.next_group()) is not None:
+        tried.append(ids(group))
+        if "p1" in tried[-1]:
+            search.failed()
+        else:
+            for prompt in group:
+                search.done(prompt.sequence_id)
+            search.succeeded()
+    assert tried == [["p0", "p1", "p2", "p3"]] * 2 + [["p0"], ["p1"], ["p2", "p3"], ["p1"], []]
 
 
 def test_a_group_that_fails_once_is_asked_for_whole_again() -> None:
