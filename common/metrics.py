@@ -1,7 +1,6 @@
-"""The metrics that a training run exports, as one table. Tests compare it with the code, docs/metrics.md and the
-dashboard.
+"""What a training exports while it runs: one table. Code, docs/metrics.md and the dashboard are held against it.
 
-Measurements of steps and evaluations keep their names from ``metrics.jsonl``. Imports nothing of ours.
+Step and evaluation measurements keep the names they have in ``metrics.jsonl``. Knows no one.
 """
 
 from collections.abc import Sequence
@@ -20,16 +19,16 @@ class Metric:
     unit: str
     help: str
     labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()  # upper edges of a histogram's buckets
+    buckets: tuple[float, ...] = ()  # upper edges, of a histogram
 
     @property
     def exported_name(self) -> str:
-        """The name that is passed to Ray, which adds the prefix ``ray_``."""
+        """What is handed to Ray, which puts ``ray_`` before it."""
         return "adaswitch_" + self.name.replace("/", "_")
 
     @property
     def series(self) -> str:
-        """The series that Prometheus stores; for a histogram, the buckets from which quantiles are computed."""
+        """What Prometheus stores; of a histogram what its quantiles are made of."""
         suffix = {"gauge": "", "counter": "_total", "histogram": "_bucket"}[self.kind]
         return f"ray_{self.exported_name}{suffix}"
 
@@ -42,11 +41,11 @@ _POSITIONS = (1, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000, 2
 
 STEP_METRICS = _gauges(
     ("rollout/sequences", "sequences", "sequences collected for the step"),
-    ("rollout/tokens", "tokens", "new tokens in these sequences, from both models"),
-    ("rollout/tokens_per_s", "tokens/s", "new tokens divided by the seconds of the rollout"),
-    ("rollout/wasted_tokens", "tokens", "student tokens that were written past a switch and dropped"),
+    ("rollout/tokens", "tokens", "new tokens in them, both models'"),
+    ("rollout/tokens_per_s", "tokens/s", "new tokens over the seconds of the rollout"),
+    ("rollout/wasted_tokens", "tokens", "student tokens that arrived past a switch and were dropped"),
     ("rollout/refused_sequences", "sequences", "sequences that were too old and were collected again"),
-    ("rollout/seconds", "s", "time to collect the step's sequences"),
+    ("rollout/seconds", "s", "collecting the step's sequences"),
     ("switch/rate", "share", "sequences in which the teacher took over"),
     ("switch/mean_position", "tokens", "mean position of the first switch"),
     ("switch/teacher_token_share", "share", "new tokens that the teacher wrote"),
@@ -54,28 +53,28 @@ STEP_METRICS = _gauges(
     ("train/loss_nats", "nats", "weighted loss per token"),
     ("train/loss_student_tokens_nats", "nats", "unweighted loss over the student's tokens"),
     ("train/loss_teacher_tokens_nats", "nats", "unweighted loss over the teacher's tokens"),
-    ("train/loss_dataset_tokens_nats", "nats", "unweighted loss over the tokens of dataset answers"),
-    ("train/covered_mass", "share", "total probability of the teacher's top k"),
+    ("train/loss_dataset_tokens_nats", "nats", "unweighted loss over the tokens of given answers"),
+    ("train/covered_mass", "share", "probability that the teacher's top k hold together"),
     ("train/grad_norm", "1", "gradient norm before clipping"),
     ("train/learning_rate", "1", "learning rate of the step"),
     ("train/staleness", "versions", "weight versions between a sequence's oldest proposal and the weights trained"),
     ("train/micro_batches", "batches", "micro-batches of the step, all ranks together"),
-    ("train/seconds", "s", "time of the learner's step"),
-    ("train/tokens_per_s", "tokens/s", "trained tokens divided by the seconds of the learner's step"),
-    ("sync/seconds", "s", "time to send, load and probe new weights"),
-    ("sync/probe_nats", "nats", "largest log-prob difference between learner and engine after the sync"),
-    ("sync/probe_p99_nats", "nats", "99th percentile of the log-prob differences"),
+    ("train/seconds", "s", "the learner's step"),
+    ("train/tokens_per_s", "tokens/s", "trained tokens over the seconds of the learner's step"),
+    ("sync/seconds", "s", "sending, loading and probing new weights"),
+    ("sync/probe_nats", "nats", "largest log-prob difference between trainer and engine after the sync"),
+    ("sync/probe_p99_nats", "nats", "log-prob difference below which 99% of them are"),
     ("sync/probe_rms_nats", "nats", "root mean square of the log-prob differences"),
-    ("sync/followed", "share", "share of the learner's log-prob change over the step that the engine shows too"),
-    ("sync/followed_output_layer", "share", "the same share, for the change that the output layer alone makes"),
-    ("sync/weight_version", "version", "weight version of the student engines"),
+    ("sync/followed", "share", "change of the trainer's log-probs over the step that the engine's made, too"),
+    ("sync/followed_output_layer", "share", "the same of what the output layer alone changed"),
+    ("sync/weight_version", "version", "weights the student engines hold"),
 )
 EVALUATION_METRICS = _gauges(
-    ("evaluation/accuracy", "share", "held-out prompts that were answered correctly"),
+    ("evaluation/accuracy", "share", "held-out prompts answered right"),
     ("evaluation/divergence_nats", "nats", "mean divergence to the teacher over the student's own text"),
-    ("evaluation/tokens_per_sequence", "tokens", "mean number of tokens that the student writes alone"),
+    ("evaluation/tokens_per_sequence", "tokens", "mean length of what the student writes alone"),
     ("evaluation/prompts", "prompts", "held-out prompts"),
-    ("evaluation/seconds", "s", "time of the evaluation"),
+    ("evaluation/seconds", "s", "the evaluation"),
 )
 SWITCH_POSITION = Metric(
     name="switch/position",
@@ -88,41 +87,41 @@ WRITTEN_TOKENS = Metric(
     name="engine/written_tokens",
     kind="counter",
     unit="tokens",
-    help="tokens that the engine has generated",
+    help="tokens the engine has written",
     labels=("role",),
 )
 READ_POSITIONS = Metric(
     name="engine/read_positions",
     kind="counter",
     unit="positions",
-    help="positions for which the engine has read the text and returned log-probs",
+    help="positions the engine has read and given log-probs for",
     labels=("role",),
 )
 RUNNING_REQUESTS = Metric(
     name="engine/running_requests",
     kind="gauge",
     unit="requests",
-    help="unfinished requests, up to the number that the engine works on at once (max_num_seqs)",
+    help="unfinished requests, as many as the engine works on at once (max_num_seqs)",
     labels=("role",),
 )
 WAITING_REQUESTS = Metric(
     name="engine/waiting_requests",
     kind="gauge",
     unit="requests",
-    help="unfinished requests beyond that number, which wait",
+    help="unfinished requests beyond those, which wait their turn",
     labels=("role",),
 )
 FAULTS = Metric(
     name="run/faults",
     kind="counter",
     unit="faults",
-    help="workers that died, hung or failed, whether they were restarted or the run ended",
+    help="parts of the run that died, hung or failed, and were mended or ended it",
 )
 PROMPTS_SET_ASIDE = Metric(
     name="run/prompts_set_aside",
     kind="counter",
     unit="prompts",
-    help="quarantined prompts: they failed repeatedly, and the run continues without them",
+    help="prompts that failed again and again, and that the run goes on without",
 )
 STEP = Metric(name="step", kind="gauge", unit="steps", help="the last step measured")
 
