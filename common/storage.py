@@ -3,7 +3,6 @@
 Owns complete uploads and downloads of files. Does not depend on what the files contain.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -99,7 +98,8 @@ class Store:
         self._tried(f"{name} to be removed from {self.url}", drop)
         if self._is_disk:
             with suppress(OSError):  # not empty
-                os.removedirs(Path(self._root, name).parent)
+                for folder in Path(self._root, name).parents[: len(Path(name).parents) - 1]:
+                    folder.rmdir()
 
     def _tried(self, what: str, call: Callable[[], T]) -> T:
         """The call's result. The call is repeated a few times if the store raises an error."""
@@ -109,7 +109,8 @@ class Store:
             retry=retry_if_not_exception_type((FileNotFoundError, PermissionError, WaitedTooLong)),
             reraise=True,
         )
-        return retrying(_in_time, self._timeout_s, what, call)
+        result: T = retrying(_in_time, self._timeout_s, what, call)
+        return result
 
 
 def _replace(source: str, path: str) -> None:

@@ -50,7 +50,8 @@ def scan(folder: Path) -> list[Segment]:
     while True:
         try:
             names = _names(folder)
-            newest = {step: name for (step, _), name in sorted((parse_segment_name(name), name) for name in names)}
+            parsed = {name: place for name in names if (place := parse_segment_name(name)) is not None}
+            newest = {parsed[name][0]: name for name in sorted(parsed, key=parsed.__getitem__)}
             segments = [Segment(name, step, _signature(folder / name)) for step, name in newest.items()]
             if _names(folder) == names:
                 return segments

@@ -59,6 +59,15 @@ def test_what_is_put_is_listed_and_comes_back(store: Store, tmp_path: Path) -> N
     assert not (tmp_path / "store" / "run").exists()
 
 
+def test_the_store_s_own_folder_stays_when_its_last_file_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "outer" / "store"
+    store = Store(str(folder), timeout_s=30.0)
+    (tmp_path / "file").write_text("a")
+    store.put(tmp_path / "file", "run/deeper/a")
+    store.remove("run/deeper/a")
+    assert list(folder.iterdir()) == []
+
+
 def test_a_file_of_other_content_is_told_apart(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "file"
     listed = []
