@@ -42,9 +42,8 @@ async def cluster(ray_address: str, tmp_path_factory: pytest.TempPathFactory) ->
         yield poison
 
 
-@pytest.mark.parametrize(
-    ("kind", "seen_as"), [(signal.SIGKILL, "died"), pytest.param(signal.SIGSTOP, "silent", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "seen_as"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "silent")])
 async def test_the_run_goes_on_whoever_is_lost(
     cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: signal.Signals, seen_as: str
 ) -> None:

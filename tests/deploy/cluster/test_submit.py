@@ -25,9 +25,6 @@ PRODUCT = ["deploy.cluster.submit"]
 SCRIPTED = ["tests.support.scripted_run", "submit"]
 
 pytestmark = pytest.mark.timeout(900)
-on_both_engines = pytest.mark.parametrize(
-    "program", [SCRIPTED, pytest.param(PRODUCT, marks=pytest.mark.slow)], ids=["scripted", "vllm"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +63,12 @@ def assert_nothing_is_left(head: Head) -> None:
     wait_for(lambda: not head.listed("placement_groups", "CREATED"), "the placement group to go", STOP_TIMEOUT_S)
 
 
-@on_both_engines
+@pytest.mark.slow
 def test_a_submitted_run_shows_its_progress_leaves_its_folder_here_and_can_be_resumed(
-    head: Head, tmp_path: Path, program: list[str]
+    head: Head, tmp_path: Path
 ) -> None:
     settings = [*SHORT, f"run_dir={tmp_path / 'run'}", "checkpoints.every_steps=1"]
-    job = submit(head, *settings, program=program)
+    job = submit(head, *settings)
     log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
     assert job.returncode == 0, log
     places = [log.index(text) for text in ("starting the engines", "step 1/2  loss", "step 2/2  loss", "run folder  ")]
@@ -80,17 +77,14 @@ def test_a_submitted_run_shows_its_progress_leaves_its_folder_here_and_can_be_re
     assert (tmp_path / "run" / "summary.json").exists()
     assert_nothing_is_left(head)
 
-    job = submit(head, *settings, program=program, resume=True)
+    job = submit(head, *settings, resume=True)
     log, _ = job.communicate(timeout=RUN_TIMEOUT_S)
     assert job.returncode == 0, log
     assert f"{tmp_path / 'run'} is finished, after step 2" in log
 
 
-@on_both_engines
-def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(
-    head: Head, tmp_path: Path, program: list[str]
-) -> None:
-    job = submit(head, *ENDLESS, f"run_dir={tmp_path / 'run'}", program=program)
+def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, tmp_path: Path) -> None:
+    job = submit(head, *ENDLESS, f"run_dir={tmp_path / 'run'}", program=SCRIPTED)
     log = read_until(job, "step 1/1000")
     told = re.search(r"to stop it: (.+)$", log, re.MULTILINE)
     assert told is not None
