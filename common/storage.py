@@ -109,7 +109,8 @@ class Store:
             retry=retry_if_not_exception_type((FileNotFoundError, PermissionError, WaitedTooLong)),
             reraise=True,
         )
-        return retrying(_in_time, self._timeout_s, what, call)
+        result: T = retrying(_in_time, self._timeout_s, what, call)
+        return result
 
 
 def _replace(source: str, path: str) -> None:

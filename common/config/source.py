@@ -139,8 +139,7 @@ def _completed(tree: Tree, part: type[Part]) -> Tree:
     completed = dict(tree)
     for name, field in part.model_fields.items():
         child = tree.get(name, {} if field.is_required() else None)
-        chosen = choose_part(field, child.get("type")) if isinstance(child, dict) else None
-        if chosen is not None:
+        if isinstance(child, dict) and (chosen := choose_part(field, child.get("type"))):
             named = {"type": type_name(chosen), **child} if is_choice(field) else child
             completed[name] = _completed(named, chosen)
     return completed

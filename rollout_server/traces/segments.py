@@ -51,7 +51,7 @@ def scan(folder: Path) -> list[Segment]:
     while True:
         try:
             names = _names(folder)
-            newest = {step: name for (step, _), name in sorted((parse_segment_name(name), name) for name in names)}
+            newest = {step: name for (step, _), name in sorted((attempt, name) for name, attempt in names.items())}
             segments = [Segment(name, step, _signature(folder / name)) for step, name in newest.items()]
             if _names(folder) == names:
                 return segments
@@ -59,5 +59,6 @@ def scan(folder: Path) -> list[Segment]:
             return []
 
 
-def _names(folder: Path) -> set[str]:
-    return {name for name in os.listdir(folder) if parse_segment_name(name)}
+def _names(folder: Path) -> dict[str, tuple[int, int]]:
+    """Each segment's name, with its step and attempt."""
+    return {name: parsed for name in os.listdir(folder) if (parsed := parse_segment_name(name))}
