@@ -229,9 +229,7 @@ def test_where_the_memory_is_not_known_only_what_shares_nothing_is_planned(shape
 def test_on_processors_weights_go_through_host_memory() -> None:
     plan = processor_plan(make_config(), "no GPU found")
     assert str(plan) == "processors (no GPU found), weights by host_memory"
-    with pytest.raises(
-        UserError, match=r"^sync\.backend must be host_memory or auto on CPUs \(no GPU found\), got"
-    ):
+    with pytest.raises(UserError, match=r"^sync\.backend must be host_memory or auto on CPUs \(no GPU found\), got"):
         processor_plan(make_config(sync={"backend": "nccl"}), "no GPU found")
 
 

@@ -162,7 +162,9 @@ def test_forward_compatibility_makes_an_old_driver_new_enough() -> None:
 def test_mixed_gpus_are_a_warning() -> None:
     found = finding(replace(GPU_SERVER, gpus=(H100, replace(T4, index=1))), "GPUs")
     assert found.level == "warning"
-    assert found.text.startswith("1 x NVIDIA H100 80GB HBM3 with 80 GiB, 1 x Tesla T4 with 15 GiB; Ray treats them as equal")
+    assert found.text.startswith(
+        "1 x NVIDIA H100 80GB HBM3 with 80 GiB, 1 x Tesla T4 with 15 GiB; Ray treats them as equal"
+    )
     assert "CUDA_VISIBLE_DEVICES" in found.text
 
 
