@@ -203,7 +203,7 @@ def test_what_a_live_run_refuses_is_said(attached_address: str, open_page) -> No
 def test_no_chart_breaks_the_policy_on_content(page: Page) -> None:
     page.add_init_script(
         "window.violations = []; "
-        "document.addEventListener('securitypolicyviolation', (e) => violations.push(`${e.violatedDirective} ${e.sample}`))"
+        "document.addEventListener('securitypolicyviolation', (e) => violations.push(e.violatedDirective + e.sample))"
     )
     for view in ("?run=demo", "?run=demo&tab=replay", SWITCHED):
         page.goto(view)
