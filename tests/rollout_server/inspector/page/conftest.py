@@ -16,12 +16,15 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from rollout_server.inspector.app import create_app
 from rollout_server.traces.writer import TraceWriter
 from tests.data.record_demo import DEMO_RUN
 from tests.support.browser import find_browser
+
+# A busy machine takes seconds to compile the charting library.
+expect.set_options(timeout=15_000)
 
 ROOT = Path(__file__).parents[4]
 TOKEN = "open-sesame-open-sesame"

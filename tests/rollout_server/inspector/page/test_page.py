@@ -125,7 +125,7 @@ def test_nothing_is_wider_than_a_phone(page: Page, view: str) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.goto(view)
     expect(page.locator("h1")).to_be_visible()
-    page.wait_for_function("!document.querySelector('.loading')")
+    expect(page.locator(".loading")).to_have_count(0)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
@@ -203,8 +203,7 @@ def test_what_a_live_run_refuses_is_said(attached_address: str, open_page) -> No
 def test_no_chart_breaks_the_policy_on_content(page: Page) -> None:
     page.add_init_script(
         "window.violations = []; "
-        "document.addEventListener('securitypolicyviolation', "
-        "(e) => violations.push(`${e.violatedDirective} ${e.sample}`))"
+        "document.addEventListener('securitypolicyviolation', (e) => violations.push(e.violatedDirective + e.sample))"
     )
     for view in ("?run=demo", "?run=demo&tab=replay", SWITCHED):
         page.goto(view)
@@ -261,7 +260,7 @@ def test_a_chart_follows_the_width_and_the_theme(page: Page) -> None:
     page.get_by_role("button", name="Switch to dark colours").click()
     expect(label).not_to_have_css("fill", light)
     page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_function("document.querySelector('.chart .main-svg').clientWidth < 360")
+    expect(drawing.locator(".main-svg").first).to_have_css("width", re.compile(r"^3[0-5]\d"))
 
 
 def test_without_the_package_each_chart_says_what_is_missing(address: str, open_page) -> None:
