@@ -70,7 +70,7 @@ def test_without_a_checkpoint_it_says_where_it_looked(resolve) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.learning_rate=0.5", "trainer.learning_rate: the run in .* has 1e-05, this configuration has 0.5; of"),
+        ("trainer.learning_rate=0.5", "trainer.learning_rate: the run in .* has 1e-05, this configuration has 0.5;"),
         ("policy.type=skd", "policy.type: the run in .* has 'adaswitch', this configuration has 'skd'"),
         ("trainer.max_staleness=1", "trainer.max_staleness: "),
         ("trainer.lora.rank=4", "trainer.lora"),
