@@ -93,4 +93,4 @@ def test_the_texts_come_from_the_chat_template_and_both_models_write(run: Path) 
     assert sum(record.num_teacher_tokens for record in records) > 0
     assert sum(record.num_student_tokens for record in records) > 0
     assert trace is not None
-    assert trace.prompt_text.startswith("<|im_start|>")
+    assert trace.sequence.prompt_text.startswith("<|im_start|>")

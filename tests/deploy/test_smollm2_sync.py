@@ -28,7 +28,7 @@ K, NUM_NEW_TOKENS = 64, 12
 QUESTIONS = ["What is the sea?", "Name a cat.", "Why is it cold in winter?", "Write a line about bread."]
 TIMEOUT_S = 120.0
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @torch.inference_mode()
@@ -116,7 +116,7 @@ async def connect(learner: Learner, engine: VLLMEngine) -> WeightSender:
     ("learning_rate", "kept", "reason"),
     [
         (1e-4, "model", r"did not follow the learner|engine and learner differ"),
-        (3e-4, "model.embed_tokens", r"did not follow the learner: .* of the step's change in the output layer"),
+        (5e-4, "model.embed_tokens", r"did not follow the learner: .* of the step's change in the output layer"),
     ],
 )
 async def test_an_engine_must_hold_what_it_was_sent(
