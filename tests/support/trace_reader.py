@@ -20,7 +20,7 @@ ALL_SEQUENCES = SequenceFilter()
 
 class TraceReader:
     def __init__(self, folder: Path) -> None:
-        self._index = TraceIndex(folder, look_again_s=0.0)
+        self._index = TraceIndex(folder, rescan_after_s=0.0)
 
     def __enter__(self) -> Self:
         return self
