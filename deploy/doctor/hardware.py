@@ -35,7 +35,7 @@ def check_gpus(facts: Facts) -> Finding | None:
         return failure("GPUs", f"{found}; CUDA 13 does not support {names(old)}; {_HIDE}")
     faults = []
     if divided := [gpu for gpu in facts.gpus if gpu.is_mig]:
-        faults.append(f"{names(divided)}: MIG is enabled, which has not been tested")
+        faults.append(f"{names(divided)}: MIG is enabled, which is untested")
     if busy := [gpu for gpu in facts.gpus if gpu.used_gib > _BUSY_GIB]:
         used = ", ".join(f"{gpu.used_gib:.0f} GiB of GPU {gpu.index}" for gpu in busy)
         faults.append(f"other processes use {used} (nvidia-smi lists them)")

@@ -246,8 +246,8 @@ def test_a_key_of_an_earlier_version_names_the_new_one(config_file):
     result = adaswitch("config", config_file, "--set", "placement.learner=student_gpu")
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: placement.learner is not a setting (--set); it is placement.layout (spread for own_gpu, shared_student "
-        "for student_gpu) now\n"
+        "error: placement.learner is not a setting (--set); use placement.layout (spread for own_gpu, shared_student "
+        "for student_gpu) instead\n"
     )
 
 

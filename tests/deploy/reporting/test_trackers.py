@@ -127,7 +127,7 @@ def test_a_missing_package_is_named_with_its_key_and_extra(package: str) -> None
 
 
 def test_a_password_is_no_setting() -> None:
-    with pytest.raises(ValueError, match="tracking_uri must not hold a user or a password"):
+    with pytest.raises(ValueError, match="tracking_uri must not contain a user or a password"):
         MLflow(tracking_uri="https://me:secret@tracking.example.org")
     assert MLflow(tracking_uri="sqlite:///runs/mlflow.db").tracking_uri == "sqlite:///runs/mlflow.db"
 
