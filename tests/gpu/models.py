@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from common.sequence import Ids, MixedSequence, Prompt, TokenSource, TopLogprobs
 from tests.gpu.machine import ROOT
@@ -129,7 +129,7 @@ def make_model(shape: Shape, folder: Path, *, device: torch.device, dtype: str, 
 @torch.no_grad()
 def make_pair(shape: Shape, folder: Path, *, device: torch.device, dtype: str) -> tuple[Path, Path]:
     """Student and teacher: the student is the teacher's first half, and what the other half adds is damped, so that
-    the two differ by a spread of divergences. Each id is a word of the tokenizer.
+    the two differ by a spread of divergences. Each letter of a text is a token.
     """
     num_layers = shape.layers // 2
     teacher = random_model(shape, device, seed=0)
@@ -139,9 +139,11 @@ def make_pair(shape: Shape, folder: Path, *, device: torch.device, dtype: str) -
     student = random_model(replace(shape, layers=num_layers), device, seed=0)
     student.load_state_dict(teacher.state_dict(), strict=False)
     student.tie_weights()
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(shape.vocabulary)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fillers = [f"filler{number}" for number in range(shape.vocabulary - len(letters))]
+    # transformers loads every Qwen2 model with this class, whatever its folder says.
+    vocabulary = {token: number for number, token in enumerate(letters + fillers)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], unk_token=None, eos_token=None, pad_token=None)
     for role, model in (("student", student), ("teacher", teacher)):
         model.to(getattr(torch, dtype)).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)

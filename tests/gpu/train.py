@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def shaped_config(context: Context, shape: Shape, dtype: str, student: Path, tea
     """The run's file: no text ends early, so that a step's work is known."""
     num_sequences, num_new, num_steps = (64, 256, 6) if context.is_cuda else (4, 16, 3)
     prompts = context.folder / "prompts.jsonl"
-    rows = [" ".join(f"w{token_id}" for token_id in random_text(64, shape.vocabulary, seed=n)) for n in range(512)]
+    rows = ["".join(ascii_lowercase[i] for i in random_text(64, len(ascii_lowercase), seed=n)) for n in range(512)]
     prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
     engine = {"dtype": dtype, "max_num_seqs": 128, "max_model_len": 512, "enforce_eager": not context.is_cuda}
     engine["kv_cache_gib"] = 1.0 if context.is_cuda else 0.25
