@@ -78,12 +78,11 @@ class ProbeLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Before:
+class _EngineBefore:
     """Log-probs of one engine and the learner on the probe texts, before the step."""
 
     rows: Sequence[TopLogprobs]
     learner: list[Floats]  # [n, k] nats, for the ids in ``rows``
-    output_rows: OutputRows  # the learner's, for the ids in ``rows``
 
     @property
     def noise(self) -> list[TopLogprobs]:
@@ -92,6 +91,20 @@ class _Before:
             TopLogprobs(rows.token_ids, rows.logprobs - learner)
             for rows, learner in zip(self.rows, self.learner, strict=True)
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Before:
+    """Everything that was read before the step."""
+
+    texts: list[Ids]
+    engines: list[_EngineBefore]
+    output_rows: OutputRows  # the learner's, for the ids of all engines
+
+    def fits(self, texts: Sequence[Ids], num_engines: int) -> bool:
+        """Whether the same texts were read with as many engines."""
+        is_same = len(texts) == len(self.texts) and all(map(np.array_equal, texts, self.texts))
+        return is_same and len(self.engines) == num_engines
 
 
 class SyncProbe:
@@ -113,9 +126,8 @@ class SyncProbe:
         self.engine_dtype = engine_dtype
         self._model = model
         self._whole_copy = whole_copy or (lambda: model)
-        self._texts: list[Ids] = []
         self._syncs: dict[int, deque[Followed]] = {}  # by engine
-        self._before: list[_Before] = []  # one per engine, for these texts
+        self._before: _Before | None = None
 
     def measure_noise(
         self, texts: Sequence[Ids], rows_of_engines: Sequence[Sequence[TopLogprobs]], limits: ProbeLimits
@@ -141,11 +153,11 @@ class SyncProbe:
             return  # engines round the merged weights, which the model does not store
         with rounded_to(self._model, self.engine_dtype):
             logprobs, _ = self._read(texts, rows_of_engines)
-            self._before = [
-                _Before(rows=rows, learner=learner, output_rows=OutputRows.copy(self._model, _ids(rows)))
-                for rows, learner in zip(rows_of_engines, logprobs, strict=True)
-            ]
-        self._texts = list(texts)
+            output_rows = OutputRows.copy(self._model, [ids for rows in rows_of_engines for ids in _ids(rows)])
+        engines = [
+            _EngineBefore(rows=rows, learner=learner) for rows, learner in zip(rows_of_engines, logprobs, strict=True)
+        ]
+        self._before = _Before(texts=list(texts), engines=engines, output_rows=output_rows)
 
     def check(
         self,
@@ -170,23 +182,26 @@ class SyncProbe:
         limits: ProbeLimits,
         read_previous: Callable[[], Mapping[str, Tensor] | None],
     ) -> ProbeReport:
-        is_same = len(texts) == len(self._texts) and all(map(np.array_equal, texts, self._texts))
-        is_known = is_same and len(self._before) == len(rows_of_engines)
-        befores = self._before if is_known else [None] * len(rows_of_engines)
-        self._before = []
-        logprobs, hidden = self._read(texts, [*rows_of_engines, *(it.rows for it in befores if it is not None)])
+        before, self._before = self._before, None
+        if before is not None and not before.fits(texts, len(rows_of_engines)):
+            before = None
+        engines = before.engines if before is not None else []
+        logprobs, hidden = self._read(texts, [*rows_of_engines, *(it.rows for it in engines)])
+        changes = [] if before is None else self._changes(before, rows_of_engines, logprobs[len(engines) :], hidden)
         reports = []
-        for number, (rows, before) in enumerate(zip(rows_of_engines, befores, strict=True)):
+        for number, rows in enumerate(rows_of_engines):
             report = compare_probe(rows, logprobs[number])
             shares = None
-            if before is not None:
-                shares = self._followed(number, self._change(before, rows, logprobs[len(befores) + number], hidden))
+            if changes:
+                shares = self._followed(number, changes[number])
                 report = replace(
                     report, followed=_value(shares.everything), followed_output_layer=_value(shares.output_layer)
                 )
             if (reason := _refusal(report, limits, shares)) is not None:
                 name = "student engine" if len(rows_of_engines) == 1 else f"student engine {number}"
-                explanation = self._explain(texts, rows, logprobs[number], before, shares, limits, read_previous)
+                explanation = self._explain(
+                    texts, rows, logprobs[number], engines[number] if engines else None, shares, limits, read_previous
+                )
                 raise WeightSyncError(f"{name} {reason}; {explanation}")
             reports.append(report)
         return max(reports, key=lambda report: report.rms)
@@ -201,18 +216,27 @@ class SyncProbe:
         of_texts = [np.split(logprobs, np.cumsum(widths)[:-1], axis=1) for logprobs in reading.logprobs]
         return [list(of_list) for of_list in zip(*of_texts, strict=True)], reading.hidden
 
-    def _change(
-        self, before: _Before, rows: Sequence[TopLogprobs], learner_now: list[Floats], hidden: list[Tensor]
-    ) -> Change:
-        """The changes over the step, for the ids that the engine listed before it."""
-        ids = _ids(before.rows)
-        output_layer = OutputRows.copy(self._model, ids).change_since(before.output_rows, hidden, ids)
-        return Change(
-            engine=together(map(logprobs_of, rows, ids)) - together([it.logprobs for it in before.rows]),
-            learner=together(learner_now) - together(before.learner),
-            output_layer=together(output_layer),
-            noise=together([it.logprobs for it in before.noise]),
-        )
+    def _changes(
+        self,
+        before: _Before,
+        rows_of_engines: Sequence[Sequence[TopLogprobs]],
+        learner_now: list[list[Floats]],
+        hidden: list[Tensor],
+    ) -> list[Change]:
+        """The changes over the step, for the ids that each engine listed before it."""
+        output_rows = OutputRows.copy(self._model, [before.output_rows.token_ids])
+        changes = []
+        for engine, rows, learner in zip(before.engines, rows_of_engines, learner_now, strict=True):
+            ids = _ids(engine.rows)
+            changes.append(
+                Change(
+                    engine=together(map(logprobs_of, rows, ids)) - together([it.logprobs for it in engine.rows]),
+                    learner=together(learner) - together(engine.learner),
+                    output_layer=together(output_rows.change_since(before.output_rows, hidden, ids)),
+                    noise=together([it.logprobs for it in engine.noise]),
+                )
+            )
+        return changes
 
     def _followed(self, engine: int, change: Change) -> Followed:
         """The result of this sync, or of the last syncs together if this one is not conclusive."""
@@ -226,7 +250,7 @@ class SyncProbe:
         texts: Sequence[Ids],
         rows: Sequence[TopLogprobs],
         learner: list[Floats],
-        before: _Before | None,
+        before: _EngineBefore | None,
         shares: Followed | None,
         limits: ProbeLimits,
         read_previous: Callable[[], Mapping[str, Tensor] | None],

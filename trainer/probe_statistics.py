@@ -79,9 +79,8 @@ def compare_probe(engine_rows: Sequence[TopLogprobs], learner_logprobs: Sequence
     differences = [
         np.abs(rows.logprobs - logprobs) for rows, logprobs in zip(engine_rows, learner_logprobs, strict=True)
     ]
-    differences = [
-        np.where(np.isnan(each), np.inf, each) for each in differences
-    ]  # an unknown value counts as different
+    # An unknown value counts as different.
+    differences = [np.where(np.isnan(each), np.inf, each) for each in differences]
     together = np.concatenate([each.ravel() for each in differences]).astype(np.float64)
     text_index = int(np.argmax([each.max() for each in differences]))
     rows, worst = engine_rows[text_index], differences[text_index]
@@ -204,9 +203,10 @@ def _first_known(share: Share | None, other: Share | None) -> Share | None:
 
 def followed(change: Change) -> Followed:
     """The engine's shares of the learner's change: of the whole change, and of its two parts separately."""
-    everything = _least_squares(change, [change.learner])
-    contrasts = change.contrasts()
-    parts = _least_squares(contrasts, [contrasts.output_layer, contrasts.learner - contrasts.output_layer])
+    everything = _least_squares(change.engine, [change.learner], noise_rms=rms_of(change.noise))
+    apart = change.contrasts()
+    causes = [apart.output_layer, apart.learner - apart.output_layer]
+    parts = _least_squares(apart.engine, causes, noise_rms=rms_of(apart.noise))
     return Followed(
         everything=None if everything is None else everything[0],
         output_layer=None if parts is None else parts[0],
@@ -216,22 +216,21 @@ def followed(change: Change) -> Followed:
 
 def share_of(engine: Doubles, effect: Doubles) -> Share | None:
     """[N, k] nats each: the share of one effect in the engine's values; NaN where these are unknown."""
-    change = Change(engine=engine, learner=effect, output_layer=effect, noise=np.zeros_like(effect))
-    shares = _least_squares(change, [effect])
+    shares = _least_squares(engine, [effect], noise_rms=0.0)
     return None if shares is None else shares[0]
 
 
-def _least_squares(change: Change, causes: list[Doubles]) -> list[Share] | None:
+def _least_squares(change: Doubles, causes: list[Doubles], *, noise_rms: float) -> list[Share] | None:
     """The share of each cause. None if the causes can't be separated from each other or from 0.
 
     Differences at the same position are correlated, those at two positions hardly. So the standard errors are those of
     clustered data, with one cluster per position (Liang and Zeger, 1986). Their lower limit is the noise of two scoring
     passes of the engine; an engine that did not change at all would otherwise have a standard error of 0.
     """
-    known_Nk = ~np.isnan(change.engine)
+    known_Nk = ~np.isnan(change)
     num_positions = int(known_Nk.any(axis=1).sum())
     causes_pNk = np.stack([np.where(known_Nk, cause, 0.0) for cause in causes])
-    engine_Nk = np.where(known_Nk, change.engine, 0.0)
+    engine_Nk = np.where(known_Nk, change, 0.0)
     products_pp = np.einsum("pnk,qnk->pq", causes_pNk, causes_pNk)
     if (
         num_positions < MIN_POSITIONS
@@ -244,7 +243,7 @@ def _least_squares(change: Change, causes: list[Doubles]) -> list[Share] | None:
     left_Nk = engine_Nk - np.einsum("p,pnk->nk", shares_p, causes_pNk)
     scores_pN = np.einsum("pnk,nk->pn", causes_pNk, left_Nk)
     clustered_pp = inverse_pp @ (scores_pN @ scores_pN.T) @ inverse_pp * num_positions / (num_positions - 1)
-    least_pp = 2.0 * rms_of(change.noise) ** 2 * inverse_pp
+    least_pp = 2.0 * noise_rms**2 * inverse_pp
     errors_p = np.sqrt(np.maximum(np.diag(clustered_pp), np.diag(least_pp)))
     return [Share(value=float(v), standard_error=float(e)) for v, e in zip(shares_p, errors_p, strict=True)]
 
