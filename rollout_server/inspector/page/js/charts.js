@@ -2,10 +2,13 @@
 
 import { h } from "./dom.js";
 import { CONFIG, figure, scales } from "./figure.js";
-import { number } from "./format.js";
+import { number, percent } from "./format.js";
 import { plotly } from "./plotly.js";
 
 /** @typedef {import("./figure.js").Series} Series */
+
+/** Settings of a chart of shares. */
+export const SHARES = { range: [0, 1.05], format: (v) => percent(v, 0), ticks: ".0%" };
 
 /** @param {Series[]} series @param {(v: number) => string} format */
 function makeLegend(series, format, from) {

@@ -1,7 +1,7 @@
 /** One run: its tabs, and the overview with the numbers and curves, kept up to date while the run goes on. */
 
 import { follow, get, runPath } from "./api.js";
-import { chart } from "./charts.js";
+import { chart, SHARES } from "./charts.js";
 import { empty, h } from "./dom.js";
 import { count, nats, number, percent } from "./format.js";
 import { isLive, liveTab } from "./live.js";
@@ -10,7 +10,6 @@ import { replayTab } from "./replay.js";
 import { sequencesTab } from "./sequences.js";
 
 const TABS = [["overview", "Overview"], ["sequences", "Sequences"], ["replay", "Replay"]];
-const SHARE_TICKS = ".0%";
 const LIVE_TAB = ["live", "Try it"]; // where the run goes on and this service is attached to its cluster
 
 /** @param {Record<string, string>} place @param {AbortSignal} signal */
@@ -60,11 +59,10 @@ async function overview(body, run, detail, signal) {
 function curves(steps) {
   const x = steps.map((s) => s.step);
   const of = (key, label, color, dash) => ({ label, color, dash, values: steps.map((s) => s[key]) });
-  const share = (v) => percent(v, 0);
   return [
     chart({ title: "Loss, nats per token", x, series: [of("loss", "loss", "loss")] }),
-    chart({ title: "Held-out accuracy", x, series: [of("accuracy", "accuracy", "accuracy")], range: [0, 1.05], format: share, ticks: SHARE_TICKS }),
-    chart({ title: "Switching", x, range: [0, 1.05], format: share, ticks: SHARE_TICKS, series: [of("switch_rate", "sequences that switch", "switch"), of("teacher_share", "teacher's tokens", "teacher")] }),
+    chart({ title: "Held-out accuracy", x, series: [of("accuracy", "accuracy", "accuracy")], ...SHARES }),
+    chart({ title: "Switching", x, ...SHARES, series: [of("switch_rate", "sequences that switch", "switch"), of("teacher_share", "teacher's tokens", "teacher")] }),
     chart({ title: "Divergence per token, nats (log)", x, log: true, series: [of("divergence_p50", "median", "q50"), of("divergence_p90", "90%", "q90"), of("divergence_p99", "99%", "q99")] }),
     chart({ title: "Mean position of the first switch", x, series: [of("mean_first_switch", "position", "switch")] }),
     chart({ title: "Tokens per second in rollout", x, series: [of("tokens_per_s", "tokens/s", "student")] }),
