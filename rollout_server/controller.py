@@ -29,8 +29,8 @@ from rollout_server.verifier import TeacherScores, Verifier
 class SwitchingController:
     """Generates mixed sequences under one switch policy. The result does not depend on any engine's timing.
 
-    ``stop_token_ids`` must contain every token that ends the generation of either engine. With ``live``, teacher tokens
-    are appended in chunks too, so that they can be displayed early. It does not change any token.
+    ``stop_token_ids`` must contain every token that ends the generation of either engine. With ``live``, the tokens
+    of both models are always appended in chunks, so that they can be displayed early. It does not change any token.
     """
 
     def __init__(
