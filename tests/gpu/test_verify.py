@@ -60,9 +60,8 @@ def test_the_committed_results_do_not_change_where_no_gpu_is() -> None:
     assert [file.read_bytes() for file in files] == before
 
 
-# Not the whole runs: they take more than five minutes on two cores.
 @pytest.mark.parametrize(
-    "part", ["learner", *(pytest.param(name, marks=pytest.mark.slow) for name in ("engines", "sync"))]
+    "part", ["learner", *(pytest.param(name, marks=pytest.mark.slow) for name in ("engines", "sync", "train"))]
 )
 def test_a_processor_passes_every_check_that_needs_no_gpu(part: str, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
