@@ -324,8 +324,10 @@ async def _start(process: Process) -> Any:
     except RayActorError as error:
         if isinstance(error, RayTaskError):  # raised inside the actor, about another process
             raise
+        # Ray's text: a sentence, indented ids of the actor, the reason.
+        reason = " ".join(line for line in str(error).splitlines()[-3:] if line and not line[0].isspace())
         raise RunEnds(
-            f"{process.name}: its process ended while it started; its log is in Ray's session folder"
+            f"{process.name}: its process ended while it started; its log is in Ray's session folder. Ray says: {reason}"
         ) from error
 
 

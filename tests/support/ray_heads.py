@@ -114,15 +114,16 @@ def started_head() -> Iterator[Head]:
 
 
 @contextlib.contextmanager
-def started_ray() -> Iterator[str]:
+def started_ray(options: str = "", *, num_cpus: int = 8) -> Iterator[str]:
     """A cluster without dashboard and token, for drivers in this process that join it one after the other.
 
-    Yields its address. A driver's actors end when it leaves, so that the next one finds the cluster empty.
+    Yields its address. A driver's actors end when it leaves, so that the next one finds the cluster empty. All clusters
+    of a process must agree on tokens: Ray keeps to the first one's rule, and a cluster of ``ray.init`` has a token.
     """
     with _folder() as folder:
         head = _head(folder, {"RAY_AUTH_MODE": "disabled"}, address="")
-        options = _head_options(head, "--include-dashboard=false")
-        with head.node(options, num_cpus=8) as has_started:
+        options = _head_options(head, f"--include-dashboard=false {options}")
+        with head.node(options, num_cpus=num_cpus) as has_started:
             wait_for(has_started, f"Ray; see {folder}/*.log", START_TIMEOUT_S)
             yield head.gcs_address
 

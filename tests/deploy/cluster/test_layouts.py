@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.util.placement_group import remove_placement_group
 
 from common.config import RunConfig
@@ -18,6 +17,7 @@ from deploy.cluster.plan import Node, Plan, make_plan, processor_plan
 from deploy.cluster.reservation import gpu_nodes, num_gpus, reserve
 from deploy.preflight import prepare
 from tests.support.faulty_runs import write_config
+from tests.support.ray_heads import joined, started_ray
 from tests.support.recorded_starts import FILE, RecordedEngineActor, RecordedLearnerActor, overlap, read_starts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -30,21 +30,10 @@ TWO = [Node(num_gpus=2, gpu_gib=24.0)]
 def starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Ray of this module's own; yields the file in which its actors say that they start."""
     file = tmp_path_factory.mktemp("starts") / "starts.jsonl"
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=2,
-        object_store_memory=100_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        # As where a node's Ray was started with all GPUs visible: what actors inherit.
-        runtime_env={"env_vars": {FILE: str(file), "CUDA_VISIBLE_DEVICES": "0,1"}},
-    )
-    try:
+    # As where a node's Ray was started with all GPUs visible: what actors inherit.
+    inherited = {FILE: str(file), "CUDA_VISIBLE_DEVICES": "0,1"}
+    with started_ray("--num-gpus 2", num_cpus=4) as address, joined(address, runtime_env={"env_vars": inherited}):
         yield file
-    finally:
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from tests.support.faulty_runs import PLAYED, faults_of, going_on, summary_of, trained, until_step, write_config
-from tests.support.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, started_head, wait_for
+from tests.support.ray_heads import DEMO, SHORT, START_TIMEOUT_S, Head, joined, started_head, wait_for
 
 RUN_TIMEOUT_S = 240.0
 SEATS = ["EngineActor", "EngineActor", "LearnerActor", "RolloutActor"]
@@ -76,10 +75,9 @@ def three_nodes() -> Iterator[Cluster]:
     try:
         for _ in range(3):
             cluster.add_node(num_cpus=2, object_store_memory=100_000_000)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield cluster
+        with joined(cluster.address):
+            yield cluster
     finally:
-        ray.shutdown()
         cluster.shutdown()
 
 
