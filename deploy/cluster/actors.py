@@ -327,7 +327,8 @@ async def _start(process: Process) -> Any:
         # Ray's text: a sentence, indented ids of the actor, the reason.
         reason = " ".join(line for line in str(error).splitlines()[-3:] if line and not line[0].isspace())
         raise RunEnds(
-            f"{process.name}: its process ended while it started; its log is in Ray's session folder. Ray says: {reason}"
+            f"{process.name}: its process ended while it started; its log is in Ray's session folder. "
+            f"Ray says: {reason}"
         ) from error
 
 

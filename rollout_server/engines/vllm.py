@@ -70,10 +70,9 @@ class VLLMEngine:
         memory does not suffice.
         """
         hardware = Hardware.detect()
-        config = engine_config(spec, hardware)
-        environment = engine_environment(spec, hardware, dtype=_name_of(config.model_config.dtype))
-        with _processes_with(environment, spec.settings.cpu_cores or os.sched_getaffinity(0)):
-            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        cores = spec.settings.cpu_cores or os.sched_getaffinity(0)
+        with _processes_with(engine_environment(spec, hardware), cores):
+            llm = AsyncLLM.from_vllm_config(engine_config(spec, hardware), disable_log_stats=True)
         vocabulary = llm.model_config.get_vocab_size()
         assert llm.model_config.logprobs_mode == "raw_logprobs", llm.model_config.logprobs_mode
         return cls(llm, min(spec.top_logprobs, vocabulary))

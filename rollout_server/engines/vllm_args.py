@@ -99,14 +99,19 @@ def engine_args(spec: EngineSpec, hardware: Hardware) -> AsyncEngineArgs:
     return args
 
 
-def engine_environment(spec: EngineSpec, hardware: Hardware, *, dtype: str) -> dict[str, str]:
-    """The environment variables that vLLM's processes need. ``dtype`` is the engine's precision.
+def engine_environment(spec: EngineSpec, hardware: Hardware) -> dict[str, str]:
+    """The environment variables that vLLM needs, here and in its processes.
 
-    Process titles start with the role: ``student::EngineCore``, ``teacher::Worker``.
+    Process titles start with the role: ``student::EngineCore``, ``teacher::Worker``. Raises UserError for a dtype that
+    this machine does not support.
     """
+    dtype = engine_dtype(spec.settings.dtype, hardware, key=f"engines.{spec.name}.dtype")
     wanted = {"VLLM_PROCESS_NAME_PREFIX": spec.name}
     if hardware.gpu_bytes is None:
         wanted |= {"OMP_NUM_THREADS": str(spec.settings.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if spec.settings.num_gpus == 1:
+            # vLLM's condition for the "uni" executor on CPUs. AsyncLLM has its engine process all the same.
+            wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     elif dtype == "float32":
         # Triton, used for attention here, multiplies in TF32 by default; torch does so only on request.
         wanted |= {"TRITON_F32_DEFAULT": "ieee", "VLLM_FLOAT32_MATMUL_PRECISION": "highest"}
@@ -136,6 +141,8 @@ def _fit_processor(args: AsyncEngineArgs, spec: EngineSpec) -> None:
         args.kv_cache_memory_bytes = int(_CPU_CACHE_GIB * GIB)
     if args.block_size is None:
         args.block_size = _CPU_BLOCK_TOKENS
+    if spec.settings.num_gpus == 1:  # the model runs in vLLM's engine process, as on one GPU
+        args.distributed_executor_backend = "uni"
     # The CPU engine crashes on a seeded request with chunked prefill, so prompts are prefilled as a whole.
     args.enable_chunked_prefill = False
     longest = args.create_model_config().max_model_len

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Act = Literal["kill", "stop", "slow", "damage", "fill"]
-ENGINE_PROCESSES = tuple(f"{role} {part}" for role in ("student", "teacher") for part in ("actor", "core", "worker"))
+ENGINE_PROCESSES = tuple(f"{role} {part}" for role in ("student", "teacher") for part in ("actor", "core"))
 SUPERVISED = (*ENGINE_PROCESSES, "controller", "learner")
 """Processes that the driver watches and replaces while the run goes on."""
 DRIVER, DISK, SLOW = "driver", "trace disk", "teacher"
@@ -53,7 +53,7 @@ EVERY_FAULT = (
 
 
 def parse_fault(text: str) -> Fault:
-    """``stop:teacher worker``. Raises ValueError naming what there is."""
+    """``stop:teacher core``. Raises ValueError naming what there is."""
     for fault in EVERY_FAULT:
         if str(fault) == text:
             return fault

@@ -11,7 +11,6 @@ from tests.chaos.faults import SLOW
 
 _TITLES = {"controller": "ray::RolloutActor", "learner": "ray::LearnerActor"}
 _TITLES |= {f"{role} core": f"{role}::EngineCore" for role in ("student", "teacher")}
-_TITLES |= {f"{role} worker": f"{role}::Worker" for role in ("student", "teacher")}
 
 
 class Processes:
@@ -33,7 +32,7 @@ class Processes:
         """
         self.look()
         if target == SLOW:
-            return [process for part in ("actor", "core", "worker") for process in self.of(f"{SLOW} {part}")]
+            return [process for part in ("actor", "core") for process in self.of(f"{SLOW} {part}")]
         role, _, part = target.partition(" ")
         if part == "actor":
             parents = [process.parent() for process in self.of(f"{role} core")]

@@ -40,5 +40,5 @@ def test_every_fault_goes_to_one_run() -> None:
 
 def test_a_fault_can_be_named_and_a_wrong_name_is_answered_with_all_there_are() -> None:
     assert [parse_fault(str(fault)) for fault in EVERY_FAULT] == list(EVERY_FAULT)
-    with pytest.raises(ValueError, match=r"no fault 'kill:everyone'; there are: .*stop:teacher worker"):
+    with pytest.raises(ValueError, match=r"no fault 'kill:everyone'; there are: .*stop:teacher core"):
         parse_fault("kill:everyone")

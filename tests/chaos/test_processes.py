@@ -20,8 +20,6 @@ family = {
     "raylet": ["ray::EngineActor.exchange 1", "ray::EngineActor 2", "ray::RolloutActor.collect", "ray::LearnerActor"],
     "ray::EngineActor.exchange 1": ["student::EngineCore"],
     "ray::EngineActor 2": ["teacher::EngineCore"],
-    "student::EngineCore": ["student::Worker"],
-    "teacher::EngineCore": ["teacher::Worker"],
 }
 me = sys.argv[1]
 for child in family.get(me, []):
@@ -35,7 +33,7 @@ time.sleep(60)
 def processes() -> Iterator[Processes]:
     driver = subprocess.Popen([sys.executable, "-c", FAMILY, "driver", FAMILY])
     processes = Processes(driver.pid)
-    until(lambda: processes.of("teacher worker") and processes.of("student worker"))
+    until(lambda: processes.of("teacher core") and processes.of("student core"))
     yield processes
     processes.end()
     driver.wait(timeout=10)
@@ -54,7 +52,7 @@ def until(condition: Callable[[], object]) -> None:
         ("student actor", "ray::EngineActor.exchange 1"),
         ("teacher actor", "ray::EngineActor 2"),
         ("student core", "student::EngineCore"),
-        ("teacher worker", "teacher::Worker"),
+        ("teacher core", "teacher::EngineCore"),
         ("controller", "ray::RolloutActor.collect"),
         ("learner", "ray::LearnerActor"),
     ],
@@ -65,16 +63,16 @@ def test_each_target_is_one_process(processes: Processes, target: str, wanted: s
 
 def test_a_slow_teacher_is_all_of_its_processes(processes: Processes) -> None:
     found = [title(process) for process in processes.of("teacher")]
-    assert found == ["ray::EngineActor 2", "teacher::EngineCore", "teacher::Worker"]
+    assert found == ["ray::EngineActor 2", "teacher::EngineCore"]
 
 
 def test_what_lost_its_parent_is_still_known_and_is_ended(processes: Processes) -> None:
-    worker = processes.of("teacher worker")
-    send(signal.SIGKILL, processes.of("teacher core"))
-    until(lambda: not processes.of("teacher core"))
-    assert processes.of("teacher worker") == worker
-    assert not processes.of("teacher actor")  # no engine tells its role any more
-    send(signal.SIGSTOP, worker)
+    core = processes.of("teacher core")
+    send(signal.SIGKILL, processes.of("teacher actor"))
+    until(lambda: not any(title(process) == "ray::EngineActor 2" for process in processes.left()))
+    assert processes.of("teacher core") == core
+    assert not processes.of("teacher actor")
+    send(signal.SIGSTOP, core)
     processes.end()
     assert processes.left() == []
 

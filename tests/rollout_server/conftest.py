@@ -79,6 +79,7 @@ async def engines() -> AsyncIterator[EnginePair]:
         # What `start` sets and puts back; set beforehand, two starts at once can't put back each other's values.
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         student, teacher = await asyncio.gather(
             *(asyncio.to_thread(VLLMEngine.start, _make_spec(role)) for role in ("student", "teacher"))
         )

@@ -87,6 +87,7 @@ async def test_vllm_s_own_processes_alone_keep_to_the_cores_of_the_settings(engi
     cores = {process.cmdline()[0]: set(process.cpu_affinity()) for process in psutil.Process().children(recursive=True)}
     assert cores["student::EngineCore"] == {max(everywhere)}
     assert cores["teacher::EngineCore"] == everywhere
+    assert not [title for title in cores if "::Worker" in title], "the engine's process runs the model"
 
 
 # -------------------------------------------------------------------------------------------------------------- scores

@@ -153,20 +153,28 @@ def test_a_dtype_the_gpu_has_not_is_refused() -> None:
 
 
 def test_float32_on_a_gpu_is_float32_in_attention_too() -> None:
-    assert engine_environment(spec(), H100, dtype="float32") == {
+    assert engine_environment(spec(dtype="float32"), H100) == {
         "VLLM_PROCESS_NAME_PREFIX": "teacher",
         "TRITON_F32_DEFAULT": "ieee",
         "VLLM_FLOAT32_MATMUL_PRECISION": "highest",
     }
-    assert engine_environment(spec(), H100, dtype="bfloat16") == {"VLLM_PROCESS_NAME_PREFIX": "teacher"}
+    assert engine_environment(spec(), H100) == {"VLLM_PROCESS_NAME_PREFIX": "teacher"}
 
 
-def test_on_a_processor_an_engine_has_its_own_number_of_threads() -> None:
-    assert engine_environment(spec(num_threads=3), OLD_PROCESSOR, dtype="float32") == {
+def test_on_a_processor_an_engine_has_its_own_number_of_threads_and_one_process_of_vllm_s() -> None:
+    assert engine_environment(spec(num_threads=3), OLD_PROCESSOR) == {
         "VLLM_PROCESS_NAME_PREFIX": "teacher",
         "OMP_NUM_THREADS": "3",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+    assert engine_args(spec(), OLD_PROCESSOR).distributed_executor_backend == "uni"
+
+
+def test_on_a_processor_each_rank_of_an_engine_has_a_process() -> None:
+    two = spec(tensor_parallel_size=2)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in engine_environment(two, OLD_PROCESSOR)
+    assert engine_args(two, OLD_PROCESSOR).distributed_executor_backend == "mp"
 
 
 def test_on_a_processor_prompts_are_read_whole_into_a_cache_of_the_size_that_was_set() -> None:
