@@ -57,7 +57,7 @@ format: $(READY)  ## Apply ruff's fixes and format
 WORKERS ?= 2
 PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -rs
 
-test: $(READY)  ## Run all tests except the slow ones, with real engines (under 10 minutes on two cores)
+test: $(READY)  ## Run all tests except the slow ones, with real engines (about 12 minutes on two cores)
 	@$(MAKE) --no-print-directory browser || echo "no browser: the page's tests are skipped" >&2
 	$(PYTEST) -m "not slow" $(ARGS)
 

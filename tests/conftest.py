@@ -37,20 +37,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroupOrMod
     return ByGroupOrModule(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Group tests by what they share, give those that start much their time, and begin with what takes longest."""
     heavy_modules = {item.path for item in items if _is_heavy(item)}
+    group_of = {item.path: name for item in items for name in SHARED if name in item.fixturenames}
     places: dict[pytest.Item, int] = {}
     for item in items:
-        groups = [name for name in SHARED if name in item.fixturenames]
-        assert len(groups) <= 1, f"{item.nodeid} asks for {' and '.join(groups)}: let them be one group"
-        if groups:
-            item.add_marker(pytest.mark.xdist_group(groups[0]))
-        if (groups or _is_heavy(item)) and item.get_closest_marker("timeout") is None:
+        group = group_of.get(item.path)  # of its whole module, whose own fixtures are made once
+        assert {*SHARED} & {*item.fixturenames} <= {group}, (
+            f"{item.path} asks for all of {SHARED}: let them be one group"
+        )
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+        if (group or _is_heavy(item)) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(SHARED_TIMEOUT_S))
-        places[item] = SHARED.index(groups[0]) if groups else len(SHARED) + (item.path not in heavy_modules)
+        places[item] = SHARED.index(group) if group else len(SHARED) + (item.path not in heavy_modules)
     items.sort(key=places.__getitem__)
+    yield
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            for group in item.iter_markers("xdist_group"):
+                assert item.nodeid.endswith(f"@{group.args[0]}"), "this pytest-xdist can't group this pytest's tests"
 
 
 def _is_heavy(item: pytest.Item) -> bool:

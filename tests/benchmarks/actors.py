@@ -167,7 +167,9 @@ class MeasuredEngineActor(CountingEngineActor):
         from vllm.inputs import TokensPrompt
 
         prompt = TokensPrompt(prompt_token_ids=text.tolist())
-        async with aclosing(self._engine._llm.generate(prompt, params, self._engine._request_id())) as outputs:
+        async with aclosing(
+            self._engine._llm.generate(prompt, params, str(next(self._engine._request_numbers)))
+        ) as outputs:
             async for _ in outputs:
                 pass
 

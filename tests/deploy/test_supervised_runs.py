@@ -30,7 +30,7 @@ from tests.support.ray_heads import joined
 
 NUM_STEPS, PROMPTS_PER_STEP = 6, 4
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -42,7 +42,6 @@ async def cluster(ray_address: str, tmp_path_factory: pytest.TempPathFactory) ->
         yield poison
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "seen_as"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "silent")])
 async def test_the_run_goes_on_whoever_is_lost(
     cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: signal.Signals, seen_as: str
@@ -66,7 +65,6 @@ async def test_the_run_goes_on_whoever_is_lost(
     assert len(trained(folder)) == num_steps * PROMPTS_PER_STEP
 
 
-@pytest.mark.slow
 async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
     cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,7 +81,6 @@ async def test_a_learner_that_is_lost_before_the_first_checkpoint_begins_anew(
     assert (set(counts.values()), len(counts)) == ({1}, NUM_STEPS * PROMPTS_PER_STEP)
 
 
-@pytest.mark.slow
 async def test_a_prompt_that_ends_an_engine_every_time_is_set_aside_and_all_others_are_trained(
     cluster: Path, tmp_path: Path
 ) -> None:

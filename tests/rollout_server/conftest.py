@@ -3,7 +3,6 @@
 Tests that use the engines run on the session's event loop, to which the engines belong.
 """
 
-import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -74,15 +73,11 @@ def _make_spec(role: str) -> EngineSpec:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engines() -> AsyncIterator[EnginePair]:
-    """Two real engines with the whole vocabulary as their top k, started side by side."""
-    with pytest.MonkeyPatch.context() as environment:
-        # What `start` sets and puts back; set beforehand, two starts at once can't put back each other's values.
-        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        environment.setenv("OMP_NUM_THREADS", "1")
-        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        student, teacher = await asyncio.gather(
-            *(asyncio.to_thread(VLLMEngine.start, _make_spec(role)) for role in ("student", "teacher"))
-        )
+    """Two real engines with the whole vocabulary as their top k.
+
+    Started in turn: an engine's environment is this process's while it starts.
+    """
+    student, teacher = VLLMEngine.start(_make_spec("student")), VLLMEngine.start(_make_spec("teacher"))
     yield EnginePair(student=student, teacher=teacher)
     student.shutdown()
     teacher.shutdown()

@@ -83,6 +83,7 @@ def test_a_submitted_run_shows_its_progress_leaves_its_folder_here_and_can_be_re
     assert f"{tmp_path / 'run'} is finished, after step 2" in log
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_in_order_within_20_s_and_leaves_nothing(head: Head, tmp_path: Path) -> None:
     job = submit(head, *ENDLESS, f"run_dir={tmp_path / 'run'}", program=SCRIPTED)
     log = read_until(job, "step 1/1000")
