@@ -3,6 +3,7 @@
 Raises UserError with one line naming the key. Sets what both sides must agree on: context length and stop tokens.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,8 @@ from trainer.evaluate import compile_answer_pattern
 from trainer.loop import HeldOut
 from trainer.pretrained import load_tokenizer
 from trainer.prompts import PromptCursor, PromptStream
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["student", "teacher"]
 
@@ -95,12 +98,25 @@ def _answers(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> AnswerRea
     if not config.takes_given_answers:
         return None
     stop_token_ids = _stop_token_ids(config)
-    return AnswerReader(tokenizer=tokenizer, stop_token_ids=stop_token_ids, max_tokens=config.sampling.max_new_tokens)
+    return AnswerReader(
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        max_tokens=config.sampling.max_new_tokens,
+        refuses_too_long=config.data.too_long == "refuse",
+    )
 
 
 def _held_out(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> HeldOut | None:
     if config.evaluation is None:
         return None
+    if config.evaluation.data.as_chat != config.data.as_chat:
+        logger.warning(
+            "evaluation.data.as_chat is %s, but data.as_chat is %s: held-out prompts have another form than those that "
+            "are trained on",
+            *(str(data.as_chat).lower() for data in (config.evaluation.data, config.data)),
+        )
+    if not config.evaluation.data.has_answers:
+        logger.warning("evaluation.data.answer_field is not set: the evaluation has no accuracy, only divergences")
     prompts = PromptStream(
         config.evaluation.data,
         tokenizer,

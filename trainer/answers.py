@@ -3,8 +3,8 @@
 Owns how an answer continues its prompt, and which answers are refused. Does not depend on files, models or training.
 
 An answer is a complete text, so it ends with an end token. It is tokenized separately from its prompt, like the tokens
-that a model generates. An answer that is too long is refused, like a prompt that is too long: if it were truncated, the
-student would learn to stop in the middle, and if it were silently skipped, the data would change.
+that a model generates. An answer that is too long is refused, or its row is skipped and counted, like a prompt that is
+too long. It is never cut: the student would learn to stop in the middle.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ class AnswerReader:
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     max_tokens: int  # including the end token
+    refuses_too_long: bool = True
     key: str = "data.answer_field"
 
     def __call__(
@@ -52,7 +53,7 @@ class AnswerReader:
         """The text after the prompt: the answer, or the answer as the chat template renders it."""
         if isinstance(prompt, str):
             return answer
-        # Arrow adds the keys of all messages to every message. The template must not see the added ones.
+        # In Parquet a message has the keys of all messages. The template must not see the added ones.
         messages = [{name: value for name, value in message.items() if value is not None} for message in prompt]
         answered = [*messages, {"role": "assistant", "content": answer}]
         try:
@@ -77,10 +78,10 @@ class AnswerReader:
         if len(ends) > 1 or (ends and not is_chat and ends[0] < len(token_ids) - 1):
             raise UserError(f"{self.key}: row {row} holds an end token before its end")
         ended = token_ids[: ends[0] + 1] if ends else [*token_ids, self._end_token_ids[0]]
-        if len(ended) > self.max_tokens:
+        if len(ended) > self.max_tokens and self.refuses_too_long:
             raise UserError(
                 f"{self.key}: row {row} has {len(ended)} tokens with its end token, expected at most "
-                f"{self.max_tokens}; shorten it or raise sampling.max_new_tokens"
+                f"{self.max_tokens}; shorten it, set data.too_long to skip or raise sampling.max_new_tokens"
             )
         return ended
 

@@ -7,18 +7,15 @@ starts and not hours later. The token ids are memory-mapped from an Arrow file i
 rows use disk and no memory, and a new run with the same rows, tokenizer and settings reuses the file.
 """
 
-import glob
-import os
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
-from datasets import Dataset, Features, List, Value, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -27,9 +24,10 @@ from common.errors import UserError, one_line
 from common.seeds import derive_seed
 from common.sequence import Prompt
 from trainer.answers import AnswerReader
+from trainer.rows import Rows, answer_text, load_rows, rows_of
 
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-EXPECTED_PATH = "expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub dataset"
+logger = logging.getLogger(__name__)
+
 MAX_PROMPT_ID_LENGTH = 128
 FEATURES = Features(
     {
@@ -47,6 +45,7 @@ class PromptCursor:
 
     epoch: int = 0
     position: int = 0
+    rows: str = field(default="", compare=False)  # fingerprint of the rows; empty if it is not known
 
     def __post_init__(self) -> None:
         assert self.epoch >= 0, self.epoch
@@ -76,17 +75,25 @@ class PromptStream:
         reader = _RowReader(
             config=config, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, answers=answers, key=key
         )
-        self._rows = _tokenized_rows(config, reader, key)
+        rows = load_rows(config, key)
+        self._rows = _tokenized_rows(rows, config, reader, key)
+        self._fingerprint = rows.fingerprint
         self._seed = seed
         self._shuffle = config.shuffle
         self._samples_per_prompt = samples_per_prompt
-        self._cursor = cursor or PromptCursor()
+        self._cursor = self._checked(cursor or PromptCursor(), f"{key}.path: {config.path!r}")
         self._skipped: set[tuple[str, int]] = set()  # prompt id, sample index
-        if self._cursor.position >= len(self):
+
+    def _checked(self, cursor: PromptCursor, place: str) -> PromptCursor:
+        """The cursor with this stream's fingerprint. Raises UserError if it is one of other rows."""
+        if cursor.rows and cursor.rows != self._fingerprint:
+            raise UserError(f"{place} has changed since the run started; expected the same rows when a run is resumed")
+        if cursor.position >= len(self):
             raise UserError(
-                f"{key}.path: {config.path!r} has {len(self)} rows, expected more than the {self._cursor.position} "
-                "rows of this epoch that the run has already used; resume with the same rows"
+                f"{place} has {len(self)} rows, expected more than the {cursor.position} rows of this epoch that the "
+                "run has already used; resume with the same rows"
             )
+        return replace(cursor, rows=self._fingerprint)
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -99,7 +106,7 @@ class PromptStream:
 
     def go_to(self, cursor: PromptCursor) -> None:
         """Continue from this cursor, for a run that resumes from a checkpoint."""
-        self._cursor = cursor
+        self._cursor = replace(cursor, rows=self._fingerprint)
 
     def leave_out(self, prompt_id: str, sample_index: int) -> None:
         """Skip this sample in all epochs. The positions of all rows stay the same."""
@@ -127,7 +134,7 @@ class PromptStream:
             position += rows.size
             if position == len(self):
                 epoch, position = epoch + 1, 0
-        return prompts, PromptCursor(epoch=epoch, position=position)
+        return prompts, PromptCursor(epoch=epoch, position=position, rows=self._fingerprint)
 
     def all(self) -> list[Prompt]:
         """Every prompt of epoch 0 in the order of the rows, for evaluation. Ignores the cursor and ``shuffle``."""
@@ -167,71 +174,31 @@ def prompt_seed(run_seed: int, epoch: int, prompt_id: str, sample_index: int) ->
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def _tokenized_rows(config: Data, reader: "_RowReader", key: str) -> Dataset:
+def _tokenized_rows(rows: Rows, config: Data, reader: "_RowReader", key: str) -> Dataset:
     """The dataset with the columns FEATURES, all rows checked."""
-    rows = _load(config, key)
     fields = {"prompt_field": config.prompt_field, "answer_field": config.answer_field, "id_field": config.id_field}
     for setting, column in fields.items():
-        if column is not None and column not in rows.column_names:
+        if column is not None and not rows.has_column(column):
             raise UserError(
-                f"{key}.{setting}: no column {column!r} in {config.path!r}, expected one of {sorted(rows.column_names)}"
+                f"{key}.{setting}: no column {column!r} in {config.path!r}, expected one of {rows.column_names()}"
             )
     if config.max_prompts is not None:
-        rows = rows.select(range(min(config.max_prompts, len(rows))))
-    tokenized = rows.map(
+        rows = rows.first(config.max_prompts)
+    tokenized = rows.dataset.map(
         reader,
         batched=True,
         with_indices=True,
-        remove_columns=rows.column_names,
+        remove_columns=rows.dataset.column_names,
         features=FEATURES,
         desc=f"Tokenizing {key}",
     )
+    if config.too_long == "skip" and (num_skipped := len(rows) - len(tokenized)):
+        logger.warning("%s: skipped %d of %d rows, which are too long", key, num_skipped, len(rows))
+        if len(tokenized) == 0:
+            raise UserError(f"{key}.too_long: all {len(rows)} rows are too long, expected at least one that is not")
     if config.id_field is not None:
         _refuse_repeated_ids(tokenized["prompt_id"], f"{key}.id_field")
     return tokenized
-
-
-def _load(config: Data, key: str) -> Dataset:
-    """The rows in their original columns, from local files or from the hub."""
-    files = _local_files(config.path, f"{key}.path")
-    try:
-        if files:
-            rows = load_dataset(FORMATS[files[0].suffix], data_files=list(map(str, files)), split=config.split)
-        else:
-            rows = load_dataset(os.path.expanduser(config.path), config.name, split=config.split)
-    # `datasets` raises its own errors, Arrow's and the hub's here, and StopIteration for a file without rows.
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:
-        where = "" if files or os.path.isdir(config.path) else " from the Hugging Face hub"
-        reason = one_line(error.__cause__ or error or "no rows")
-        raise UserError(f"{key}.path: can't read {config.path!r}{where}: {reason}; {EXPECTED_PATH}") from error
-    if len(rows) == 0:
-        raise UserError(f"{key}.path: {config.path!r} has no rows, expected at least one")
-    return rows
-
-
-def _local_files(path: str, key: str) -> list[Path]:
-    """The files of a path, sorted; none for a hub name or a folder, which ``datasets`` resolves itself.
-
-    A name that looks like a path but matches no file is refused at once and not looked up on the hub.
-    """
-    expanded = os.path.expanduser(path)
-    if os.path.isdir(expanded):
-        return []
-    is_glob = any(character in path for character in "*?[")
-    files = [Path(expanded)] if os.path.isfile(expanded) else sorted(map(Path, glob.glob(expanded, recursive=True)))
-    files = [file for file in files if file.is_file()]
-    if not files:
-        looks_local = is_glob or path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in FORMATS
-        if looks_local:
-            raise UserError(f"{key}: no such file: {path!r}; {EXPECTED_PATH}")
-        return []
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1 or not suffixes <= FORMATS.keys():
-        raise UserError(f"{key}: {path!r} names {sorted(suffixes)} files, expected one of {list(FORMATS)}")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"{key}: {str(file)!r} is empty, expected at least one row")
-    return files
 
 
 def _refuse_repeated_ids(prompt_ids: Iterable[str], key: str) -> None:
@@ -253,19 +220,52 @@ class _RowReader:
     key: str
 
     def __call__(self, batch: dict[str, list[Any]], row_numbers: list[int]) -> dict[str, list[Any]]:
-        prompts = batch[self.config.prompt_field]
-        for prompt, row in zip(prompts, row_numbers, strict=True):
-            self._check_prompt(prompt, row)
+        rows = rows_of(batch)
+        prompts: list[Any] = [row.get(self.config.prompt_field) for row in rows]
+        for prompt, number in zip(prompts, row_numbers, strict=True):
+            self._check_prompt(prompt, number)
+        answers = [self._answer(row, number) for row, number in zip(rows, row_numbers, strict=True)]
+        if self.config.last_turn_is_answer:
+            prompts = [prompt[:-1] for prompt in prompts]
         if self.config.as_chat:
             prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-        ids = row_numbers if self.config.id_field is None else batch[self.config.id_field]
-        answers = [None] * len(prompts) if self.config.answer_field is None else batch[self.config.answer_field]
-        return {
+        id_field = self.config.id_field
+        ids = row_numbers if id_field is None else [row.get(id_field) for row in rows]
+        read: dict[str, list[Any]] = {
             "prompt_id": [self._prompt_id(value, row) for value, row in zip(ids, row_numbers, strict=True)],
             "token_ids": self._token_ids(prompts, row_numbers),
-            "answer": [None if answer is None else str(answer) for answer in answers],
+            "answer": answers,
             "answer_token_ids": self.answers(prompts, answers, row_numbers) if self.answers else [None] * len(prompts),
         }
+        kept = [place for place in range(len(rows)) if self._fits(read, place)]
+        return {name: [values[place] for place in kept] for name, values in read.items()}
+
+    def _fits(self, read: dict[str, list[Any]], place: int) -> bool:
+        """False only where rows that are too long are skipped: the others were refused before."""
+        answer = read["answer_token_ids"][place]
+        fits = self.answers is None or len(answer) <= self.answers.max_tokens
+        return fits and len(read["token_ids"][place]) <= self.max_prompt_tokens
+
+    def _answer(self, row: dict[str, Any], number: int) -> str | None:
+        """The row's answer as text, or None."""
+        messages = row.get(self.config.prompt_field)
+        last = messages[-1] if isinstance(messages, list) else None
+        ends_answered = isinstance(last, dict) and last.get("role") == "assistant"
+        place = f"{self.key}.prompt_field: row {number}"
+        if ends_answered != self.config.last_turn_is_answer:
+            raise UserError(
+                f"{place} {'ends' if ends_answered else 'does not end'} with an assistant message; "
+                + (
+                    f"expected one of a user. Set {self.key}.last_turn_is_answer to use it as the dataset answer"
+                    if ends_answered
+                    else f"expected one, because {self.key}.last_turn_is_answer is set"
+                )
+            )
+        if self.config.last_turn_is_answer:
+            return answer_text([last], place)
+        if self.config.answer_field is None:
+            return None
+        return answer_text(row.get(self.config.answer_field), f"{self.key}.answer_field: row {number}")
 
     def _token_ids(self, prompts: list[Any], row_numbers: list[int]) -> list[list[int]]:
         # One call for all texts uses the tokenizer's threads and is several times faster than one call per row.
@@ -276,11 +276,12 @@ class _RowReader:
             for prompt, row in zip(prompts, row_numbers, strict=True)
         ]
         for ids, row in zip(token_ids, row_numbers, strict=True):
-            if not 1 <= len(ids) <= self.max_prompt_tokens:
+            too_long = len(ids) > self.max_prompt_tokens and self.config.too_long == "refuse"
+            if too_long or not ids:
                 raise UserError(
                     f"{self.key}.prompt_field: row {row} has {len(ids)} tokens, expected 1 to "
-                    f"{self.max_prompt_tokens}; shorten it, lower sampling.max_new_tokens or raise max_model_len of "
-                    "both engines"
+                    f"{self.max_prompt_tokens}; shorten it, set {self.key}.too_long to skip, lower "
+                    "sampling.max_new_tokens or raise max_model_len of both engines"
                 )
         return token_ids
 
@@ -302,7 +303,7 @@ class _RowReader:
                 f"{place} holds chat messages, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template; "
                 "expected plain text or a model with one"
             )
-        # Arrow adds the keys of all messages to every message. The template must not see the added ones.
+        # In Parquet a message has the keys of all messages. The template must not see the added ones.
         original = [{name: value for name, value in message.items() if value is not None} for message in messages]
         try:
             encoding = self.tokenizer.apply_chat_template(original, add_generation_prompt=True, return_dict=True)

@@ -96,7 +96,7 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _dataset_answers_have_a_column(self) -> Self:
-        if self.takes_given_answers and self.data.answer_field is None:
+        if self.takes_given_answers and not self.data.has_answers:
             raise ValueError(
                 f"data.answer_field must name the column with the answers that policy.type {self.policy.type} trains "
                 "on, got null"

@@ -246,8 +246,7 @@ def test_an_empty_list_is_refused(open_stream: Open, tmp_path: Path) -> None:
 def test_a_file_that_is_not_json_is_refused_with_its_row(open_stream: Open, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "w1"}\n{oops\n')
     message = refusal(lambda: open_stream(str(tmp_path / "bad.jsonl")))
-    assert message.startswith("data.path: can't read")
-    assert "row 1" in message
+    assert message.startswith(f"data.path: {tmp_path / 'bad.jsonl'}: line 2, column 2: ")
 
 
 def test_a_file_that_is_not_parquet_is_refused(open_stream: Open, tmp_path: Path) -> None:
