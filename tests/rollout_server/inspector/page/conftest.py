@@ -24,7 +24,7 @@ from tests.data.record_demo import DEMO_RUN
 from tests.support.browser import find_browser
 
 # A busy machine takes seconds to compile the charting library.
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=60_000)
 
 ROOT = Path(__file__).parents[4]
 TOKEN = "open-sesame-open-sesame"
@@ -137,7 +137,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         context = browser.new_context(base_url=address, viewport={"width": 1280, "height": 900}, color_scheme="light")
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
 
         def complain(text: str) -> None:
             if not re.search(expected, text):
