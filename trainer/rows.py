@@ -30,7 +30,7 @@ from common.errors import UserError, one_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EXPECTED_PATH = "expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub dataset"
-_JSON = "json"
+_JSON = "a row as JSON text"  # a name that no column has
 _FEATURES = Features({_JSON: Value("large_string")})
 _LIST_START = b"["
 
@@ -69,7 +69,7 @@ class Rows:
 
 def rows_of(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """The rows of a batch of ``Rows.dataset``. Numbers with a point are Decimal if the file is JSON."""
-    if [*batch] == [_JSON] and all(isinstance(text, str) for text in batch[_JSON]):
+    if _JSON in batch:
         return [_parsed(text) for text in batch[_JSON]]
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 

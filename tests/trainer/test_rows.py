@@ -120,6 +120,12 @@ def test_an_id_may_be_a_number_in_one_row_and_text_in_another(read: Read) -> Non
     assert [prompt.prompt_id for prompt in stream.all()] == ["1", "b"]
 
 
+def test_a_column_that_is_called_json_holds_text(read: Read, tmp_path: Path) -> None:
+    Dataset.from_dict({"json": ['{"prompt": "w2"}']}).to_parquet(str(tmp_path / "rows.parquet"))
+    assert "no column 'prompt'" in refusal(lambda: read("rows.parquet"))
+    assert len(read("rows.parquet", prompt_field="json")) == 1
+
+
 def test_a_column_that_begins_late_is_found(read: Read) -> None:
     rows = [{"prompt": "w1"}] * 150 + [{"prompt": "w1", "answer": "x"}]
     assert answers(read(rows, answer_field="answer"))[-1] == "x"
