@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -28,8 +29,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 def vllm_process(engine_pid: int) -> int:
     """vLLM's own process under an engine's actor."""
-    children = psutil.Process(engine_pid).children(recursive=True)
-    return next(child.pid for child in children if "::EngineCore" in " ".join(child.cmdline()))
+    deadline_s = time.monotonic() + 20
+    while True:
+        titles = {each.pid: " ".join(each.cmdline()) for each in psutil.Process(engine_pid).children(recursive=True)}
+        if found := [pid for pid, title in titles.items() if "::EngineCore" in title]:
+            return found[0]
+        assert time.monotonic() < deadline_s, titles
+        time.sleep(0.2)
 
 
 async def test_the_run_goes_on_with_the_right_weights(
