@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
@@ -32,7 +32,6 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 EXPECTED_PATH = "expected a JSON, JSONL or Parquet file, a glob of them, or the name of a hub dataset"
 _JSON = "a row as JSON text"  # a name that no column has
 _FEATURES = Features({_JSON: Value("large_string")})
-_LIST_START = b"["
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +54,7 @@ class Rows:
         return sorted(self._columns())
 
     def first(self, num_rows: int) -> "Rows":
-        dataset = self.dataset.select(range(min(num_rows, len(self))))
-        return Rows(dataset=dataset, fingerprint=self.fingerprint, is_json=self.is_json)
+        return replace(self, dataset=self.dataset.select(range(min(num_rows, len(self)))))
 
     def _columns(self) -> set[str]:
         if not self.is_json:
@@ -94,9 +92,7 @@ def answer_text(value: object, place: str) -> str | None:
         case [{"role": "assistant", "content": str(content)}]:
             return content
         case date() | time() | timedelta():
-            raise UserError(
-                f"{place} holds the time {value}; expected text (a JSON file that path names keeps its own)"
-            )
+            raise UserError(f"{place} holds the time {value}; expected text, which JSON files named by path keep")
     raise UserError(
         f"{place} holds {type(value).__name__} {_short(value)}; expected text, a number or a list of one assistant "
         "message"
@@ -147,7 +143,7 @@ def _json_texts(files: list[str], key: str, digest: str) -> Iterator[dict[str, s
     for file in files:
         with open(file, "rb") as opened:
             start = opened.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        rows = _texts_of_list(file, key) if start == _LIST_START else _texts_of_lines(file, key)
+        rows = _texts_of_list(file, key) if start == b"[" else _texts_of_lines(file, key)
         yield from ({_JSON: text} for text in rows)
 
 

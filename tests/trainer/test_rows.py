@@ -14,7 +14,7 @@ from datasets import Dataset
 from common.config import Data
 from common.errors import UserError
 from trainer.answers import AnswerReader
-from trainer.prompts import PromptStream
+from trainer.prompts import PromptCursor, PromptStream
 
 Read = Callable[..., PromptStream]
 CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
@@ -25,18 +25,23 @@ def read(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Read:
     """The stream of the file of this name in ``tmp_path``, or of these rows."""
 
     def open_rows(
-        rows: str | list[dict[str, Any]], *, chat_template: str | None = None, **settings: Any
+        rows: str | list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        max_prompt_tokens: int = 100,
+        cursor: PromptCursor | None = None,
+        answers: AnswerReader | None = None,
+        **settings: Any,
     ) -> PromptStream:
         if not isinstance(rows, str):
             (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        arguments = {
-            name: settings.pop(name) for name in ("cursor", "answers", "max_prompt_tokens") if name in settings
-        }
         return PromptStream(
             Data(path=str(tmp_path / (rows if isinstance(rows, str) else "rows.jsonl")), **settings),
             make_tokenizer(chat_template=chat_template),
             seed=0,
-            **{"max_prompt_tokens": 100, **arguments},
+            max_prompt_tokens=max_prompt_tokens,
+            cursor=cursor,
+            answers=answers,
         )
 
     return open_rows
